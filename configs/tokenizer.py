@@ -1,0 +1,47 @@
+"""Stage `tokenizer`: an image autoencoder with a discrete middle.
+
+  mmgen train --config tokenizer:quickstart --workdir runs/tokenizer
+"""
+
+import ml_collections
+
+from mmgen.runtime.presets import SHARDING
+
+VARIANTS = ("quickstart", "tiny", "emoji", "photos")
+
+
+def get_config(variant):
+  c = ml_collections.ConfigDict()
+  c.stage = "tokenizer"
+  c.seed = 0
+
+  c.model = m = ml_collections.ConfigDict()
+  m.patch = 4                   # pixels a side of the patch that one code stands for
+  m.levels = (8, 5, 5, 5)       # FSQ levels: 1,000 codes
+  m.width, m.layers = 128, 2    # of the encoder, and of the decoder
+  m.heads, m.kv_heads, m.head_dim, m.mlp = 4, 4, 32, 256
+  m.rope_base = 100.0
+  m.dtype = "float32"
+
+  c.data = d = ml_collections.ConfigDict()
+  d.source = dict(spec="world:train", size=(32, 32), seed=0, documents=50_000)
+  d.batch_size = 64
+  d.augment = False             # random resized crops, mirrored half of the time
+  c.held_out = dict(spec="world:valid", size=(32, 32), seed=0, documents=256)
+
+  c.loss = dict(gradient=0.5)   # weight of the edge term
+
+  c.steps = 800
+  c.optimizer = dict(name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup=50, final=0.0,
+                     weight_decay=0.0, beta1=0.9, beta2=0.95, clip=1.0)
+  c.ema = 0.0
+  c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 10_000, 400, 2
+  c.mesh = dict(data=-1)
+  c.sharding = SHARDING
+
+  if variant == "tiny":         # for tests: seconds
+    m.width, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 1, 2, 2, 16, 64
+    d.source.documents, d.batch_size, c.held_out.documents = 64, 8, 16
+    c.steps, c.log_every, c.save_every = 20, 10, 10
+    c.optimizer.warmup = 2
+  return c

@@ -1,0 +1,18 @@
+"""`mmgen text --source SPEC --pieces N --out FILE`."""
+
+import argparse
+
+from mmgen import text
+from mmgen.commands.common import add_source_flags, source_from
+from mmgen.data.sources import captions
+
+
+def main(argv):
+    """Trains a SentencePiece text model on the words of a source."""
+    parser = argparse.ArgumentParser("mmgen text", description=main.__doc__)
+    add_source_flags(parser)
+    parser.add_argument("--pieces", type=int, default=512)
+    parser.add_argument("--out", required=True, help="the .model file")
+    args = parser.parse_args(argv)
+    model = text.train(captions(source_from(args)), args.pieces, args.out)
+    print(f"{args.out}: {model.size} pieces, hash {model.hash}")

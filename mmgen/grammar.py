@@ -1,0 +1,437 @@
+"""How a document is written as tokens, and everything that follows from it.
+
+    document := <bos> turn* <eos>          turn  := role part* <end>
+    part     := text | image               image := <boi> <h:H> <w:W> code{H*W*depth} <eoi>
+
+One joint vocabulary, in this order: text pieces, 64 control tokens, sizes, image codes. From one
+definition come encode and decode, position ids, loss weights, the tokens to drop for guidance,
+and the state machine that a sampler follows so that whatever it writes is a document.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmgen.document import ROLES, Document, Image, Text, Turn
+
+# The control block. Numbers are never moved or reused: saved tokens and models depend on them.
+CONTROLS = 64
+CONTROL = {"bos": 0, "eos": 1, "end": 2, "boi": 3, "eoi": 4}
+CONTROL |= {role: 5 + n for n, role in enumerate(ROLES)}
+CONTROL |= {f"refuse:{n}": 16 + n for n in range(16)}
+
+# The modes of the machine: what it expects next.
+BOS, BETWEEN, TURN, HEIGHT, WIDTH, CODES, EOI, DONE = range(8)
+EXPECTED = (
+    "<bos>",
+    "a role or <eos>",
+    "a text piece, <boi> or <end>",
+    "a height <h:n>",
+    "a width <w:n>",
+    "an image code",
+    "<eoi>",
+    "nothing but <eos> after <eos>",
+)
+
+
+class GrammarError(ValueError):
+    """A document that cannot be written, or tokens that are no document."""
+
+
+class State(NamedTuple):
+    """Where each row stands in its document: int32 arrays [B], numpy or JAX, and so a pytree."""
+
+    mode: Any  # BOS .. DONE
+    role: Any  # token of the role of the latest turn; 0 before the first
+    images: Any  # images begun in this turn
+    height: Any  # of the latest image, in patches
+    width: Any
+    remaining: Any  # codes still to come in the image
+    p: Any  # position of the next text token; within the codes of an image, of its first code
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar:
+    """The joint vocabulary: text pieces [0, pieces), controls, <h:1..max_side>, <w:1..max_side>, codes.
+
+    A quantizer that gives several codes a patch writes them innermost; each depth has its own
+    range of ids, so code c at depth d is token `code_start + d * codes + c`.
+    """
+
+    pieces: int
+    max_side: int
+    codes: int
+    depth: int = 1
+
+    def __post_init__(self):
+        for field, value in self.to_dict().items():
+            if not isinstance(value, int) or value < 1:
+                raise GrammarError(f"Grammar.{field} must be a positive whole number, not {value!r}")
+
+    # The vocabulary.
+
+    bos = property(lambda self: self.pieces + CONTROL["bos"])
+    eos = property(lambda self: self.pieces + CONTROL["eos"])
+    end = property(lambda self: self.pieces + CONTROL["end"])
+    boi = property(lambda self: self.pieces + CONTROL["boi"])
+    eoi = property(lambda self: self.pieces + CONTROL["eoi"])
+    size_start = property(lambda self: self.pieces + CONTROLS)  # the first token that is only ever part of an image
+    code_start = property(lambda self: self.size_start + 2 * self.max_side)
+    vocab_size = property(lambda self: self.code_start + self.depth * self.codes)
+
+    @functools.cached_property
+    def roles(self) -> dict[str, int]:
+        return {role: self.pieces + CONTROL[role] for role in ROLES}
+
+    def h(self, height: int) -> int:
+        return self.size_start - 1 + self._side(height)
+
+    def w(self, width: int) -> int:
+        return self.size_start - 1 + self.max_side + self._side(width)
+
+    def _side(self, side: int) -> int:
+        if not 1 <= side <= self.max_side:
+            raise GrammarError(f"image sides must be 1 to {self.max_side} patches, found {side}")
+        return int(side)
+
+    def name(self, token: int) -> str:
+        """A token as people read it: "piece 7", "<boi>", "<h:8>", "code 5", "code 5 at depth 1"."""
+        control = {self.pieces + number: name for name, number in CONTROL.items()}
+        if 0 <= token < self.pieces:
+            return f"piece {token}"
+        if self.pieces <= token < self.size_start:
+            return f"<{control.get(token, f'reserved:{token - self.pieces}')}>"
+        if self.size_start <= token < self.code_start:
+            axis, side = divmod(token - self.size_start, self.max_side)
+            return f"<{'hw'[axis]}:{side + 1}>"
+        if self.code_start <= token < self.vocab_size:
+            depth, code = divmod(token - self.code_start, self.codes)
+            return f"code {code}" + (f" at depth {depth}" if self.depth > 1 else "")
+        return f"{token}, which is outside the vocabulary of {self.vocab_size}"
+
+    def to_dict(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, int]) -> "Grammar":
+        return cls(**values)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits, equal for equal grammars on any machine."""
+        content = json.dumps({"control": CONTROL, "controls": CONTROLS, **self.to_dict()}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    # Documents to tokens and back. `text` is a `text.Text`, or anything with its encode and decode.
+
+    def encode(self, document: Document, text, close: bool = True) -> np.ndarray:
+        """A document as tokens: int32 [T].
+
+        With close=False the last turn stays open (no <end> <eos>), for a model to go on with.
+        Raises GrammarError for an image that has no codes or does not fit the vocabulary.
+        """
+        tokens = [self.bos]
+        for turn in document.turns:
+            tokens.append(self.roles[turn.role])
+            for part in turn.parts:
+                tokens += self._encode_text(part, text) if isinstance(part, Text) else self._encode_image(part)
+            tokens.append(self.end)
+        tokens.append(self.eos)
+        if not close:
+            if not document.turns:
+                raise GrammarError("a document without turns has no last turn to leave open")
+            tokens = tokens[:-2]
+        return np.array(tokens, np.int32)
+
+    def _encode_text(self, part: Text, text) -> list[int]:
+        ids = text.encode(part.text)
+        # The guarantee that nothing a user types becomes a control token.
+        if ids and not 0 <= min(ids) <= max(ids) < self.pieces:
+            raise GrammarError(f"the text model gave ids {min(ids)} to {max(ids)}: expected [0, {self.pieces})")
+        return ids
+
+    def _encode_image(self, image: Image) -> list[int]:
+        codes = image.codes
+        if codes is None:
+            raise GrammarError("an image has pixels but no codes: run the image tokenizer first")
+        codes = codes[..., None] if codes.ndim == 2 else codes
+        if codes.shape[2] != self.depth:
+            raise GrammarError(f"codes must be [h, w{f', {self.depth}' * (self.depth > 1)}], found {image!r}")
+        if codes.min() < 0 or codes.max() >= self.codes:
+            raise GrammarError(f"image codes must be in [0, {self.codes}), found {codes.min()} to {codes.max()}")
+        header = [self.boi, self.h(codes.shape[0]), self.w(codes.shape[1])]
+        return header + (codes + self._depth_start).reshape(-1).tolist() + [self.eoi]
+
+    @functools.cached_property
+    def _depth_start(self) -> np.ndarray:
+        """The token of code 0 at each depth: int32 [depth]."""
+        return (self.code_start + self.codes * np.arange(self.depth)).astype(np.int32)
+
+    def decode(self, tokens, text) -> Document:
+        """The document that the tokens write, normalised. Anything after the first <eos> must be <eos> too.
+
+        Raises GrammarError, with where, expected and found, for tokens that are not a whole document.
+        """
+        tokens = _row(tokens)
+        turns, state = self._read(tokens)
+        if state.mode != DONE:
+            raise GrammarError(f"token {len(tokens)}: expected {self._expected(state)}, found the end of the tokens")
+        document = []
+        for role, spans in turns:
+            parts = []
+            for start, stop in spans:
+                if tokens[start] == self.boi:
+                    height, width = tokens[start + 1] - self.h(1) + 1, tokens[start + 2] - self.w(1) + 1
+                    codes = tokens[start + 3 : stop - 1].reshape(height, width, self.depth) - self._depth_start
+                    parts.append(Image(codes=codes if self.depth > 1 else codes[..., 0]))
+                else:
+                    parts.append(Text(text.decode(tokens[start:stop].tolist())))
+            document.append(Turn(role, parts))
+        return Document(document).normalised()
+
+    def feed(self, tokens) -> State:
+        """The state after a document or the beginning of one: numpy, a batch of one. Errors as decode."""
+        _, state = self._read(_row(tokens))
+        return State(*(np.array([value], np.int32) for value in state))
+
+    def _read(self, tokens: np.ndarray) -> tuple[list, State]:
+        """Checks tokens and finds their parts -> [(role, [(start, stop)])], State of ints.
+
+        The same machine as `advance` and `allowed`, a span at a time instead of a token.
+        """
+        role_of = {token: role for role, token in self.roles.items()}
+        not_text = np.flatnonzero((tokens < 0) | (tokens >= self.pieces))
+        turns, i = [], 0
+        mode, role, images, height, width, remaining, p = BOS, 0, 0, 0, 0, 0, 0
+
+        def fail(i):
+            state = State(mode, role, images, height, width, remaining, p)
+            raise GrammarError(f"token {i}: expected {self._expected(state)}, found {self.name(int(tokens[i]))}")
+
+        while i < len(tokens):
+            token, length = int(tokens[i]), 1
+            if mode == BOS and token == self.bos:
+                mode = BETWEEN
+            elif mode == BETWEEN and token in role_of:
+                mode, role, images = TURN, token, 0
+                turns.append((role_of[token], []))
+            elif mode == BETWEEN and token == self.eos:
+                mode, images = DONE, 0
+            elif mode == TURN and 0 <= token < self.pieces:
+                after = np.searchsorted(not_text, i)
+                length = (not_text[after] if after < len(not_text) else len(tokens)) - i
+                turns[-1][1].append((i, i + length))
+            elif mode == TURN and token == self.boi:
+                mode, images, begun = HEIGHT, images + 1, i
+            elif mode == TURN and token == self.end:
+                mode = BETWEEN
+            elif mode == HEIGHT and self.h(1) <= token < self.w(1):
+                mode, height = WIDTH, token - self.h(1) + 1
+            elif mode == WIDTH and self.w(1) <= token < self.code_start:
+                mode, width = CODES, token - self.w(1) + 1
+                remaining = height * width * self.depth
+            elif mode == CODES:
+                codes = tokens[i : i + remaining]
+                codes = codes - np.resize(self._depth_start, len(codes))
+                wrong = np.flatnonzero((codes < 0) | (codes >= self.codes))
+                if len(wrong):
+                    remaining -= wrong[0]
+                    fail(i + wrong[0])
+                length = len(codes)
+                remaining -= length
+                p -= length  # undoes the step below: codes stand at the position of the first ...
+                if remaining == 0:
+                    mode, p = EOI, p + max(height, width)  # ... and what follows is past all of them
+            elif mode == EOI and token == self.eoi:
+                mode = TURN
+                turns[-1][1].append((begun, i + 1))
+            elif mode == DONE and token == self.eos:
+                p -= 1  # padding: a finished row stays where it is
+            else:
+                fail(i)
+            i += length
+            p += length
+        return turns, State(mode, role, images, height, width, remaining, p)
+
+    def _expected(self, state: State) -> str:
+        if state.mode == CODES:
+            depth = f" at depth {-state.remaining % self.depth}" if self.depth > 1 else ""
+            return f"an image code{depth} ({state.remaining} to come of {state.height} x {state.width})"
+        return EXPECTED[state.mode]
+
+    # What training needs to know of a document: arrays over its tokens, without a loop over them.
+
+    def positions(self, tokens) -> np.ndarray:
+        """Position ids (t, y, x) of a document or the beginning of one: int32 [T, 3].
+
+        Text and all marks count up, p, p, p. The codes of an image stand at (p, p + i, p + j) for
+        row i and column j, with p the position of the first; what follows is at p + max(H, W).
+        """
+        tokens = _row(tokens)
+        line = np.arange(len(tokens), dtype=np.int32)[:, None]
+        positions = np.repeat(line, 3, axis=1)
+        for i in np.flatnonzero(tokens == self.boi):
+            header = tokens[i + 1 : i + 3]
+            if len(header) == 2:
+                height, width = int(header[0]) - self.h(1) + 1, int(header[1]) - self.w(1) + 1
+                first, after = i + 3, i + 3 + height * width * self.depth
+                codes = positions[first:after]
+                p = positions[i + 2, 0] + 1
+                codes[:] = p + _grid(height, width, self.depth)[: len(codes)]
+                positions[after:] = line[: max(0, len(tokens) - after)] + (p + max(height, width))
+        return positions
+
+    def loss_weights(self, tokens, text: float = 1.0, image: float = 1.0, user: bool = False) -> np.ndarray:
+        """How much each token of a document counts as a target: float32 [T].
+
+        Learned are the parts and the <end> of assistant and page turns, and with user=True of user
+        turns. `text` weighs pieces and <end>; `image` weighs codes and the choice of an image
+        and its size, <boi> <h> <w>. What nobody chooses weighs nothing: <bos>, roles, <eoi>, <eos>.
+        """
+        tokens = _row(tokens)
+        learned = self._speaker(tokens) >= self.roles["user" if user else "assistant"]  # ROLES are in this order
+        is_text = (tokens < self.pieces) | (tokens == self.end)
+        is_image = (tokens >= self.size_start) | (tokens == self.boi)
+        return np.where(learned, is_text * np.float32(text) + is_image * np.float32(image), np.float32(0))
+
+    def guidance_drops(self, tokens) -> tuple[np.ndarray, np.ndarray]:
+        """What system and user turns say -> (their text, their images): bool [T] each.
+
+        Guidance compares a prediction with one that has not seen the request. The text-free
+        branch deletes the first, the text-and-image-free branch both; each leaves a document.
+        """
+        tokens = _row(tokens)
+        speaker = self._speaker(tokens)
+        asks = (speaker == self.roles["system"]) | (speaker == self.roles["user"])
+        is_image = (tokens >= self.size_start) | (tokens == self.boi) | (tokens == self.eoi)
+        return asks & (tokens < self.pieces), asks & is_image
+
+    def _speaker(self, tokens: np.ndarray) -> np.ndarray:
+        """The role token of the latest turn at each token ([T]); the first token before the first turn."""
+        is_role = (tokens >= self.roles[ROLES[0]]) & (tokens <= self.roles[ROLES[-1]])
+        return tokens[np.maximum.accumulate(np.where(is_role, np.arange(len(tokens)), 0))]
+
+    # The machine. Pure array code for numpy and JAX alike: rows are independent and no branch
+    # depends on a value, so it can be jitted, vmapped and scanned.
+
+    def start(self, batch: int, xp=np) -> State:
+        """`batch` rows before their <bos>. `xp` is numpy or jax.numpy."""
+        return State(*(xp.zeros(batch, xp.int32) for _ in State._fields))
+
+    def advance(self, state: State, tokens) -> State:
+        """The state after each row writes its token, int32 [B], which must be allowed. A done row stays as it is."""
+        xp, mode = _namespace(state), state.mode
+        tokens = xp.asarray(tokens, dtype=xp.int32)
+        height = xp.where(mode == HEIGHT, tokens - self.h(1) + 1, state.height)
+        width = xp.where(mode == WIDTH, tokens - self.w(1) + 1, state.width)
+        last = (mode == CODES) & (state.remaining == 1)
+        stays = (mode == DONE) | ((mode == CODES) & ~last)
+        in_turn = xp.where(tokens == self.boi, HEIGHT, xp.where(tokens == self.end, BETWEEN, TURN))
+        between = xp.where(tokens == self.eos, DONE, TURN)
+        return State(
+            mode=_pick(mode, BETWEEN, between, in_turn, WIDTH, CODES, xp.where(last, EOI, CODES), TURN, DONE),
+            role=xp.where((mode == BETWEEN) & (tokens != self.eos), tokens, state.role),
+            images=xp.where(mode == BETWEEN, 0, state.images + ((mode == TURN) & (tokens == self.boi))),
+            height=height,
+            width=width,
+            remaining=xp.where(mode == WIDTH, height * width * self.depth, state.remaining - (mode == CODES)),
+            p=state.p + xp.where(stays, 0, xp.where(last, xp.maximum(height, width), 1)),
+        )
+
+    def position(self, state: State):
+        """The position ids (t, y, x) of the token about to be written: int32 [B, 3]."""
+        xp = _namespace(state)
+        patch = state.height * state.width - -(-state.remaining // self.depth)
+        i, j = patch // xp.maximum(state.width, 1), patch % xp.maximum(state.width, 1)
+        offset = xp.stack([xp.zeros_like(i), i, j], axis=-1)
+        return state.p[..., None] + xp.where((state.mode == CODES)[..., None], offset, 0)
+
+    def need(self, state: State, size=(0, 0), image_only=False):
+        """The fewest tokens that complete each document: int32 [B]. Arguments as in `allowed`."""
+        xp, mode = _namespace(state), state.mode
+        least_h, least_w = self._least(state, size)
+        image = least_h * least_w * self.depth
+        # The longest way out: <boi> <h> <w> codes <eoi> <end> <eos>.
+        turn = 2 + xp.where(self._owes_image(state, image_only), 4 + image, 0)
+        width = 4 + state.height * least_w * self.depth
+        return _pick(mode, 2, 1, turn, 5 + image, width, 3 + state.remaining, 3, 0)
+
+    def allowed(self, state: State, room, size=(0, 0), image_only=False, text_only=False):
+        """The tokens that each row may write next: bool [B, V].
+
+        Args:
+          state: of B rows.
+          room: int32 [B], how many tokens may still be written, the one now chosen included. What can no
+            longer be finished is not begun: while room >= need(state), some token is allowed, and after
+            it room - 1 >= need again. A row with less room than it needs is led out by a shortest way.
+          size: int32 [B, 2], the (height, width) of every image, each up to max_side; 0 leaves a side free.
+          image_only: bool [B], whether an assistant turn must be exactly one image.
+          text_only: bool [B], whether an assistant turn must not begin an image. image_only goes before it.
+        """
+        xp, mode = _namespace(state), state.mode
+        room = xp.maximum(xp.asarray(room), self.need(state, size, image_only))
+        least_h, least_w = self._least(state, size)
+        image = least_h * least_w * self.depth
+        most = xp.where(xp.asarray(size) > 0, xp.asarray(size), self.max_side)
+        most_h = xp.minimum((room - 5) // (least_w * self.depth), most[..., 0])
+        most_w = xp.minimum((room - 4) // xp.maximum(state.height * self.depth, 1), most[..., 1])
+        assistant = state.role == self.roles["assistant"]
+        picture = image_only & assistant
+        silent = text_only & assistant & ~picture
+
+        # Most modes allow one range of tokens, `first` and `count`; some a closing token or <boi> beside it.
+        turn = 3 + xp.where(image_only, 4 + image, 0)  # role ... <end> <eos>
+        code = self.code_start + -state.remaining % self.depth * self.codes
+        role, h, w = self.roles[ROLES[0]], self.h(1) - 1 + least_h, self.w(1) - 1 + least_w
+        roles = xp.where(room >= turn, len(ROLES), 0)
+        pieces = xp.where((room >= 3) & ~picture, self.pieces, 0)
+        first = _pick(mode, self.bos, role, 0, h, w, code, self.eoi, self.eos)
+        count = _pick(mode, 1, roles, pieces, most_h - least_h + 1, most_w - least_w + 1, self.codes, 1, 1)
+        may_end = (mode == TURN) & ~self._owes_image(state, image_only)
+        may_draw = (mode == TURN) & (room >= 6 + image) & ~silent & ~(picture & (state.images > 0))
+        close = xp.where(may_end, self.end, xp.where(mode == BETWEEN, self.eos, -1))
+        draw = xp.where(may_draw, self.boi, -1)
+        token = xp.arange(self.vocab_size, dtype=xp.int32)
+        nth = token - first[..., None]
+        return ((nth >= 0) & (nth < count[..., None])) | (token == close[..., None]) | (token == draw[..., None])
+
+    def _least(self, state: State, size):
+        """The smallest height and width that a next image may have, in patches: int32 [B] or [] each."""
+        xp = _namespace(state)
+        least = xp.maximum(xp.asarray(size), 1)
+        return least[..., 0], least[..., 1]
+
+    def _owes_image(self, state: State, image_only):
+        """Which rows stand in an assistant turn that must be one image, and have not begun it: bool [B]."""
+        return image_only & (state.mode == TURN) & (state.role == self.roles["assistant"]) & (state.images == 0)
+
+
+def _namespace(state: State):
+    """numpy or jax.numpy, whichever the state is made of (without importing JAX, which data workers never need)."""
+    return state.mode.__array_namespace__()
+
+
+def _pick(mode, *values):
+    """For each row the value of its mode; `values` are in the order of the modes: int32 [B]."""
+    xp, picked = mode.__array_namespace__(), mode
+    for each, value in enumerate(values):
+        picked = xp.where(mode == each, value, picked)
+    return picked.astype(xp.int32)
+
+
+def _row(tokens) -> np.ndarray:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise GrammarError(f"tokens must be integers [T], found {tokens.dtype} {list(tokens.shape)}")
+    return tokens.astype(np.int32, copy=False)
+
+
+@functools.lru_cache(maxsize=256)
+def _grid(height: int, width: int, depth: int) -> np.ndarray:
+    """(0, i, j) of every code of an image, row by row: int32 [height * width * depth, 3]."""
+    i, j = np.divmod(np.repeat(np.arange(height * width, dtype=np.int32), depth), np.int32(width))
+    return np.stack([np.zeros_like(i), i, j], axis=1)

@@ -1,0 +1,131 @@
+"""Image autoencoders: pixels -> features -> codes -> features -> pixels.
+
+Shapes: images [B, H, W, 3] in [-1, 1], codes [B, h, w], h = H / patch.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from mmgen.models import layers
+from mmgen.models.quantizers import FSQ
+from mmgen.runtime import checkpoint
+
+
+def to_float(images):
+  """uint8 [0, 255] -> float32 [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images):
+  """float [-1, 1] -> uint8 [0, 255], rounded and clipped."""
+  return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def patchify(images, patch):
+  """[B, H, W, C] -> [B, h, w, patch * patch * C]."""
+  B, H, W, C = images.shape
+  if H % patch or W % patch:
+    raise ValueError(f"the patch ({patch}) must divide the image, found {W}x{H} (width x height)")
+  x = images.reshape(B, H // patch, patch, W // patch, patch, C)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // patch, W // patch, -1)
+
+
+def unpatchify(x, patch):
+  """[B, h, w, patch * patch * C] -> [B, H, W, C]."""
+  B, h, w, D = x.shape
+  x = x.reshape(B, h, w, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(B, h * patch, w * patch, -1)
+
+
+class Tower(nnx.Module):
+  """Bidirectional transformer over a grid, two-axis rotary positions: any grid size."""
+
+  def __init__(self, config, rngs, *, dtype):
+    self.head_dim, self.base = config.head_dim, config.rope_base
+    self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=dtype), config.layers, rngs)
+    self.norm = layers.RMSNorm(config.width)
+
+  def __call__(self, x):
+    B, h, w, D = x.shape
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij"), -1)
+    angles = layers.rope_angles(grid.reshape(1, h * w, 2), self.head_dim, self.base)
+    x = layers.scan(self.blocks, x.reshape(B, h * w, D), angles)
+    return self.norm(x).reshape(B, h, w, D)
+
+
+class ViT(nnx.Module):
+  """A ViT autoencoder around FSQ (after ViT-VQGAN, arXiv:2110.04627); any size patch divides."""
+
+  def __init__(self, config, rngs):
+    dtype = jnp.dtype(config.dtype)
+    self.patch, self.quantizer = config.patch, FSQ(config.levels)
+    pixels, D = config.patch**2 * 3, config.width
+    self.stem = layers.Linear((pixels, D), ("pixels", "embed"), rngs, bias=True, dtype=dtype)
+    self.encoder = Tower(config, rngs, dtype=dtype)
+    self.to_features = layers.Linear((D, self.quantizer.channels), ("embed", "code"), rngs, bias=True)
+    self.from_features = layers.Linear((self.quantizer.channels, D), ("code", "embed"), rngs, bias=True,
+                                       dtype=dtype)
+    self.decoder = Tower(config, rngs, dtype=dtype)
+    self.head = layers.Linear((D, pixels), ("embed", "pixels"), rngs, bias=True, dtype=dtype)
+
+  def encode(self, images):
+    """Images [B, H, W, 3] in [-1, 1] -> quantized values [B, h, w, C]."""
+    x = self.encoder(self.stem(patchify(images, self.patch)))
+    return self.quantizer.quantize(self.to_features(x))
+
+  def decode(self, values):
+    """Quantized values [B, h, w, C] -> images [B, H, W, 3], not clipped."""
+    x = self.head(self.decoder(self.from_features(values)))
+    return unpatchify(x.astype(jnp.float32), self.patch)
+
+  def encode_codes(self, images):
+    """Images [B, H, W, 3] in [-1, 1] -> codes int32 [B, h, w]."""
+    return self.quantizer.pack(self.encode(images))
+
+  def decode_codes(self, codes):
+    """Codes int32 [B, h, w] -> images [B, H, W, 3], not clipped."""
+    return self.decode(self.quantizer.unpack(codes))
+
+
+class Tokenizer:
+  """A trained autoencoder: images uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
+
+  def __init__(self, model):
+    self.patch, self.codes = model.patch, model.quantizer.codes
+    graphdef, self._params = nnx.split(model)
+    self._encode = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
+    self._decode = jax.jit(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
+
+  def encode(self, images, batch=64):
+    return _in_batches(functools.partial(self._encode, self._params), images, batch)
+
+  def decode(self, codes, batch=64):
+    return _in_batches(functools.partial(self._decode, self._params), codes, batch)
+
+  @functools.cached_property
+  def hash(self):
+    """Identity of the trained weights: codes of one tokenizer mean nothing to another."""
+    return checkpoint.weights_hash(nnx.to_pure_dict(self._params))
+
+
+def _in_batches(function, x, batch):
+  """Applies a jitted function in equal, padded batches, so that it compiles once."""
+  out = []
+  for start in range(0, len(x), batch):
+    part = x[start:start + batch]
+    padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+    out.append(np.asarray(function(padded))[:len(part)])
+  return np.concatenate(out)
+
+
+def load_tokenizer(workdir):
+  """Restores the `Tokenizer` of a tokenizer run (or of an exported copy)."""
+  config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "tokenizer"))
+  graphdef, abstract = nnx.split(nnx.eval_shape(lambda: ViT(config.model, nnx.Rngs(0))))
+  params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
+  return Tokenizer(nnx.merge(graphdef, params))

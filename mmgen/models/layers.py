@@ -1,0 +1,161 @@
+"""The one attention, the one MLP and their small parts, used by every model.
+
+Shapes: B batch, T tokens, D model, N heads, K kv-heads, C channels a head, F hidden.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmgen.runtime.mesh import constrain
+
+
+def normal(rngs, shape, scale):
+  """Truncated normal of standard deviation `scale`, float32."""
+  return scale * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape) / 0.87962566
+
+
+class Linear(nnx.Module):
+  """y = x @ w (+ b). The input is flattened to two axes: on CPU that is twice as fast."""
+
+  def __init__(self, shape, axes, rngs, *, bias=False, scale=None, dtype=jnp.float32):
+    self.dtype = dtype
+    self.w = nnx.Param(normal(rngs, shape, shape[0] ** -0.5 if scale is None else scale), axes=axes)
+    self.b = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
+
+  def __call__(self, x):
+    w = self.w[...].astype(self.dtype)
+    y = x.astype(self.dtype).reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
+    y = y.reshape(x.shape[:-1] + w.shape[1:])
+    return y if self.b is None else y + self.b[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root mean square norm over the last axis, in float32 (arXiv:1910.07467)."""
+
+  def __init__(self, size, axes=("norm",), epsilon=1e-6):
+    self.epsilon = epsilon
+    self.scale = nnx.Param(jnp.ones((size,)), axes=axes)
+
+  def __call__(self, x):
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
+    return (y * self.scale[...]).astype(x.dtype)
+
+
+def rope_angles(positions, channels, base):
+  """Angles [..., C/2] of rotary embedding (arXiv:2104.09864) over one or more axes.
+
+  `positions` is int [..., A]. Frequencies fall as in one dimension and are dealt to the A axes
+  in turn, so that each axis sees the whole range; equal coordinates give plain one-dimensional
+  rotary embedding (the multi-axis form follows Qwen2-VL, arXiv:2409.12191).
+  """
+  pairs = channels // 2
+  frequency = base ** (-np.arange(pairs) / pairs)
+  axis = np.arange(pairs) % positions.shape[-1]
+  return positions[..., axis].astype(jnp.float32) * frequency.astype(np.float32)
+
+
+def rotate(x, angles):
+  """Rotates the channel halves of x [B, T, N, C] by angles [B, T, C/2]."""
+  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def attention(q, k, v, mask=None, *, impl="xla"):
+  """Softmax attention with grouped queries.
+
+  q [B, T, N, C]; k, v [B, S, K, C] with N a multiple of K; mask bool, broadcastable to
+  [B, T, S], or None for full attention. Returns [B, T, N, C]. The softmax is in float32.
+  """
+  if impl != "xla":
+    raise ValueError(f"unknown attention implementation {impl!r}; known: 'xla'")
+  B, T, N, C = q.shape
+  K = k.shape[2]
+  q = q.reshape(B, T, K, N // K, C) * C ** -0.5
+  logits = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32)
+  if mask is not None:
+    logits = jnp.where(mask[:, None, None], logits, -1e30)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(B, T, N, C)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with QK-norm (arXiv:2302.05442) and rotary embedding."""
+
+  def __init__(self, config, rngs, *, dtype, out_scale=None):
+    D, N, K, C = config.width, config.heads, config.kv_heads, config.head_dim
+    if N % K:
+      raise ValueError(f"heads ({N}) must be a multiple of kv_heads ({K})")
+    self.q = Linear((D, N, C), ("embed", "heads", "head_dim"), rngs, dtype=dtype)
+    self.k = Linear((D, K, C), ("embed", "kv_heads", "head_dim"), rngs, dtype=dtype)
+    self.v = Linear((D, K, C), ("embed", "kv_heads", "head_dim"), rngs, dtype=dtype)
+    self.q_norm, self.k_norm = RMSNorm(C), RMSNorm(C)
+    self.out = Linear((N * C, D), ("heads", "embed"), rngs, scale=out_scale, dtype=dtype)
+
+  def qkv(self, x, angles):
+    """Projected, normed and rotated q, k, v of x [B, T, D]."""
+    q = rotate(self.q_norm(self.q(x)), angles)
+    k = rotate(self.k_norm(self.k(x)), angles)
+    return q, k, self.v(x)
+
+  def __call__(self, x, angles, mask=None, impl="xla"):
+    q, k, v = self.qkv(x, angles)
+    q = constrain(q, ("batch", "length", "heads", "head_dim"))
+    return self.project(attention(q, k, v, mask, impl=impl))
+
+  def project(self, y):
+    return self.out(y.reshape(y.shape[:2] + (-1,)))
+
+
+class MLP(nnx.Module):
+  """SwiGLU (arXiv:2002.05202); gate and value share one matrix product."""
+
+  def __init__(self, width, hidden, rngs, *, dtype, out_scale=None):
+    self.wi = Linear((width, 2, hidden), ("embed", "gate", "mlp"), rngs, dtype=dtype)
+    self.wo = Linear((hidden, width), ("mlp", "embed"), rngs, scale=out_scale, dtype=dtype)
+
+  def __call__(self, x):
+    gate, value = jnp.moveaxis(self.wi(x), -2, 0)
+    return self.wo(jax.nn.silu(gate) * value)
+
+
+class Block(nnx.Module):
+  """Pre-norm transformer block: x + attention, x + MLP. The mask makes it causal or not."""
+
+  def __init__(self, config, rngs, *, dtype):
+    # Residual outputs start small so that depth does not grow the stream (GPT-2's scaling).
+    shrink = (2 * config.layers) ** -0.5
+    N, C, F = config.heads, config.head_dim, config.mlp
+    self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
+    self.attention = Attention(config, rngs, dtype=dtype, out_scale=shrink * (N * C) ** -0.5)
+    self.mlp = MLP(config.width, F, rngs, dtype=dtype, out_scale=shrink * F ** -0.5)
+
+  def __call__(self, x, angles, mask=None, impl="xla"):
+    x = x + self.attention(self.attention_norm(x), angles, mask, impl)
+    x = constrain(x, ("batch", "length", None))
+    x = x + self.mlp(self.mlp_norm(x))
+    return constrain(x, ("batch", "length", None))
+
+
+def stack(make, layers, rngs):
+  """One module whose parameters carry a leading axis of `layers`; `make(rngs)` builds a layer."""
+  return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
+
+
+def scan(blocks, x, *args, remat=False):
+  """Runs stacked blocks over x with `lax.scan`; each layer's slice is merged in the body."""
+  graphdef, params = nnx.split(blocks)
+
+  def body(x, layer):
+    return nnx.merge(graphdef, layer)(x, *args), None
+
+  return jax.lax.scan(jax.checkpoint(body) if remat else body, x, params)[0]
+
+
+def unstack(blocks, layers):
+  """The list of single layers of stacked blocks (decoding slices them once, outside its loop)."""
+  graphdef, params = nnx.split(blocks)
+  return [nnx.merge(graphdef, jax.tree.map(lambda p: p[i], params)) for i in range(layers)]

@@ -1,0 +1,111 @@
+"""The sharded transformer that reads and writes text and images.
+
+Pre-norm RMSNorm, QK-norm, SwiGLU, grouped-query attention, (t, y, x) rotary embedding, scanned
+layers. Shapes: B batch, T tokens, D model, V vocabulary, K kv-heads, C channels a head.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from mmgen.models import layers
+from mmgen.runtime.mesh import constrain
+
+
+class Transformer(nnx.Module):
+  """Causal transformer over packed rows; `vocab` is the grammar's joint vocabulary size."""
+
+  def __init__(self, config, vocab, rngs):
+    # Frozen, so that the graph definition can be hashed (it is a static argument of jit).
+    self.config, self.dtype = ml_collections.FrozenConfigDict(config), jnp.dtype(config.dtype)
+    D = config.width
+    self.embedding = nnx.Param(layers.normal(rngs, (vocab, D), 1.0), axes=("vocab", "embed"))
+    self.blocks = layers.stack(
+        lambda r: layers.Block(config, r, dtype=self.dtype), config.layers, rngs)
+    self.norm = layers.RMSNorm(D)
+    if config.tied:
+      self.head = None
+    else:
+      self.head = nnx.Param(layers.normal(rngs, (D, vocab), D ** -0.5), axes=("embed", "vocab"))
+
+  def embed(self, tokens):
+    return self.embedding[...][tokens].astype(self.dtype)
+
+  def logits(self, x):
+    """x [..., D] -> float32 logits [..., V]."""
+    x = self.norm(x)
+    # Tied embeddings start at unit scale for the input; the output side is scaled to match.
+    head = self.embedding[...].T * self.config.width ** -0.5 if self.head is None else self.head[...]
+    y = x.reshape(-1, x.shape[-1]) @ head.astype(self.dtype)
+    return y.astype(jnp.float32).reshape(x.shape[:-1] + (-1,))
+
+  def angles(self, positions):
+    return layers.rope_angles(positions, self.config.head_dim, self.config.rope_base)
+
+  def __call__(self, tokens, segments, positions):
+    """Tokens, segments int32 [B, T], positions int32 [B, T, 3] -> hidden [B, T, D] (see `logits`).
+
+    A token sees itself and the earlier tokens of its own segment.
+    """
+    T = tokens.shape[1]
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    mask = causal & (segments[:, :, None] == segments[:, None, :])
+    x = constrain(self.embed(tokens), ("batch", "length", None))
+    return layers.scan(self.blocks, x, self.angles(positions), mask, remat=self.config.remat)
+
+
+
+def init_cache(config, batch, length, dtype=None):
+  """Zeroed keys and values, one pair of buffers [B, S, K, C] a layer."""
+  shape = (batch, length, config.kv_heads, config.head_dim)
+  dtype = dtype or jnp.dtype(config.dtype)
+  return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+
+
+def step(model, blocks, cache, tokens, positions, lengths):
+  """Feeds tokens to the cached model: prefill (T > 1) and decode (T = 1) alike.
+
+  tokens int32 [B, T], positions int32 [B, T, 3]; lengths int32 [B] is how many tokens each row's
+  cache holds already. Row b's token t is written to slot lengths[b] + t and sees slots up to its
+  own. `blocks` is `layers.unstack(...)` of the model's blocks. Returns hidden [B, T, D], cache.
+  """
+  B, T = tokens.shape
+  S = cache[0][0].shape[1]
+  slots = lengths[:, None] + jnp.arange(T)
+  mask = jnp.arange(S) <= slots[:, :, None]
+  angles = model.angles(positions)
+  x = model.embed(tokens)
+  new = []
+  rows = jnp.arange(B)[:, None]
+  for block, (keys, values) in zip(blocks, cache):
+    q, k, v = block.attention.qkv(block.attention_norm(x), angles)
+    keys = keys.at[rows, slots].set(k.astype(keys.dtype), mode="drop")
+    values = values.at[rows, slots].set(v.astype(values.dtype), mode="drop")
+    y = layers.attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+    x = x + block.attention.project(y)
+    x = x + block.mlp(block.mlp_norm(x))
+    new.append((keys, values))
+  return x, new
+
+
+def loss(model, batch, *, code_start, z_loss):
+  """Weighted next-token cross-entropy of a packed batch, and its parts.
+
+  batch: tokens, segments int32 [B, T], positions int32 [B, T, 3], weights float32 [B, T] (of
+  each token as a target). Tokens from `code_start` on are image codes. `z_loss` times log Z
+  squared keeps the logits from drifting (arXiv:2204.02311). Returns the mean over weights, and
+  the cross-entropy of text and of image codes apart.
+  """
+  x = model(batch["tokens"][:, :-1], batch["segments"][:, :-1], batch["positions"][:, :-1])
+  logits = constrain(model.logits(x), ("batch", "length", "vocab"))
+  targets, weights = batch["tokens"][:, 1:], batch["weights"][:, 1:]
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  entropy = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  mean = lambda value, weight: (value * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
+  images = targets >= code_start
+  metrics = {
+      "image_loss": mean(entropy, weights * images),
+      "text_loss": mean(entropy, weights * ~images),
+  }
+  return mean(entropy + z_loss * jnp.square(log_z), weights), metrics

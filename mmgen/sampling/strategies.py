@@ -1,0 +1,54 @@
+"""How the next token is chosen from logits.
+
+Shapes: B rows, V vocabulary. Every setting is an array over rows, so that one compiled program
+serves unlike requests.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """How one modality of a request is drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep all."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, found {self}")
+
+
+def choose(logits, legal, uniform, temperature, top_k, top_p):
+    """Draws one legal token a row -> int32 [B].
+
+    logits float32 [B, V]; legal bool [B, V], at least one a row; uniform float32 [B] in [0, 1) is
+    the row's only randomness; temperature, top_p float32 [B], top_k int32 [B].
+    """
+    logits = jnp.where(legal, logits, -jnp.inf)
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    p = jax.nn.softmax(scaled, axis=-1)
+    p = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), _keep_top, lambda p, k, q: p, p, top_k, top_p)
+    # Inverse of the cumulative distribution: the first token whose cumulated weight exceeds u. A
+    # token of weight 0 never is that first one, and u < 1 keeps the threshold below the total.
+    cumulated = jnp.cumsum(p, axis=-1)
+    total = cumulated[:, -1]
+    threshold = jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
+    drawn = jnp.argmax(cumulated > threshold[:, None], axis=-1)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def _keep_top(p, top_k, top_p):
+    """Zeroes all but the top_k most likely tokens, and all beyond the first top_p of weight (nucleus
+    sampling, arXiv:1904.09751). Ties at the border are kept."""
+    ordered = jnp.sort(p, axis=-1, descending=True)
+    before = jnp.cumsum(ordered, axis=-1) - ordered  # weight of the more likely tokens
+    rank = jnp.arange(p.shape[-1])
+    k = jnp.where(top_k > 0, top_k, p.shape[-1])
+    kept = (rank < k[:, None]) & (before < top_p[:, None])
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(p >= least, p, 0.0)

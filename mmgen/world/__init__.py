@@ -1,0 +1,48 @@
+"""A world of simple pictures whose truth is known: scenes, words for them, and a judge of pixels."""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from mmgen.world.language import say
+from mmgen.world.scene import Claim, Scene, random_item
+
+SPLITS = ("train", "valid", "test")
+# Training shows more of what is harder to learn.
+MIXTURE = {
+    "single_object": 0.08,
+    "colors": 0.08,
+    "two_object": 0.18,
+    "position": 0.22,
+    "color_attribution": 0.14,
+    "counting": 0.22,
+    "scene": 0.08,
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    prompt: str
+    claim: Claim
+    scene: Scene
+    category: str
+
+
+def item(seed, split, i, category=None, language="en", unseen=None) -> Item:
+    """Item i of a split: a pure function of its arguments, the same on every machine.
+
+    category: one of CATEGORIES, "scene", or None for the training MIXTURE.
+    unseen: True states a held-out colour-shape pair; otherwise none is in the picture.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}; found {split!r}")
+    if split == "train" and unseen:
+        raise ValueError("unseen: the train split never shows held-out pairs; use valid or test")
+    stream = f"{seed} {split} {i} {category} {bool(unseen)}"
+    rng = np.random.Generator(np.random.PCG64(int.from_bytes(blake2b(stream.encode(), digest_size=16).digest(), "little")))
+    if category is None:
+        draw, names = rng.random(), tuple(MIXTURE)
+        category = names[min(np.searchsorted(np.cumsum(tuple(MIXTURE.values())), draw, "right"), len(names) - 1)]
+    claim, scene = random_item(rng, category, bool(unseen))
+    return Item(say(claim, language, rng), claim, scene, category)

@@ -1,0 +1,329 @@
+"""What a picture may contain, what a prompt may claim of it, and when the claim is true.
+
+Places are fractions of the width and the height, from the top left. Lengths are fractions of
+the image's short side, so a scene can be rendered at any size.
+"""
+
+import hashlib
+import itertools
+from dataclasses import dataclass, replace
+
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
+# Far apart from each other and from every background, in brightness where hue alone must
+# tell (JPEG halves the resolution of hue): `benchmarks/judge_accuracy.py` shows the confusions.
+COLORS = {
+    "red": (206, 12, 28),
+    "orange": (255, 132, 0),
+    "yellow": (254, 212, 0),
+    "green": (0, 120, 44),
+    "cyan": (0, 204, 232),
+    "blue": (24, 56, 224),
+    "purple": (124, 20, 158),
+    "pink": (255, 110, 190),
+}
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "gray": (110, 110, 110),
+    "beige": (244, 226, 188),
+}
+SIZES = {"small": 0.205, "large": 0.305}  # times EXTENT: about 0.23 and 0.35 of the short side
+# Width and height of each shape in units of its size, such that the areas are alike.
+EXTENT = {
+    "circle": (1.0, 1.0),
+    "square": (0.90, 0.90),
+    "triangle": (1.22, 1.12),
+    "star": (1.28, 1.22),
+    "diamond": (1.04, 1.28),
+    "cross": (1.14, 1.14),
+    "heart": (1.16, 1.08),
+    "ring": (1.20, 1.20),
+}
+# The direction in which the subject lies from the object.
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
+MOST = 4  # objects in a scene
+
+MARGIN = 0.1  # a relation holds from this distance on, along its axis
+EDGE = 0.035  # objects keep clear of the image's edge ...
+GAP = 0.065  # ... and of each other: 2 pixels of 32, so that they can be told apart
+CLEAR = (0.16, 1.3)  # a stated relation: this far along its axis, and this times the other axis
+
+
+@dataclass(frozen=True)
+class Object:
+    shape: str
+    color: str
+    size: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    objects: tuple[Object, ...]
+    background: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` objects of a shape; None where the prompt does not say."""
+
+    shape: str
+    color: str | None = None
+    size: str | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Every object of group `subject` lies on the `name` side of every one of group `object`."""
+
+    name: str
+    subject: int
+    object: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    groups: tuple[Group, ...]
+    relation: Relation | None = None
+    background: str | None = None
+
+
+def holds(claim: Claim, scene: Scene) -> bool:
+    """Whether the scene has exactly the claimed objects, in the claimed relation and place."""
+    if claim.background not in (None, scene.background):
+        return False
+    slots = [i for i, group in enumerate(claim.groups) for _ in range(group.count)]
+    if len(slots) != len(scene.objects):
+        return False
+    return any(_related(claim.relation, owners) for owners in _assign(claim, slots, scene.objects))
+
+
+def fits(thing: Object, group: Group) -> bool:
+    """Whether an object has the attributes that the group states."""
+    return (
+        thing.shape == group.shape
+        and group.color in (None, thing.color)
+        and group.size in (None, thing.size)
+    )
+
+
+def related(name: str, subject: Object, other: Object) -> bool:
+    """Whether the subject lies at least MARGIN to that side, and more so than to any other side."""
+    ax, ay = RELATIONS[name]
+    dx, dy = subject.x - other.x, subject.y - other.y
+    along, across = ax * dx + ay * dy, abs(ay * dx) + abs(ax * dy)
+    return along >= MARGIN and along > across
+
+
+def _assign(claim, slots, objects):
+    """All ways to give every object to a group it fits: lists of (group index, object)."""
+    if not objects:
+        yield []
+        return
+    first, rest = objects[0], objects[1:]
+    for i in sorted(set(slots)):
+        if fits(first, claim.groups[i]):
+            left = list(slots)
+            left.remove(i)
+            for owners in _assign(claim, left, rest):
+                yield [(i, first), *owners]
+
+
+def _related(relation, owners):
+    if relation is None:
+        return True
+    subjects = [thing for i, thing in owners if i == relation.subject]
+    others = [thing for i, thing in owners if i == relation.object]
+    return all(related(relation.name, a, b) for a in subjects for b in others)
+
+
+def distinct(groups) -> bool:
+    """Whether no object could fit two of the groups, so that a prompt has one meaning."""
+    return not any(
+        a.shape == b.shape
+        and (a.color is None or b.color is None or a.color == b.color)
+        and (a.size is None or b.size is None or a.size == b.size)
+        for a, b in itertools.combinations(groups, 2)
+    )
+
+
+def held_out(color: str, shape: str) -> bool:
+    """Whether the pair never occurs in training: a tenth of the pairs, fixed by a hash.
+
+    The salt is one of those that take no colour and no shape twice.
+    """
+    digest = hashlib.blake2b(f"held out 733: {color} {shape}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % 10 == 0
+
+
+PAIRS = tuple(itertools.product(COLORS, SHAPES))
+UNSEEN = tuple(pair for pair in PAIRS if held_out(*pair))
+SEEN = tuple(pair for pair in PAIRS if not held_out(*pair))
+
+# How often a prompt of the category states a colour and a size, and the number of groups.
+_STATED = {
+    "single_object": (0.5, 0.5),
+    "two_object": (0.5, 0.3),
+    "counting": (0.5, 0.25),
+    "colors": (1.0, 0.0),
+    "position": (0.6, 0.3),
+    "color_attribution": (1.0, 0.0),
+    "scene": (1.0, 0.25),
+}
+
+
+def random_item(rng, category: str, unseen: bool) -> tuple[Claim, Scene]:
+    """A claim of the category, or of "scene" (3-4 mixed objects), and a scene where it is true.
+
+    rng: numpy Generator. unseen: some stated colour-shape pair is held out; otherwise no
+    held-out pair is anywhere in the scene, stated or not.
+    """
+    if category not in _STATED:
+        raise ValueError(f"category: expected one of {', '.join(_STATED)}; found {category!r}")
+    while True:
+        groups = _groups(rng, category, unseen)
+        relation = Relation(_pick(rng, RELATIONS), 0, 1) if category == "position" else None
+        background = _pick(rng, BACKGROUNDS)
+        kinds = [replace(g, count=1) for g in groups for _ in range(g.count)]
+        places = next(filter(None, (_place(rng, kinds, relation) for _ in range(30))), None)
+        if places is None:  # too crowded
+            continue
+        objects = tuple(
+            Object(k.shape, k.color, k.size, x, y)
+            for k, (x, y) in zip(kinds, places, strict=True)
+        )
+        claim = Claim(
+            _state(rng, groups, category, unseen),
+            relation,
+            background if category == "colors" and rng.random() < 0.3 else None,
+        )
+        if distinct(claim.groups):
+            return claim, Scene(objects, background)
+
+
+def _pick(rng, options):
+    options = tuple(options)
+    return options[int(rng.random() * len(options))]
+
+
+def _counts(rng, category):
+    """How many objects each group of a new claim has."""
+    if category in ("single_object", "colors"):
+        return (1,)
+    if category == "scene":
+        return _pick(rng, ((1, 1, 1), (2, 1), (1, 2), (1, 1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 2), (3, 1)))
+    if category == "counting":
+        if rng.random() < 0.7:
+            return (1 + int(rng.random() * MOST),)
+        return _pick(rng, ((1, 2), (2, 1), (1, 3), (3, 1), (2, 2)))
+    return (1, 1)
+
+
+def _groups(rng, category, unseen):
+    """Groups with every attribute decided; the first one is held out if `unseen`, then shuffled."""
+    counts = _counts(rng, category)
+    room = 2 if sum(counts) == MOST else 3  # more large objects hardly fit
+    one_shape_each = category in ("two_object", "position", "color_attribution")
+    special = int(rng.random() * len(counts)) if unseen else -1
+    groups = []
+    for i, count in enumerate(counts):
+        while True:
+            color, shape = _pick(rng, UNSEEN if i == special else SEEN)
+            if (color, shape) in [(g.color, g.shape) for g in groups]:
+                continue
+            if one_shape_each and shape in [g.shape for g in groups]:
+                continue
+            if category == "color_attribution" and color in [g.color for g in groups]:
+                continue
+            break
+        size = "large" if count <= room and rng.random() < 0.5 else "small"
+        room -= count * (size == "large")
+        groups.append(Group(shape, color, size, count))
+    return groups
+
+
+def _state(rng, groups, category, unseen):
+    """The groups as the prompt states them: some attributes left out."""
+    color, size = _STATED[category]
+    stated = []
+    for g in groups:
+        keep = rng.random() < color or (unseen and held_out(g.color, g.shape))
+        stated.append(
+            replace(g, color=g.color if keep else None, size=g.size if rng.random() < size else None)
+        )
+    return tuple(stated)
+
+
+def _place(rng, kinds, relation, tries=40):
+    """Centres for the objects: inside the image, apart, and clearly in the relation; or None."""
+    halves = [tuple(SIZES[k.size] * e / 2 for e in EXTENT[k.shape]) for k in kinds]
+    # The largest first, because the last one finds the least room.
+    order = sorted(range(len(kinds)), key=lambda i: -halves[i][0] * halves[i][1])
+    draws = iter(rng.random(2 * tries).tolist())
+    places = {}
+    for x, y in zip(draws, draws, strict=True):
+        i = order[len(places)]
+        w, h = halves[i]
+        x = EDGE + w + x * (1 - 2 * (EDGE + w))
+        y = EDGE + h + y * (1 - 2 * (EDGE + h))
+        if all(
+            abs(x - px) >= w + halves[j][0] + GAP or abs(y - py) >= h + halves[j][1] + GAP
+            for j, (px, py) in places.items()
+        ):
+            places[i] = (x, y)
+            if len(places) == len(kinds):
+                break
+    else:
+        return None
+    if relation and not _clearly(relation.name, places[0], places[1]):
+        return None
+    return [places[i] for i in range(len(kinds))]
+
+
+def _clearly(name, subject, other):
+    ax, ay = RELATIONS[name]
+    dx, dy = subject[0] - other[0], subject[1] - other[1]
+    along, across = ax * dx + ay * dy, abs(ay * dx) + abs(ax * dy)
+    return along >= max(CLEAR[0], CLEAR[1] * across)
+
+
+def alter(rng, claim: Claim, scene: Scene) -> Claim:
+    """The claim with one stated attribute changed, such that it is false of the scene."""
+    others = [c for c in _neighbours(claim) if distinct(c.groups) and not holds(c, scene)]
+    # First the attribute, then its value: else shapes and colours would crowd out the rest.
+    kinds = sorted({_difference(claim, c) for c in others})
+    kind = _pick(rng, kinds)
+    return _pick(rng, [c for c in others if _difference(claim, c) == kind])
+
+
+def _neighbours(claim):
+    """Every claim that differs from this one in a single stated attribute."""
+    for i, group in enumerate(claim.groups):
+        room = MOST - sum(g.count for g in claim.groups) + group.count
+        values = {"shape": SHAPES, "color": COLORS, "size": SIZES, "count": range(1, room + 1)}
+        for name, options in values.items():
+            for value in options:
+                if getattr(group, name) not in (None, value):
+                    groups = list(claim.groups)
+                    groups[i] = replace(group, **{name: value})
+                    yield replace(claim, groups=tuple(groups))
+    if claim.relation:
+        for name in RELATIONS:
+            if name != claim.relation.name:
+                yield replace(claim, relation=replace(claim.relation, name=name))
+    if claim.background:
+        for name in BACKGROUNDS:
+            if name != claim.background:
+                yield replace(claim, background=name)
+
+
+def _difference(a, b):
+    """The name of the attribute in which two neighbouring claims differ."""
+    for g, h in zip(a.groups, b.groups, strict=True):
+        for name in ("shape", "color", "size", "count"):
+            if getattr(g, name) != getattr(h, name):
+                return name
+    return "relation" if a.relation != b.relation else "background"

@@ -1,0 +1,240 @@
+"""Batches are a pure function of the step, and say of each document what the grammar says."""
+
+import collections
+import io
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmgen.data.loader import Images, Rows, prefetch
+from mmgen.data.shards import DROP_IMAGES, DROP_TEXT, Shards, variant_of, write
+from mmgen.data.sources import TooManyBad, open_source
+from mmgen.grammar import Grammar
+from tests.test_shards import GRAMMAR, edit
+
+ROW = 96
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    write(folder, (edit(rng) for _ in range(240)), GRAMMAR, shard_size=100)
+    return folder
+
+
+def rows(folder, **options):
+    options = {"batch_size": 5, "row_length": ROW, "seed": 7, "text_drop": 0.3, "image_drop": 0.2, **options}
+    return Rows(Shards(folder), GRAMMAR, **options)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def segments_of(batch):
+    """Every document of a batch -> (tokens, positions, weights)."""
+    for row in range(len(batch["tokens"])):
+        segments = batch["segments"][row]
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            yield tuple(batch[name][row][here] for name in ("tokens", "positions", "weights"))
+
+
+def test_shapes_and_padding(folder):
+    batch = rows(folder).batch(0)
+    assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
+        "tokens": ((5, ROW), "int32"),
+        "segments": ((5, ROW), "int32"),
+        "positions": ((5, ROW, 3), "int32"),
+        "weights": ((5, ROW), "float32"),
+    }
+    padding = batch["segments"] == 0
+    assert padding.any() and (batch["segments"][:, 0] == 1).all()
+    for name in ("tokens", "positions", "weights"):
+        assert not batch[name][padding].any()
+    for segments in batch["segments"]:  # 1, 1, ..., 2, 2, ..., 0, 0: in order, each in one piece
+        real = segments[segments > 0]
+        assert (segments[len(real) :] == 0).all() and set(np.diff(real)) <= {0, 1}
+
+
+def test_a_batch_depends_on_its_step_alone(folder):
+    one, other = rows(folder), rows(folder, cache_bytes=0)
+    forwards = [one.batch(step) for step in range(60)]
+    assert one.epoch_of(59) >= 3
+    for step in (59, 0, 31, 31, 12, 58):
+        assert same(rows(folder).batch(step), forwards[step])
+        assert same(other.batch(step), forwards[step])
+        assert same(one.batch(step), forwards[step])
+    assert not same(rows(folder, seed=8).batch(0), forwards[0])
+    assert len({batch["tokens"].tobytes() for batch in forwards}) == 60
+
+
+def test_part_of_a_batch_is_that_part(folder):
+    loader = rows(folder)
+    whole = loader.batch(9)
+    parts = [loader.rows_of(9, 0, 2), loader.rows_of(9, 2, 5)]
+    assert same({name: np.concatenate([part[name] for part in parts]) for name in whole}, whole)
+
+
+def test_the_rows_of_an_epoch_are_the_same_at_any_batch_size(folder):
+    five, three = rows(folder), rows(folder, batch_size=3)
+    a = np.concatenate([five.batch(step)["tokens"] for step in range(30)])
+    b = np.concatenate([three.batch(step)["tokens"] for step in range(50)])
+    np.testing.assert_array_equal(a, b)
+
+
+def test_every_document_once_an_epoch(folder):
+    loader = rows(folder, batch_size=1, text_drop=0.0, image_drop=0.0)
+    expected = collections.Counter(Shards(folder).tokens(i).tobytes() for i in range(240))
+    step = 0
+    for epoch in range(3):
+        count = len(loader.documents(epoch))
+        found = collections.Counter(
+            tokens.tobytes()
+            for s in range(step, step + count)
+            for tokens, _, _ in segments_of(loader.batch(s))
+        )
+        assert found == expected
+        step += count
+        assert loader.epoch_of(step - 1) == epoch and loader.epoch_of(step) == epoch + 1
+    assert loader.documents(0) != loader.documents(1)
+
+
+@pytest.mark.parametrize(
+    "loss", [None, {"text": 0.5, "image": 2.0}, {"text": 1.0, "image": 1.0, "user": True}]
+)
+def test_documents_are_as_the_grammar_says(folder, loss):
+    loader, shards = rows(folder, batch_size=1, loss=loss), Shards(folder)
+    for step, documents in enumerate(loader.documents(0)):
+        found = list(segments_of(loader.batch(step)))
+        assert len(found) == len(documents)
+        for (tokens, positions, weights), (i, variant) in zip(found, documents):
+            expected = variant_of(shards.tokens(i), variant, GRAMMAR)
+            np.testing.assert_array_equal(tokens, expected)
+            np.testing.assert_array_equal(positions, GRAMMAR.positions(expected))
+            np.testing.assert_array_equal(weights, GRAMMAR.loss_weights(expected, **(loss or {})))
+            assert weights[0] == 0  # the first token of a segment has nothing before it to follow from
+            GRAMMAR.feed(tokens)  # well-formed with any drop
+    assert sum(weights.sum() for _, _, weights in found) > 0
+
+
+def test_drop_rates(folder):
+    drawn = np.array([v for epoch in range(40) for row in rows(folder).documents(epoch) for _, v in row])
+    assert abs(((drawn & DROP_TEXT) > 0).mean() - 0.3) < 0.02
+    assert abs(((drawn & DROP_IMAGES) > 0).mean() - 0.2) < 0.02
+    assert abs((drawn == DROP_TEXT | DROP_IMAGES).mean() - 0.06) < 0.02
+    per_epoch = [dict(d for row in rows(folder).documents(epoch) for d in row) for epoch in (0, 1)]
+    assert per_epoch[0] != per_epoch[1]
+
+
+def test_rows_are_planned_with_the_lengths_after_dropping(folder):
+    counts = [len(rows(folder, text_drop=p, image_drop=p).documents(0)) for p in (0.0, 0.5, 1.0)]
+    assert counts[0] > counts[1] > counts[2]
+    lengths = Shards(folder).lengths
+    assert counts[2] <= 1.1 * lengths[:, DROP_TEXT | DROP_IMAGES].sum() / ROW
+
+
+def test_rows_too_short(folder):
+    with pytest.raises(ValueError, match="longer than a row"):
+        rows(folder, row_length=24).batch(0)
+    loader = rows(folder, row_length=24, overlong="drop")
+    kept = sum(len(row) for row in loader.documents(0))
+    assert 0 < kept < 240 and loader.dropped(0) == 240 - kept
+    with pytest.raises(ValueError, match="no document fits"):
+        rows(folder, row_length=2, overlong="drop").batch(0)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_prefetch_is_the_batches_from_any_step_on(folder, threads):
+    loader = rows(folder)
+    before = threading.active_count()
+    for start in (0, 13, 1000):
+        batches = loader.prefetch(start, threads=threads, ahead=4)
+        for step in range(start, start + 6):
+            found, batch = next(batches)
+            assert found == step and same(batch, loader.batch(step))
+        batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(5)
+    assert threading.active_count() <= before
+
+
+def test_prefetch_stays_a_few_steps_ahead_and_passes_errors_on():
+    made = []
+
+    def batch(step):
+        made.append(step)
+        if step == 3:
+            raise ValueError("step three")
+        return {}
+
+    batches = prefetch(batch, 0, ahead=2)
+    assert [next(batches)[0] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="step three"):
+        next(batches)
+    batches.close()
+    assert max(made) <= 6
+
+
+def test_another_grammar_than_the_shards_is_refused(folder):
+    with pytest.raises(ValueError, match="grammar"):
+        Rows(Shards(folder), Grammar(pieces=51, max_side=4, codes=100), batch_size=1, row_length=ROW)
+
+
+# Images, for the tokenizer stage.
+
+
+def tar_of_images(path, count, bad=(), size=(24, 24)):
+    with tarfile.open(path, "w") as tar:
+        for k in range(count):
+            out = io.BytesIO()
+            ramp = np.tile(np.arange(size[0], dtype=np.uint8)[None, :, None], (size[1], 1, 3))
+            ramp[..., 0] = k
+            Image.fromarray(ramp).save(out, "PNG")
+            data = out.getvalue()[:40] if k in bad else out.getvalue()
+            info = tarfile.TarInfo(f"{k:03}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return open_source(f"tars:{path}", size=(16, 16))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_image_batches_are_pure_and_cover_an_epoch(tmp_path, augment):
+    source = tar_of_images(tmp_path / "a.tar", 30)
+    loader, again = Images(source, 6, seed=1, augment=augment), Images(source, 6, seed=1, augment=augment)
+    batches = [loader.batch(step)["images"] for step in range(10)]
+    for step in (9, 0, 4, 4):
+        assert (again.batch(step)["images"] == batches[step]).all()
+    assert batches[0].shape == (6, 16, 16, 3) and batches[0].dtype == np.uint8
+    for epoch in (batches[:5], batches[5:]):
+        assert sorted(np.concatenate(epoch)[:, 0, 0, 0].tolist()) == list(range(30))
+    assert (batches[0] != batches[5]).any()
+    assert (loader.rows_of(3, 2, 4)["images"] == batches[3][2:4]).all()
+    found, batch = next(prefetching := loader.prefetch(7, threads=2))
+    prefetching.close()
+    assert found == 7 and (batch["images"] == batches[7]).all()
+
+
+def test_a_bad_image_is_replaced_by_the_next_good_one_and_counted_once(tmp_path):
+    source = tar_of_images(tmp_path / "a.tar", 40, bad=(7, 8, 39))
+    loader = Images(source, 8)
+    for _ in range(2):
+        drawn = sorted(
+            np.concatenate([loader.batch(step)["images"] for step in range(5)])[:, 0, 0, 0].tolist()
+        )
+        assert drawn == sorted([*(set(range(40)) - {7, 8, 39}), 9, 9, 0])
+        assert sum(source.skipped.values()) == 3
+
+
+def test_too_many_bad_images_end_the_run(tmp_path):
+    with pytest.raises(TooManyBad, match="5 of 5"):
+        Images(tar_of_images(tmp_path / "a.tar", 5, bad=range(5)), 2).batch(0)
+    loader = Images(tar_of_images(tmp_path / "b.tar", 200, bad=range(0, 200, 4)), 50)
+    with pytest.raises(TooManyBad, match="10%"):
+        for step in range(4):
+            loader.batch(step)
