@@ -25,7 +25,8 @@ class Text:
             self.text.encode("utf-8")
         except UnicodeEncodeError as error:
             # Half of a surrogate pair (broken JSON has them) is no character: nothing can write it.
-            raise ValueError(f"Text must be valid Unicode: lone surrogate at {error.start} of {self.text!r}") from None
+            where = f"lone surrogate at {error.start} of {self.text!r}"
+            raise ValueError(f"Text must be valid Unicode: {where}") from None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ class Document:
         object.__setattr__(self, "turns", _tuple_of(self.turns, (Turn,), "turns of a document"))
 
     def normalised(self) -> "Document":
-        """The document that decoding gives back: tokens do not tell where one text ends and the next begins."""
+        """The document as decoding gives it back: tokens do not tell where a text ends and another begins."""
         return Document([turn.normalised() for turn in self.turns])
 
     def images(self) -> list[Image]:
@@ -106,7 +107,7 @@ class Document:
 
 
 def caption_to_image(prompt: str, image: Image | None = None) -> Document:
-    """The user describes, the assistant draws. Without an image: the request, with the answer still to come."""
+    """The user describes, the assistant draws. Without an image, the answer is still to come."""
     return Document([Turn("user", [Text(prompt)]), Turn("assistant", [] if image is None else [image])])
 
 
@@ -117,7 +118,8 @@ def image_to_caption(image: Image, caption: str = "", question: str = "") -> Doc
 
 def edit_image(source: Image, instruction: str, image: Image | None = None) -> Document:
     """The user shows an image and says what to change, the assistant draws it anew."""
-    return Document([Turn("user", [source, Text(instruction)]), Turn("assistant", [] if image is None else [image])])
+    answer = [] if image is None else [image]
+    return Document([Turn("user", [source, Text(instruction)]), Turn("assistant", answer)])
 
 
 def _pixels(pixels) -> np.ndarray:
@@ -130,7 +132,8 @@ def _pixels(pixels) -> np.ndarray:
 def _codes(codes) -> np.ndarray:
     codes = np.asarray(codes)
     if codes.dtype.kind not in "iu" or codes.ndim not in (2, 3) or 0 in codes.shape:
-        raise ValueError(f"codes must be integers [h, w] or [h, w, depth], not {codes.dtype} {list(codes.shape)}")
+        found = f"{codes.dtype} {list(codes.shape)}"
+        raise ValueError(f"codes must be integers [h, w] or [h, w, depth], not {found}")
     if codes.min() < 0 or codes.max() > np.iinfo(np.int32).max:
         raise ValueError(f"codes must be in [0, 2**31), found {codes.min()} to {codes.max()}")
     return codes.astype(np.int32, copy=False)

@@ -69,8 +69,9 @@ class Grammar:
 
     def __post_init__(self):
         for field, value in self.to_dict().items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, (int, np.integer)) or value < 1:
                 raise GrammarError(f"Grammar.{field} must be a positive whole number, not {value!r}")
+            object.__setattr__(self, field, int(value))  # JSON takes no numpy numbers
 
     # The vocabulary.
 
@@ -79,7 +80,7 @@ class Grammar:
     end = property(lambda self: self.pieces + CONTROL["end"])
     boi = property(lambda self: self.pieces + CONTROL["boi"])
     eoi = property(lambda self: self.pieces + CONTROL["eoi"])
-    size_start = property(lambda self: self.pieces + CONTROLS)  # the first token that is only ever part of an image
+    size_start = property(lambda self: self.pieces + CONTROLS)  # from here on tokens are parts of images
     code_start = property(lambda self: self.size_start + 2 * self.max_side)
     vocab_size = property(lambda self: self.code_start + self.depth * self.codes)
 
@@ -138,7 +139,8 @@ class Grammar:
         for turn in document.turns:
             tokens.append(self.roles[turn.role])
             for part in turn.parts:
-                tokens += self._encode_text(part, text) if isinstance(part, Text) else self._encode_image(part)
+                is_text = isinstance(part, Text)
+                tokens += self._encode_text(part, text) if is_text else self._encode_image(part)
             tokens.append(self.end)
         tokens.append(self.eos)
         if not close:
@@ -151,20 +153,21 @@ class Grammar:
         ids = text.encode(part.text)
         # The guarantee that nothing a user types becomes a control token.
         if ids and not 0 <= min(ids) <= max(ids) < self.pieces:
-            raise GrammarError(f"the text model gave ids {min(ids)} to {max(ids)}: expected [0, {self.pieces})")
+            raise GrammarError(f"text ids must be in [0, {self.pieces}), found {min(ids)} to {max(ids)}")
         return ids
 
     def _encode_image(self, image: Image) -> list[int]:
         codes = image.codes
         if codes is None:
             raise GrammarError("an image has pixels but no codes: run the image tokenizer first")
-        codes = codes[..., None] if codes.ndim == 2 else codes
-        if codes.shape[2] != self.depth:
-            raise GrammarError(f"codes must be [h, w{f', {self.depth}' * (self.depth > 1)}], found {image!r}")
-        if codes.min() < 0 or codes.max() >= self.codes:
-            raise GrammarError(f"image codes must be in [0, {self.codes}), found {codes.min()} to {codes.max()}")
+        if codes.shape[2:] != (() if self.depth == 1 else (self.depth,)):
+            expected = "[h, w]" if self.depth == 1 else f"[h, w, {self.depth}]"
+            raise GrammarError(f"codes must be {expected}, found {list(codes.shape)}")
+        low, high = codes.min(), codes.max()
+        if low < 0 or high >= self.codes:
+            raise GrammarError(f"image codes must be in [0, {self.codes}), found {low} to {high}")
         header = [self.boi, self.h(codes.shape[0]), self.w(codes.shape[1])]
-        return header + (codes + self._depth_start).reshape(-1).tolist() + [self.eoi]
+        return header + (codes.reshape(-1, self.depth) + self._depth_start).reshape(-1).tolist() + [self.eoi]
 
     @functools.cached_property
     def _depth_start(self) -> np.ndarray:
@@ -172,21 +175,23 @@ class Grammar:
         return (self.code_start + self.codes * np.arange(self.depth)).astype(np.int32)
 
     def decode(self, tokens, text) -> Document:
-        """The document that the tokens write, normalised. Anything after the first <eos> must be <eos> too.
+        """The document that the tokens write, normalised. After the first <eos>, more may follow as padding.
 
         Raises GrammarError, with where, expected and found, for tokens that are not a whole document.
         """
         tokens = _row(tokens)
         turns, state = self._read(tokens)
         if state.mode != DONE:
-            raise GrammarError(f"token {len(tokens)}: expected {self._expected(state)}, found the end of the tokens")
+            expected = self._expected(state)
+            raise GrammarError(f"token {len(tokens)}: expected {expected}, found the end of the tokens")
         document = []
         for role, spans in turns:
             parts = []
             for start, stop in spans:
                 if tokens[start] == self.boi:
                     height, width = tokens[start + 1] - self.h(1) + 1, tokens[start + 2] - self.w(1) + 1
-                    codes = tokens[start + 3 : stop - 1].reshape(height, width, self.depth) - self._depth_start
+                    codes = tokens[start + 3 : stop - 1].reshape(height, width, self.depth)
+                    codes = codes - self._depth_start
                     parts.append(Image(codes=codes if self.depth > 1 else codes[..., 0]))
                 else:
                     parts.append(Text(text.decode(tokens[start:stop].tolist())))
@@ -210,10 +215,12 @@ class Grammar:
 
         def fail(i):
             state = State(mode, role, images, height, width, remaining, p)
-            raise GrammarError(f"token {i}: expected {self._expected(state)}, found {self.name(int(tokens[i]))}")
+            found = self.name(int(tokens[i]))
+            raise GrammarError(f"token {i}: expected {self._expected(state)}, found {found}")
 
         while i < len(tokens):
-            token, length = int(tokens[i]), 1
+            token = int(tokens[i])
+            length = step = 1  # in tokens, in positions
             if mode == BOS and token == self.bos:
                 mode = BETWEEN
             elif mode == BETWEEN and token in role_of:
@@ -223,7 +230,7 @@ class Grammar:
                 mode, images = DONE, 0
             elif mode == TURN and 0 <= token < self.pieces:
                 after = np.searchsorted(not_text, i)
-                length = (not_text[after] if after < len(not_text) else len(tokens)) - i
+                length = step = (not_text[after] if after < len(not_text) else len(tokens)) - i
                 turns[-1][1].append((i, i + length))
             elif mode == TURN and token == self.boi:
                 mode, images, begun = HEIGHT, images + 1, i
@@ -235,26 +242,24 @@ class Grammar:
                 mode, width = CODES, token - self.w(1) + 1
                 remaining = height * width * self.depth
             elif mode == CODES:
-                codes = tokens[i : i + remaining]
-                codes = codes - np.resize(self._depth_start, len(codes))
+                length, step = min(remaining, len(tokens) - i), 0
+                codes = tokens[i : i + length] - np.resize(self._depth_start, length)
                 wrong = np.flatnonzero((codes < 0) | (codes >= self.codes))
                 if len(wrong):
                     remaining -= wrong[0]
                     fail(i + wrong[0])
-                length = len(codes)
                 remaining -= length
-                p -= length  # undoes the step below: codes stand at the position of the first ...
                 if remaining == 0:
-                    mode, p = EOI, p + max(height, width)  # ... and what follows is past all of them
+                    mode, step = EOI, max(height, width)
             elif mode == EOI and token == self.eoi:
                 mode = TURN
                 turns[-1][1].append((begun, i + 1))
             elif mode == DONE and token == self.eos:
-                p -= 1  # padding: a finished row stays where it is
+                step = 0
             else:
                 fail(i)
             i += length
-            p += length
+            p += step
         return turns, State(mode, role, images, height, width, remaining, p)
 
     def _expected(self, state: State) -> str:
@@ -293,7 +298,8 @@ class Grammar:
         and its size, <boi> <h> <w>. What nobody chooses weighs nothing: <bos>, roles, <eoi>, <eos>.
         """
         tokens = _row(tokens)
-        learned = self._speaker(tokens) >= self.roles["user" if user else "assistant"]  # ROLES are in this order
+        # The roles are in this order: system, user, assistant, page.
+        learned = self._speaker(tokens) >= self.roles["user" if user else "assistant"]
         is_text = (tokens < self.pieces) | (tokens == self.end)
         is_image = (tokens >= self.size_start) | (tokens == self.boi)
         return np.where(learned, is_text * np.float32(text) + is_image * np.float32(image), np.float32(0))
@@ -323,7 +329,7 @@ class Grammar:
         return State(*(xp.zeros(batch, xp.int32) for _ in State._fields))
 
     def advance(self, state: State, tokens) -> State:
-        """The state after each row writes its token, int32 [B], which must be allowed. A done row stays as it is."""
+        """The state after each row writes its token, int32 [B], which must be allowed. Done rows stay."""
         xp, mode = _namespace(state), state.mode
         tokens = xp.asarray(tokens, dtype=xp.int32)
         height = xp.where(mode == HEIGHT, tokens - self.h(1) + 1, state.height)
@@ -365,12 +371,13 @@ class Grammar:
 
         Args:
           state: of B rows.
-          room: int32 [B], how many tokens may still be written, the one now chosen included. What can no
-            longer be finished is not begun: while room >= need(state), some token is allowed, and after
-            it room - 1 >= need again. A row with less room than it needs is led out by a shortest way.
-          size: int32 [B, 2], the (height, width) of every image, each up to max_side; 0 leaves a side free.
+          room: int32 [B], how many tokens may still be written, the one now chosen included. What
+            can no longer be finished is not begun: while room >= need(state), some token is allowed,
+            and after it room - 1 >= need again. A row with less room than it needs is led out by a
+            shortest way.
+          size: int32 [B, 2], (height, width) of every image, each up to max_side; 0 leaves a side free.
           image_only: bool [B], whether an assistant turn must be exactly one image.
-          text_only: bool [B], whether an assistant turn must not begin an image. image_only goes before it.
+          text_only: bool [B], whether an assistant turn must not begin an image; image_only goes first.
         """
         xp, mode = _namespace(state), state.mode
         room = xp.maximum(xp.asarray(room), self.need(state, size, image_only))
@@ -383,7 +390,7 @@ class Grammar:
         picture = image_only & assistant
         silent = text_only & assistant & ~picture
 
-        # Most modes allow one range of tokens, `first` and `count`; some a closing token or <boi> beside it.
+        # Each mode allows one range of tokens, `first` and `count`; some also a closing token and <boi>.
         turn = 3 + xp.where(image_only, 4 + image, 0)  # role ... <end> <eos>
         code = self.code_start + -state.remaining % self.depth * self.codes
         role, h, w = self.roles[ROLES[0]], self.h(1) - 1 + least_h, self.w(1) - 1 + least_w
@@ -397,7 +404,8 @@ class Grammar:
         draw = xp.where(may_draw, self.boi, -1)
         token = xp.arange(self.vocab_size, dtype=xp.int32)
         nth = token - first[..., None]
-        return ((nth >= 0) & (nth < count[..., None])) | (token == close[..., None]) | (token == draw[..., None])
+        in_range = (nth >= 0) & (nth < count[..., None])
+        return in_range | (token == close[..., None]) | (token == draw[..., None])
 
     def _least(self, state: State, size):
         """The smallest height and width that a next image may have, in patches: int32 [B] or [] each."""
@@ -407,11 +415,12 @@ class Grammar:
 
     def _owes_image(self, state: State, image_only):
         """Which rows stand in an assistant turn that must be one image, and have not begun it: bool [B]."""
-        return image_only & (state.mode == TURN) & (state.role == self.roles["assistant"]) & (state.images == 0)
+        answering = (state.mode == TURN) & (state.role == self.roles["assistant"])
+        return image_only & answering & (state.images == 0)
 
 
 def _namespace(state: State):
-    """numpy or jax.numpy, whichever the state is made of (without importing JAX, which data workers never need)."""
+    """numpy or jax.numpy, whichever the state is made of; JAX is not imported for those who do without."""
     return state.mode.__array_namespace__()
 
 

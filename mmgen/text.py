@@ -48,7 +48,8 @@ class Text:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self.model)
-            self._space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+            spelling = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+            self._space_mark = [self._processor.piece_to_id(byte) for byte in spelling]
             found = self.decode(self.encode(PROBE))
         except RuntimeError as error:
             raise ValueError(f"{name} is not a SentencePiece model: {error}") from None
@@ -82,7 +83,7 @@ class Text:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits of the SHA-256 of the model: equal for equal models, on any machine."""
+        """Twelve hexadecimal digits of the model's SHA-256: equal for equal models, on any machine."""
         return hashlib.sha256(self.model).hexdigest()[:12]
 
     def save(self, path: str | Path) -> None:
@@ -91,7 +92,7 @@ class Text:
 
 
 def train(lines: Iterable[str], pieces: int, path: str | Path, join_han: bool = False) -> Text:
-    """Trains a model on lines of text, writes it to `path` and returns it. The same lines give the same bytes.
+    """Trains a model on lines of text, writes it to `path` and returns it. Same lines, same bytes.
 
     Byte-pair merges rather than a unigram model: on 5,000 short captions of a small world, 512
     pieces, they take 7 pieces a caption against 13, because the unigram model's first guess at
@@ -114,7 +115,9 @@ def train(lines: Iterable[str], pieces: int, path: str | Path, join_han: bool = 
     characters = set().union(*lines)
     minimum = 1 + 256 + len(characters | {" "})  # <unk>, the bytes, the characters
     if pieces < minimum:
-        raise ValueError(f"{pieces} pieces are too few for this text: <unk>, 256 bytes and its characters need {minimum}")
+        raise ValueError(
+            f"{pieces} pieces are too few for this text: <unk>, 256 bytes and its characters need {minimum}"
+        )
     if not join_han:
         # A merge needs neighbours: give each Chinese character a line to itself, once.
         lines = [part for line in lines for part in HAN.split(line) if part]

@@ -38,8 +38,9 @@ def test_the_usual_documents():
     assert caption_to_image("a", image).turns == (Turn("user", [Text("a")]), Turn("assistant", [image]))
     assert caption_to_image("a").turns[1] == Turn("assistant")
     assert image_to_caption(image, "a").turns == (Turn("user", [image]), Turn("assistant", [Text("a")]))
-    assert image_to_caption(image, question="b").turns == (Turn("user", [image, Text("b")]), Turn("assistant"))
-    assert edit_image(image, "a", image).turns == (Turn("user", [image, Text("a")]), Turn("assistant", [image]))
+    asked = Turn("user", [image, Text("b")])
+    assert image_to_caption(image, question="b").turns == (asked, Turn("assistant"))
+    assert edit_image(image, "b", image).turns == (asked, Turn("assistant", [image]))
     assert edit_image(image, "a").images() == [image] and edit_image(image, "a").text() == "a"
 
 

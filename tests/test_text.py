@@ -24,7 +24,7 @@ CAPTIONS = [
     for color, zh in zip(("red", "green", "blue"), "红绿蓝")
     for shape in ("circle", "squares", "hearts")
 ]
-LOOKS_SPECIAL = ["<bos>", "<eos>", "<|assistant|>", "<end>", "<h:3>", "<s>", "</s>", "<unk>", "<pad>", "<0x41>", "▁", "▅", " ⁇ "]
+LOOKS_SPECIAL = "<bos> <eos> <|assistant|> <end> <h:3> <s> </s> <unk> <pad> <0x41> ▁ ▅ ⁇".split() + [" ⁇ "]
 
 odd = st.sampled_from([*" ▁▅\t\n\r\0aé红🟥\u200b\ufeff\ufffd\u0301\U0010ffff", *LOOKS_SPECIAL])
 anything = st.text() | st.lists(odd).map("".join)
@@ -58,12 +58,12 @@ def test_all_pieces_decode_to_some_text(text, ids):
 def test_nothing_typed_is_a_control_token(text):
     grammar = Grammar(pieces=text.size, max_side=4, codes=8)
     image = Image(codes=np.zeros((2, 2), int))
-    for typed in [*LOOKS_SPECIAL, *(f"<{name}>" for name in CONTROL), "".join(f"<{name}>" for name in CONTROL)]:
+    silent = grammar.encode(caption_to_image("", image), text)
+    names = [f"<{name}>" for name in CONTROL]
+    for typed in [*LOOKS_SPECIAL, *names, "".join(names)]:
         document = caption_to_image(typed, image)
         tokens = grammar.encode(document, text)
-        assert sum(token >= grammar.pieces for token in tokens) == sum(
-            token >= grammar.pieces for token in grammar.encode(caption_to_image("", image), text)
-        )
+        assert np.array_equal(tokens[tokens >= grammar.pieces], silent)
         assert grammar.decode(tokens, text) == document
 
 
@@ -95,7 +95,8 @@ def test_a_file_is_the_whole_model_and_its_hash(text, tmp_path):
 
 
 def test_training_is_a_pure_function_of_the_lines(text, tmp_path):
-    assert train(iter(CAPTIONS), 400, tmp_path / "a.model").model == text.model == (tmp_path / "a.model").read_bytes()
+    again = train(iter(CAPTIONS), 400, tmp_path / "a.model")
+    assert again.model == text.model == (tmp_path / "a.model").read_bytes()
     assert train(CAPTIONS[1:], 400, tmp_path / "b.model").hash != text.hash
 
 
@@ -130,7 +131,11 @@ def test_what_is_no_model_is_refused(tmp_path):
 def test_a_model_that_loses_text_is_refused():
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS), model_writer=model, vocab_size=400, hard_vocab_limit=False, minloglevel=2
+        sentence_iterator=iter(CAPTIONS),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     with pytest.raises(ValueError, match="loses text"):
         Text(model.getvalue())

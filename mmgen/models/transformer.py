@@ -52,7 +52,8 @@ class Transformer(nnx.Module):
     causal = jnp.tril(jnp.ones((T, T), bool))
     mask = causal & (segments[:, :, None] == segments[:, None, :])
     x = constrain(self.embed(tokens), ("batch", "length", None))
-    return layers.scan(self.blocks, x, self.angles(positions), mask, remat=self.config.remat)
+    return layers.scan(self.blocks, x, self.angles(positions), mask,
+                       remat=self.config.remat, unroll=self.config.unroll)
 
 
 

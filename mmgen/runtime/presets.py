@@ -17,5 +17,6 @@ SHARDING = {
     "mlp": "tensor",
     "norm": None,
     "pixels": None,
+    "window": None,
     "code": None,
 }

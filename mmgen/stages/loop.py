@@ -107,7 +107,11 @@ def train(config, workdir, *, stop_at=None):
     stop = min(config.steps, stop_at or config.steps)
     writer = metric_files.Metrics(workdir, start)
     evaluate = lambda: stage.evaluate(graphdef, state.get("ema", state["params"]), done)
-    last, pending, began, since, waited = {}, None, time.monotonic(), start, 0.0
+    last = {}
+    if start >= stop:  # nothing left to do: report what was measured when it was done
+      for record in metric_files.read(workdir):
+        last |= {name: value for name, value in record.items() if name != "step"}
+    began, since, waited = time.monotonic(), start, 0.0
     batches = iter(stage.data.prefetch(start))
     bar = tqdm(total=config.steps, initial=start, desc=config.name, disable=None, leave=False)
     for step in range(start, stop):
@@ -117,12 +121,12 @@ def train(config, workdir, *, stop_at=None):
       waited += time.monotonic() - wait
       batch = {name: jax.make_array_from_callback(x.shape, rows, x.__getitem__)
                for name, x in batch.items()}
-      state, pending = train_step(state, batch)
+      state, measured = train_step(state, batch)
       bar.update()
       done = step + 1
       if done % config.log_every == 0 or done == stop:
         # Reading the metrics of this step waits for it; between log steps nothing waits.
-        last = {name: float(value) for name, value in pending.items()}
+        last = {name: float(value) for name, value in measured.items()}
         if last["loss"] != last["loss"]:
           raise FloatingPointError(f"loss is not a number at step {done}; see {workdir}/metrics.jsonl")
         now = time.monotonic()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mmgen.data.loader import Images
 from mmgen.data.sources import open_source
-from mmgen.models.autoencoders import Tokenizer, ViT, to_float
+from mmgen.models.autoencoders import Autoencoder, Tokenizer, to_float
 from mmgen.stages.loop import Stage
 
 
@@ -27,21 +27,18 @@ def setup(config, workdir):
     _preview(workdir / "previews" / f"{step:07d}.png", images[:32], back[:32])
     return {**reconstruction(images, back), **usage(codes, model.codes)}
 
-  return Stage(make=lambda rngs: ViT(config.model, rngs),
-               loss=functools.partial(loss, gradient=config.loss.gradient),
+  return Stage(make=lambda rngs: Autoencoder(config.model, rngs),
+               loss=functools.partial(loss, l1=config.loss.l1),
                data=data, unit="images", units_a_step=config.data.batch_size, evaluate=evaluate)
 
 
-def loss(model, batch, key, *, gradient):
-  """L1 + L2 + `gradient` times the L1 of horizontal and vertical differences (edges)."""
+def loss(model, batch, key, *, l1):
+  """Mean squared error plus `l1` times the mean absolute error, of pixels in [-1, 1]."""
   del key
   images = to_float(batch["images"])
-  back = model.decode(model.encode(images))
-  error = back - images
+  error = model.decode(model.encode(images)) - images
   parts = {"l1": jnp.mean(jnp.abs(error)), "mse": jnp.mean(jnp.square(error))}
-  edges = (jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2))))
-  parts["psnr"] = 10 * jnp.log10(4.0 / parts["mse"])
-  return parts["l1"] + parts["mse"] + gradient * edges, parts
+  return parts["mse"] + l1 * parts["l1"], parts | {"psnr": 10 * jnp.log10(4.0 / parts["mse"])}
 
 
 # ---- how good it is -------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """A world of simple pictures whose truth is known: scenes, words for them, and a judge of pixels."""
 
+import bisect
+import itertools
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -40,9 +42,10 @@ def item(seed, split, i, category=None, language="en", unseen=None) -> Item:
     if split == "train" and unseen:
         raise ValueError("unseen: the train split never shows held-out pairs; use valid or test")
     stream = f"{seed} {split} {i} {category} {bool(unseen)}"
-    rng = np.random.Generator(np.random.PCG64(int.from_bytes(blake2b(stream.encode(), digest_size=16).digest(), "little")))
+    digest = blake2b(stream.encode(), digest_size=16).digest()
+    rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
     if category is None:
-        draw, names = rng.random(), tuple(MIXTURE)
-        category = names[min(np.searchsorted(np.cumsum(tuple(MIXTURE.values())), draw, "right"), len(names) - 1)]
+        limits = list(itertools.accumulate(MIXTURE.values()))
+        category = tuple(MIXTURE)[bisect.bisect(limits, rng.random() * limits[-1])]
     claim, scene = random_item(rng, category, bool(unseen))
     return Item(say(claim, language, rng), claim, scene, category)

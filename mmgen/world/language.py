@@ -57,7 +57,7 @@ def _english(claim, rng):
 
 
 def _noun_phrase(group, counted, rng):
-    """"a large red circle", "three blue stars"; a lone one among counts is "one blue star"."""
+    """Such as "a large red circle", "three blue stars"; a lone one among counts is "one blue star"."""
     words = [w for w in (group.color, group.shape if group.count == 1 else _PLURALS[group.shape]) if w]
     if group.size:
         words.insert(0, _mostly(rng, group.size, _SIZE_WORDS[group.size], 0.25))
@@ -105,19 +105,21 @@ def _chinese(claim, rng):
         subject, other = names[claim.relation.subject], names[claim.relation.object]
         plain, others = _ZH_RELATIONS[claim.relation.name]
         side = _mostly(rng, plain, others, 0.4)
-        body = _mostly(rng, f"{subject}在{other}的{side}", (f"{subject}位于{other}{side}", f"{other}的{side}有{subject}"))
+        others = (f"{subject}位于{other}{side}", f"{other}的{side}有{subject}")
+        body = _mostly(rng, f"{subject}在{other}的{side}", others)
         openings = ("画一幅图：{}", "图中，{}", "请画：{}")
     else:
         body = names[0] if len(names) == 1 else "、".join(names[:-1]) + "和" + names[-1]
         openings = _ZH_OPENINGS
     if claim.background:
         ground = _ZH_BACKGROUNDS[claim.background]
-        return _mostly(rng, f"{ground}背景上的{body}", (f"{body}，{ground}背景", f"画{body}，背景是{ground}"))
+        others = (f"{body}，{ground}背景", f"画{body}，背景是{ground}")
+        return _mostly(rng, f"{ground}背景上的{body}", others)
     return _mostly(rng, body, openings).format(body)
 
 
 def _zh_noun_phrase(group):
-    """ "一个红色的大圆形", "三颗蓝色的星星": the size after the colour, since 大红 is itself a colour."""
+    """Such as "一个红色的大圆形", "三颗蓝色的星星": the size after the colour, since 大红 is itself a colour."""
     measure, name = _ZH_SHAPES[group.shape]
     color = f"{_ZH_COLORS[group.color]}的" if group.color else ""
     return f"{_ZH_NUMBERS[group.count]}{measure}{color}{_ZH_SIZES.get(group.size, '')}{name}"

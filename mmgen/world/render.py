@@ -4,7 +4,6 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from mmgen.world.scene import BACKGROUNDS, COLORS, EXTENT, SIZES, Scene
 
@@ -14,7 +13,8 @@ def render(scene: Scene, width: int, height: int) -> np.ndarray:
     canvas = np.empty((height, width, 3), np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:
-        alpha, top, left = coverage(thing.shape, thing.size, thing.x * width, thing.y * height, min(width, height))
+        x, y = thing.x * width, thing.y * height
+        alpha, top, left = coverage(thing.shape, thing.size, x, y, min(width, height))
         rows = slice(max(top, 0), top + alpha.shape[0])
         cols = slice(max(left, 0), left + alpha.shape[1])
         patch = canvas[rows, cols]
@@ -52,13 +52,17 @@ def _summed(shape, size, short):
     w, h = (e * SIZES[size] * short for e in EXTENT[shape])
     n = math.ceil(max(w, h) / 2) + 1
     side = 2 * n * fine
-    image = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(image)
-    for fill, outline in enumerate(_outlines(shape)):
-        # Pillow counts from pixel centres: half a sample less than from corners.
-        points = [(side / 2 + px * w * fine - 0.5, side / 2 + py * h * fine - 0.5) for px, py in outline]
-        draw.polygon(points, fill=1 - fill)
-    total = np.asarray(image, np.int32).cumsum(0).cumsum(1)
+    crossed = np.zeros((side, side + 1), np.int32)
+    for outline in _outlines(shape):
+        points = [(side / 2 + px * w * fine, side / 2 + py * h * fine) for px, py in outline]
+        for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
+            # A sample is inside if an odd number of edges lies to its left; holes follow from that.
+            rows = np.arange(math.ceil(min(y0, y1) - 0.5), math.ceil(max(y0, y1) - 0.5))
+            if len(rows):
+                x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+                crossed[rows, np.ceil(x - 0.5).astype(int)] += 1
+    mask = crossed.cumsum(1)[:, :-1] % 2
+    total = mask.cumsum(0).cumsum(1)
     total = np.pad(total, ((fine + 1, 0), (fine + 1, 0)))
     return np.pad(total, ((0, fine), (0, fine)), mode="edge"), n
 
@@ -79,11 +83,13 @@ def _outlines(shape):
     if shape == "star":
         turns = [math.pi * i / 5 for i in range(10)]
         radii = [1, 0.45] * 5
-        return [_boxed([(r * math.sin(t), -r * math.cos(t)) for r, t in zip(radii, turns, strict=True)])]
+        points = [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(radii, turns, strict=True)]
+        return [_boxed(points)]
     if shape == "cross":
         a = 0.18  # half the arm's width
         corner = [(a, -0.5), (a, -a), (0.5, -a)]
-        return [[(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in corner]]
+        turns = ((1, 0), (0, 1), (-1, 0), (0, -1))
+        return [[(x * c - y * s, x * s + y * c) for c, s in turns for x, y in corner]]
     if shape == "heart":
         turns = [2 * math.pi * i / 64 for i in range(64)]
         x = [16 * math.sin(t) ** 3 for t in turns]

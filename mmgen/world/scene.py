@@ -163,7 +163,7 @@ PAIRS = tuple(itertools.product(COLORS, SHAPES))
 UNSEEN = tuple(pair for pair in PAIRS if held_out(*pair))
 SEEN = tuple(pair for pair in PAIRS if not held_out(*pair))
 
-# How often a prompt of the category states a colour and a size, and the number of groups.
+# How often a prompt of the category states a colour and a size.
 _STATED = {
     "single_object": (0.5, 0.5),
     "two_object": (0.5, 0.3),
@@ -223,7 +223,7 @@ def _counts(rng, category):
 
 
 def _groups(rng, category, unseen):
-    """Groups with every attribute decided; the first one is held out if `unseen`, then shuffled."""
+    """Groups with every attribute decided; if `unseen`, one of them is a held-out pair."""
     counts = _counts(rng, category)
     room = 2 if sum(counts) == MOST else 3  # more large objects hardly fit
     one_shape_each = category in ("two_object", "position", "color_attribution")
