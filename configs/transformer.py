@@ -18,27 +18,26 @@ def get_config(variant):
 
   c.model = m = ml_collections.ConfigDict()
   m.width, m.layers = 128, 4
-  m.heads, m.kv_heads, m.head_dim, m.mlp = 4, 2, 32, 384
+  m.heads, m.kv_heads, m.head_dim, m.mlp = 2, 1, 64, 384
   m.rope_base = 1_000.0
-  m.tied = False
+  m.tied = False                # one table for reading and writing tokens
+  m.factored = True             # codes share what is learned of their FSQ digits
   m.dtype = "float32"           # of the computation; parameters are float32
   m.remat = False               # recompute activations in the backward pass
   m.unroll = True               # write the layers out instead of scanning them: faster on CPU
 
   c.data = d = ml_collections.ConfigDict()
   d.shards = "runs/shards"      # a folder written by `mmgen tokenize`
-  d.held_out = ""               # another one, whose loss is reported
   d.batch_size = 28             # rows
-  d.row_length = 192            # tokens a row; several documents share one
+  d.row_length = 176            # tokens a row; several documents share one
+  d.overlong = "error"          # or "drop": what to do with documents longer than a row
   d.text_drop = 0.1             # share of documents trained without their text (for guidance)
   d.image_drop = 0.0            # ... without text and without the images of their user turns
   d.text_weight, d.image_weight, d.user_weight = 1.0, 1.0, False
 
   c.loss = dict(z=1e-4)         # weight of log Z squared
-  c.preview = dict(prompts=("a large red circle above a small blue star",), size=(32, 32),
-                   guidance=1.0, temperature=0.7)
 
-  c.steps = 800
+  c.steps = 720
   c.optimizer = dict(name="muon", learning_rate=2e-2, adam_learning_rate=3e-3, warmup=50, final=0.0,
                      weight_decay=0.0, beta1=0.9, beta2=0.95, clip=1.0)
   c.ema = 0.0
@@ -46,6 +45,10 @@ def get_config(variant):
   c.mesh = dict(data=-1)
   c.sharding = SHARDING
 
+  if variant == "emoji":        # names -> 64 px pictures of 16 x 16 codes
+    m.layers = 6
+    d.batch_size, d.row_length, d.overlong = 16, 288, "drop"
+    c.steps, c.optimizer.weight_decay = 1_000, 0.01
   if variant == "tiny":         # for tests: seconds
     m.width, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 2, 2, 1, 16, 64
     d.batch_size = 4

@@ -22,19 +22,18 @@ def main(argv=None):
     print("usage: mmgen COMMAND [--help]\n\n"
           + "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items()))
     return 0 if argv else 2
-  from mmgen.runtime.config import nearest
-
   name, *rest = argv
   if name == "--version":
     from mmgen import __version__
     print(__version__)
     return 0
   if name not in COMMANDS:
+    from mmgen.runtime.config import nearest
     print(f"mmgen: no command {name!r}; {nearest(name, COMMANDS)}", file=sys.stderr)
     return 2
   try:
     return importlib.import_module(f"mmgen.commands.{name}").main(rest) or 0
-  except (ValueError, RuntimeError, OSError) as error:
+  except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
     if not (isinstance(error, OSError) or _is_ours(error)):
       raise
     print(f"mmgen {name}: {error}", file=sys.stderr)

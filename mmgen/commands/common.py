@@ -1,5 +1,7 @@
 """Flags that several commands share."""
 
+import argparse
+
 from mmgen.data.sources import open_source
 
 
@@ -7,7 +9,7 @@ def size(text):
     """'WIDTHxHEIGHT' -> (width, height)."""
     width, cross, height = text.lower().partition("x")
     if not (cross and width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise ValueError(f"a size is written WIDTHxHEIGHT, as in 32x32; found {text!r}")
+        raise argparse.ArgumentTypeError(f"a size is written WIDTHxHEIGHT, as in 32x32; found {text!r}")
     return int(width), int(height)
 
 

@@ -32,7 +32,7 @@ def main(argv):
 
     prompts = list(args.prompt)
     if args.prompts:
-        prompts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        prompts += [line.strip() for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
     if not prompts or args.n < 1:
         raise ValueError("nothing to draw: expected --prompt TEXT or a --prompts FILE with a line in it, and --n >= 1")
     write = _prepare(Path(args.out))  # before the work: an unwritable path should cost nothing
@@ -67,8 +67,11 @@ def _prepare(out):
             raise FileNotFoundError(f"cannot write {out}: the folder {out.parent} does not exist")
         if out.suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"cannot write {out}: {out.suffix!r} is no image format; use .png")
+        existed = out.exists()
         with out.open("ab"):  # raises where it may not be written
             pass
+        if not existed:  # a run that fails leaves no empty picture
+            out.unlink()
 
         def sheet(pictures, columns):
             height, width = np.max([p.shape[:2] for p in pictures], axis=0)

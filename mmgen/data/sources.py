@@ -36,6 +36,7 @@ def open_source(
     *,
     documents=None,
     languages=("en",),
+    category=None,
     split=None,
     split_by="key",
     holdout=0.1,
@@ -47,14 +48,14 @@ def open_source(
     """Opens the source named `spec`; images come at `size` (width, height).
 
     world: `documents` is its length; `languages` is a list, or a dict of weights, from which each
-    document draws one by (seed, i).
+    document draws one by (seed, i); `category` gives only its kind of scene.
     tars: `split` "train" or "test" takes one side of a stable split, in which documents of equal JSON
     field `split_by` stay together and a share `holdout` of its values is test. `only` and `exclude`
     map JSON fields to a value or a list of values. `documents` keeps the first so many.
     """
     kind, _, where = spec.partition(":")
     if kind == "world" and where:
-        return World(spec, where, size, seed, documents, languages)
+        return World(spec, where, size, seed, documents, languages, category)
     if kind == "tars" and where:
         keep = Filter(split, split_by, holdout, _lists(only), _lists(exclude))
         return Tars(spec, where, size, documents, keep, limits, background)
@@ -109,12 +110,12 @@ class Bad:
 class World:
     """Document i of a split of the world: a prompt by the user, its picture by the assistant."""
 
-    def __init__(self, spec, split, size, seed, documents, languages):
+    def __init__(self, spec, split, size, seed, documents, languages, category):
         if not documents:
             raise ValueError(f"{spec} has no end: say how many documents to take from it, documents=N")
         weights = languages if isinstance(languages, dict) else dict.fromkeys(languages, 1.0)
         self.spec, self.size, self.documents = spec, tuple(size), documents
-        self.split, self.seed = split, seed
+        self.split, self.seed, self.category = split, seed, category
         self.languages = list(weights)
         self.shares = np.array(list(weights.values()), float) / sum(weights.values())
         self.skipped = collections.Counter()
@@ -133,7 +134,7 @@ class World:
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents} in {self.spec}")
         drawn = np.random.default_rng([self.seed, i]).choice(len(self.shares), p=self.shares)
-        return world.item(self.seed, self.split, i, language=self.languages[drawn])
+        return world.item(self.seed, self.split, i, self.category, language=self.languages[drawn])
 
     def caption(self, i):
         return self.item(i).prompt

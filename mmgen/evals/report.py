@@ -57,7 +57,7 @@ def write(out, *, title, scores, metrics, seconds, config, curves=(), pictures=(
         body.append(f"<h3>{html.escape(caption)}</h3><img width=768 src='data:image/png;base64,{data}'>")
     body.append(f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre>")
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    (out / "report.html").write_text(page + "\n".join(body))
+    (out / "report.html").write_text(page + "\n".join(body), "utf-8")
     return out / "report.html"
 
 

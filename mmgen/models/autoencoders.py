@@ -45,17 +45,16 @@ def unpatchify(x, patch):
 class AttentionTower(nnx.Module):
   """Bidirectional transformer over a grid with two-axis rotary positions (ViT-VQGAN, arXiv:2110.04627)."""
 
-  def __init__(self, config, rngs, *, dtype):
+  def __init__(self, config, depth, rngs, *, dtype):
     self.head_dim, self.base, self.unroll = config.head_dim, config.rope_base, config.unroll
-    self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=dtype), config.layers, rngs)
-    self.norm = layers.RMSNorm(config.width)
+    self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=dtype), depth, rngs)
 
   def __call__(self, x):
     B, h, w, D = x.shape
     grid = jnp.stack(jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij"), -1)
-    angles = layers.rope_angles(grid.reshape(1, h * w, 2), self.head_dim, self.base)
-    x = layers.scan(self.blocks, x.reshape(B, h * w, D), angles, unroll=self.unroll)
-    return self.norm(x).reshape(B, h, w, D)
+    cos_sin = layers.rope(grid.reshape(1, h * w, 2), self.head_dim, self.base)
+    x = layers.scan(self.blocks, x.reshape(B, h * w, D), cos_sin, unroll=self.unroll)
+    return layers.rms_norm(x).reshape(B, h, w, D)
 
 
 class ConvBlock(nnx.Module):
@@ -67,13 +66,12 @@ class ConvBlock(nnx.Module):
 
   def __init__(self, config, rngs, *, dtype):
     D = config.width
-    self.norm = layers.RMSNorm(D)
     self.wide = layers.Linear((9 * D, D), ("window", "mlp"), rngs, dtype=dtype)
     self.out = layers.Linear((D, D), ("mlp", "embed"), rngs, scale=(2 * config.layers * D) ** -0.5, dtype=dtype)
 
   def __call__(self, x):
     h, w = x.shape[1:3]
-    y = jnp.pad(self.norm(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = jnp.pad(layers.rms_norm(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
     window = jnp.concatenate([y[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1)
     return x + self.out(jax.nn.silu(self.wide(window)))
 
@@ -81,32 +79,54 @@ class ConvBlock(nnx.Module):
 class ConvTower(nnx.Module):
   """Residual 3x3 convolutions over a grid."""
 
-  def __init__(self, config, rngs, *, dtype):
+  def __init__(self, config, depth, rngs, *, dtype):
     self.unroll = config.unroll
-    self.blocks = layers.stack(lambda r: ConvBlock(config, r, dtype=dtype), config.layers, rngs)
-    self.norm = layers.RMSNorm(config.width)
+    self.blocks = layers.stack(lambda r: ConvBlock(config, r, dtype=dtype), depth, rngs)
 
   def __call__(self, x):
-    return self.norm(layers.scan(self.blocks, x, unroll=self.unroll))
+    return layers.rms_norm(layers.scan(self.blocks, x, unroll=self.unroll))
 
 
-TOWERS = {"conv": ConvTower, "attention": AttentionTower}
+class PatchBlock(nnx.Module):
+  """x + MLP(norm(x)), each patch alone."""
+
+  def __init__(self, config, rngs, *, dtype):
+    scale = (2 * config.layers * config.mlp) ** -0.5
+    self.mlp = layers.MLP(config.width, config.mlp, rngs, dtype=dtype, out_scale=scale)
+
+  def __call__(self, x):
+    return x + self.mlp(layers.rms_norm(x))
+
+
+class PatchTower(nnx.Module):
+  """Residual MLPs that see one patch: as an encoder, equal patches get equal codes wherever they are."""
+
+  def __init__(self, config, depth, rngs, *, dtype):
+    self.unroll = config.unroll
+    self.blocks = layers.stack(lambda r: PatchBlock(config, r, dtype=dtype), depth, rngs)
+
+  def __call__(self, x):
+    return layers.rms_norm(layers.scan(self.blocks, x, unroll=self.unroll))
+
+
+TOWERS = {"conv": ConvTower, "attention": AttentionTower, "patch": PatchTower}
 
 
 class Autoencoder(nnx.Module):
   """Patches -> tower -> FSQ -> tower -> patches; any image size that the patch divides."""
 
   def __init__(self, config, rngs):
-    if config.tower not in TOWERS:
-      raise ValueError(f"unknown tower {config.tower!r}; known: {', '.join(TOWERS)}")
-    tower, dtype = TOWERS[config.tower], jnp.dtype(config.dtype)
+    for name in (config.encoder, config.decoder):
+      if name not in TOWERS:
+        raise ValueError(f"unknown tower {name!r}; known: {', '.join(TOWERS)}")
+    dtype = jnp.dtype(config.dtype)
     self.patch, self.quantizer = config.patch, FSQ(config.levels)
     pixels, D, C = config.patch**2 * 3, config.width, self.quantizer.channels
     self.stem = layers.Linear((pixels, D), ("pixels", "embed"), rngs, bias=True, dtype=dtype)
-    self.encoder = tower(config, rngs, dtype=dtype)
+    self.encoder = TOWERS[config.encoder](config, config.encoder_layers, rngs, dtype=dtype)
     self.to_features = layers.Linear((D, C), ("embed", "code"), rngs, bias=True)
     self.from_features = layers.Linear((C, D), ("code", "embed"), rngs, bias=True, dtype=dtype)
-    self.decoder = tower(config, rngs, dtype=dtype)
+    self.decoder = TOWERS[config.decoder](config, config.layers, rngs, dtype=dtype)
     self.head = layers.Linear((D, pixels), ("embed", "pixels"), rngs, bias=True, dtype=dtype)
 
   def encode(self, images):
@@ -133,6 +153,7 @@ class Tokenizer:
 
   def __init__(self, model):
     self.patch, self.codes = model.patch, model.quantizer.codes
+    self.levels = tuple(int(level) for level in model.quantizer.levels)
     graphdef, self._params = nnx.split(model)
     self._encode = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
     self._decode = jax.jit(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))

@@ -31,21 +31,18 @@ class Linear(nnx.Module):
     return y if self.b is None else y + self.b[...].astype(self.dtype)
 
 
-class RMSNorm(nnx.Module):
-  """Root mean square norm over the last axis, in float32 (arXiv:1910.07467)."""
+def rms_norm(x, epsilon=1e-6):
+  """Root mean square norm over the last axis (arXiv:1910.07467), in float32, without a scale.
 
-  def __init__(self, size, axes=("norm",), epsilon=1e-6):
-    self.epsilon = epsilon
-    self.scale = nnx.Param(jnp.ones((size,)), axes=axes)
-
-  def __call__(self, x):
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
-    return (y * self.scale[...]).astype(x.dtype)
+  A learned scale would only rescale the rows of the matrix that follows (as in nanochat we leave it
+  out); on CPU its gradient alone took a sixth of a step.
+  """
+  y = x.astype(jnp.float32)
+  return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
-def rope_angles(positions, channels, base):
-  """Angles [..., C/2] of rotary embedding (arXiv:2104.09864) over one or more axes.
+def rope(positions, channels, base):
+  """Cosines and sines [..., C/2] of rotary embedding (arXiv:2104.09864) over one or more axes.
 
   `positions` is int [..., A]. Frequencies fall as in one dimension and are dealt to the A axes
   in turn, so that each axis sees the whole range; equal coordinates give plain one-dimensional
@@ -54,32 +51,46 @@ def rope_angles(positions, channels, base):
   pairs = channels // 2
   frequency = base ** (-np.arange(pairs) / pairs)
   axis = np.arange(pairs) % positions.shape[-1]
-  return positions[..., axis].astype(jnp.float32) * frequency.astype(np.float32)
+  angles = positions[..., axis].astype(jnp.float32) * frequency.astype(np.float32)
+  return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x, angles):
-  """Rotates the channel halves of x [B, T, N, C] by angles [B, T, C/2]."""
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+def rotate(x, cos_sin):
+  """Rotates the channel halves of x [B, T, N, C] by the angles of cosines and sines [B, T, C/2]."""
+  cos, sin = (y[:, :, None] for y in cos_sin)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def attention(q, k, v, mask=None, *, impl="xla"):
+def attention(q, k, v, bias=None, *, impl="xla"):
   """Softmax attention with grouped queries.
 
-  q [B, T, N, C]; k, v [B, S, K, C] with N a multiple of K; mask bool, broadcastable to
-  [B, T, S], or None for full attention. Returns [B, T, N, C]. The softmax is in float32.
+  q [B, T, N, C]; k, v [B, S, K, C] with N a multiple of K; bias float32, broadcastable to
+  [B, T, S] (0 where a query may look, very negative where not), or None for full attention.
+  Returns [B, T, N, C]. The softmax is in float32.
   """
   if impl != "xla":
     raise ValueError(f"unknown attention implementation {impl!r}; known: 'xla'")
   B, T, N, C = q.shape
-  K = k.shape[2]
-  q = q.reshape(B, T, K, N // K, C) * C ** -0.5
-  logits = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32)
-  if mask is not None:
-    logits = jnp.where(mask[:, None, None], logits, -1e30)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(B, T, N, C)
+  S, K = k.shape[1:3]
+  G = N // K
+  # Two plain batched matrix products over B*K: on CPU 1.5 times as fast as five-axis einsums.
+  q = (q * C ** -0.5).reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, C)
+  k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, C) for x in (k, v))
+  logits = jnp.einsum("btc,bsc->bts", q, k, preferred_element_type=jnp.float32)
+  logits = logits.reshape(B, K, G, T, S)
+  if bias is not None:
+    logits = logits + bias[:, None, None]
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+  total = weights.sum(-1, keepdims=True)
+  y = jnp.einsum("bts,bsc->btc", weights.astype(v.dtype).reshape(B * K, G * T, S), v)
+  y = y.reshape(B, K, G, T, C) / total.astype(v.dtype)
+  return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, C)
+
+
+def bias_of(mask):
+  """The additive bias of a bool mask (True: may look)."""
+  return jnp.where(mask, 0.0, -1e30).astype(jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -92,19 +103,17 @@ class Attention(nnx.Module):
     self.q = Linear((D, N, C), ("embed", "heads", "head_dim"), rngs, dtype=dtype)
     self.k = Linear((D, K, C), ("embed", "kv_heads", "head_dim"), rngs, dtype=dtype)
     self.v = Linear((D, K, C), ("embed", "kv_heads", "head_dim"), rngs, dtype=dtype)
-    self.q_norm, self.k_norm = RMSNorm(C), RMSNorm(C)
     self.out = Linear((N * C, D), ("heads", "embed"), rngs, scale=out_scale, dtype=dtype)
 
-  def qkv(self, x, angles):
+  def qkv(self, x, cos_sin):
     """Projected, normed and rotated q, k, v of x [B, T, D]."""
-    q = rotate(self.q_norm(self.q(x)), angles)
-    k = rotate(self.k_norm(self.k(x)), angles)
+    q, k = (rotate(rms_norm(project(x)), cos_sin) for project in (self.q, self.k))
     return q, k, self.v(x)
 
-  def __call__(self, x, angles, mask=None, impl="xla"):
-    q, k, v = self.qkv(x, angles)
+  def __call__(self, x, cos_sin, bias=None, impl="xla"):
+    q, k, v = self.qkv(x, cos_sin)
     q = constrain(q, ("batch", "length", "heads", "head_dim"))
-    return self.project(attention(q, k, v, mask, impl=impl))
+    return self.project(attention(q, k, v, bias, impl=impl))
 
   def project(self, y):
     return self.out(y.reshape(y.shape[:2] + (-1,)))
@@ -123,20 +132,19 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """Pre-norm transformer block: x + attention, x + MLP. The mask makes it causal or not."""
+  """Pre-norm transformer block: x + attention, x + MLP. The bias makes it causal or not."""
 
   def __init__(self, config, rngs, *, dtype):
     # Residual outputs start small so that depth does not grow the stream (GPT-2's scaling).
     shrink = (2 * config.layers) ** -0.5
     N, C, F = config.heads, config.head_dim, config.mlp
-    self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
     self.attention = Attention(config, rngs, dtype=dtype, out_scale=shrink * (N * C) ** -0.5)
     self.mlp = MLP(config.width, F, rngs, dtype=dtype, out_scale=shrink * F ** -0.5)
 
-  def __call__(self, x, angles, mask=None, impl="xla"):
-    x = x + self.attention(self.attention_norm(x), angles, mask, impl)
+  def __call__(self, x, cos_sin, bias=None, impl="xla"):
+    x = x + self.attention(rms_norm(x), cos_sin, bias, impl)
     x = constrain(x, ("batch", "length", None))
-    x = x + self.mlp(self.mlp_norm(x))
+    x = x + self.mlp(rms_norm(x))
     return constrain(x, ("batch", "length", None))
 
 

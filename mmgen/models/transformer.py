@@ -4,9 +4,12 @@ Pre-norm RMSNorm, QK-norm, SwiGLU, grouped-query attention, (t, y, x) rotary emb
 layers. Shapes: B batch, T tokens, D model, V vocabulary, K kv-heads, C channels a head.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import nnx
 
 from mmgen.models import layers
@@ -14,34 +17,58 @@ from mmgen.runtime.mesh import constrain
 
 
 class Transformer(nnx.Module):
-  """Causal transformer over packed rows; `vocab` is the grammar's joint vocabulary size."""
+  """Causal transformer over packed rows; `vocab` is the grammar's joint vocabulary size.
 
-  def __init__(self, config, vocab, rngs):
+  `levels` are those of an FSQ tokenizer, whose codes are the last of the vocabulary: a code is then
+  read and written as its digits together, plus a part of its own that starts at zero. Codes that
+  are alike share what is learned of them, so that rare ones need not be learned alone.
+  """
+
+  def __init__(self, config, vocab, rngs, levels=()):
     # Frozen, so that the graph definition can be hashed (it is a static argument of jit).
     self.config, self.dtype = ml_collections.FrozenConfigDict(config), jnp.dtype(config.dtype)
     D = config.width
-    self.embedding = nnx.Param(layers.normal(rngs, (vocab, D), 1.0), axes=("vocab", "embed"))
+    self.levels = tuple(levels)
+    codes = math.prod(levels) if levels else 0
+    own = (jnp.arange(vocab) < vocab - codes)[:, None]
+    self.embedding = nnx.Param(own * layers.normal(rngs, (vocab, D), 1.0), axes=("vocab", "embed"))
     self.blocks = layers.stack(
         lambda r: layers.Block(config, r, dtype=self.dtype), config.layers, rngs)
-    self.norm = layers.RMSNorm(D)
-    if config.tied:
-      self.head = None
-    else:
-      self.head = nnx.Param(layers.normal(rngs, (D, vocab), D ** -0.5), axes=("embed", "vocab"))
+    self.head = None if config.tied else nnx.Param(
+        own * layers.normal(rngs, (vocab, D), D ** -0.5), axes=("vocab", "embed"))
+    scale = max(len(levels), 1) ** -0.5
+    digits = lambda scale: nnx.Param(layers.normal(rngs, (sum(levels), D), scale), axes=("code", "embed"))
+    self.digit_embedding = digits(scale) if levels else None
+    self.digit_head = digits(scale * D ** -0.5) if levels and not config.tied else None
+
+  def _table(self, own, digits):
+    """[V, D]: each token's own row, and for a code those of its digits added."""
+    if digits is None:
+      return own[...]
+    codes = np.arange(math.prod(self.levels))
+    basis = np.cumprod([1, *self.levels[:-1]])
+    column = codes[:, None] // basis % self.levels + np.cumsum([0, *self.levels[:-1]])
+    has = np.zeros((len(codes), sum(self.levels)), np.float32)
+    has[codes[:, None], column] = 1
+    table = own[...]
+    return table.at[table.shape[0] - len(codes):].add(has @ digits[...])
 
   def embed(self, tokens):
-    return self.embedding[...][tokens].astype(self.dtype)
+    return self._table(self.embedding, self.digit_embedding)[tokens].astype(self.dtype)
 
   def logits(self, x):
     """x [..., D] -> float32 logits [..., V]."""
-    x = self.norm(x)
-    # Tied embeddings start at unit scale for the input; the output side is scaled to match.
-    head = self.embedding[...].T * self.config.width ** -0.5 if self.head is None else self.head[...]
-    y = x.reshape(-1, x.shape[-1]) @ head.astype(self.dtype)
+    x = layers.rms_norm(x)
+    if self.head is None:
+      # Tied embeddings start at unit scale for the input; the output side is scaled to match.
+      head = self._table(self.embedding, self.digit_embedding) * self.config.width ** -0.5
+    else:
+      head = self._table(self.head, self.digit_head)
+    y = jnp.einsum("nd,vd->nv", x.reshape(-1, x.shape[-1]), head.astype(self.dtype))
     return y.astype(jnp.float32).reshape(x.shape[:-1] + (-1,))
 
-  def angles(self, positions):
-    return layers.rope_angles(positions, self.config.head_dim, self.config.rope_base)
+  def rope(self, positions):
+    return layers.rope(positions, self.config.head_dim, self.config.rope_base)
 
   def __call__(self, tokens, segments, positions):
     """Tokens, segments int32 [B, T], positions int32 [B, T, 3] -> hidden [B, T, D] (see `logits`).
@@ -50,9 +77,9 @@ class Transformer(nnx.Module):
     """
     T = tokens.shape[1]
     causal = jnp.tril(jnp.ones((T, T), bool))
-    mask = causal & (segments[:, :, None] == segments[:, None, :])
+    bias = layers.bias_of(causal & (segments[:, :, None] == segments[:, None, :]))
     x = constrain(self.embed(tokens), ("batch", "length", None))
-    return layers.scan(self.blocks, x, self.angles(positions), mask,
+    return layers.scan(self.blocks, x, self.rope(positions), bias,
                        remat=self.config.remat, unroll=self.config.unroll)
 
 
@@ -74,18 +101,18 @@ def step(model, blocks, cache, tokens, positions, lengths):
   B, T = tokens.shape
   S = cache[0][0].shape[1]
   slots = lengths[:, None] + jnp.arange(T)
-  mask = jnp.arange(S) <= slots[:, :, None]
-  angles = model.angles(positions)
+  bias = layers.bias_of(jnp.arange(S) <= slots[:, :, None])
+  cos_sin = model.rope(positions)
   x = model.embed(tokens)
   new = []
   rows = jnp.arange(B)[:, None]
   for block, (keys, values) in zip(blocks, cache):
-    q, k, v = block.attention.qkv(block.attention_norm(x), angles)
+    q, k, v = block.attention.qkv(layers.rms_norm(x), cos_sin)
     keys = keys.at[rows, slots].set(k.astype(keys.dtype), mode="drop")
     values = values.at[rows, slots].set(v.astype(values.dtype), mode="drop")
-    y = layers.attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+    y = layers.attention(q, keys.astype(q.dtype), values.astype(q.dtype), bias)
     x = x + block.attention.project(y)
-    x = x + block.mlp(block.mlp_norm(x))
+    x = x + block.mlp(layers.rms_norm(x))
     new.append((keys, values))
   return x, new
 

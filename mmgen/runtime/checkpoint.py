@@ -34,15 +34,25 @@ def _digest(folder):
 def save(workdir, step, items, keep=2):
   """Writes `items` (name -> pytree) as one step, then its digest; keeps the last `keep` steps."""
   folder = Path(workdir).resolve() / _FOLDER
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+  # A run that went on from an earlier step leaves later ones, damaged or half-written. Orbax would
+  # silently save nothing beside them, and the digest would then vouch for what is damaged.
+  _remove(folder, lambda found: found >= step)
+  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
   with ocp.CheckpointManager(folder, options=options) as manager:
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     manager.save(step, args=ocp.args.Composite(**args))
-    kept = set(manager.all_steps())
   (folder / f"{step}.sha256").write_text(_digest(folder / str(step)))
-  for path in folder.glob("*.sha256"):
-    if int(path.stem) not in kept:
-      path.unlink()
+  # Only now that the new step counts may the old ones go.
+  kept = steps(workdir)[-keep:]
+  _remove(folder, lambda found: found not in kept)
+
+
+def _remove(folder, unwanted):
+  """Deletes unwanted steps and unfinished pieces of them, digests first: without one none counts."""
+  named = [(path, path.name.partition(".")[0]) for path in folder.glob("*")]
+  paths = [path for path, name in named if name.isdigit() and unwanted(int(name))]
+  for path in sorted(paths, key=lambda path: path.suffix != ".sha256"):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def steps(workdir):

@@ -15,7 +15,7 @@ SHARDING = {
     "head_dim": None,
     "gate": None,
     "mlp": "tensor",
-    "norm": None,
+    
     "pixels": None,
     "window": None,
     "code": None,

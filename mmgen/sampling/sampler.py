@@ -169,8 +169,9 @@ def load(workdir):
                 f"{workdir}: the {name} in it is not the one that this transformer was trained with "
                 f"(expected hash {manifest[f'{name}_hash']}, found {found}); codes of one mean nothing to another"
             )
+    levels = manifest["levels"] if config.model.factored else ()
     graphdef, abstract = nnx.split(
-        nnx.eval_shape(lambda: transformer.Transformer(config.model, grammar.vocab_size, nnx.Rngs(0)))
+        nnx.eval_shape(lambda: transformer.Transformer(config.model, grammar.vocab_size, nnx.Rngs(0), levels))
     )
     params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
     return Sampler(graphdef, params, config, grammar, text, tokenizer)

@@ -30,13 +30,15 @@ def choose(logits, legal, uniform, temperature, top_k, top_p):
     the row's only randomness; temperature, top_p float32 [B], top_k int32 [B].
     """
     logits = jnp.where(legal, logits, -jnp.inf)
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    # The largest first becomes 0, so that no temperature, however small, makes an infinite one of it.
+    scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     p = jax.nn.softmax(scaled, axis=-1)
     p = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), _keep_top, lambda p, k, q: p, p, top_k, top_p)
-    # Inverse of the cumulative distribution: the first token whose cumulated weight exceeds u. A
-    # token of weight 0 never is that first one, and u < 1 keeps the threshold below the total.
-    cumulated = jnp.cumsum(p, axis=-1)
-    total = cumulated[:, -1]
+    # Inverse of the cumulative distribution: the first token whose cumulated weight exceeds u. A parallel
+    # cumulative sum is not quite monotone, so that tokens of weight 0 are left out by name; the total is
+    # the largest of the others, and u < 1 keeps the threshold below it.
+    cumulated = jnp.where(p > 0, jnp.cumsum(p, axis=-1), 0.0)
+    total = cumulated.max(axis=-1)
     threshold = jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
     drawn = jnp.argmax(cumulated > threshold[:, None], axis=-1)
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
@@ -49,6 +51,7 @@ def _keep_top(p, top_k, top_p):
     before = jnp.cumsum(ordered, axis=-1) - ordered  # weight of the more likely tokens
     rank = jnp.arange(p.shape[-1])
     k = jnp.where(top_k > 0, top_k, p.shape[-1])
-    kept = (rank < k[:, None]) & (before < top_p[:, None])
+    # top_p 1 keeps all whatever `before` is rounded to: a row is the same beside any others.
+    kept = (rank < k[:, None]) & ((before < top_p[:, None]) | (top_p[:, None] >= 1))
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(p >= least, p, 0.0)

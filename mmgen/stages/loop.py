@@ -7,6 +7,7 @@ is here, once, in the order in which it happens.
 
 import importlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -26,8 +27,8 @@ from mmgen.runtime.config import ConfigError, nearest
 STAGES = ("tokenizer", "transformer")
 
 # Settings that may differ between the runs that continue one another: they steer what is
-# written down, never what is learned.
-_FREE = {"log_every", "save_every", "evaluate_every", "keep", "name", "prefetch"}
+# written down and where it is computed, never what is learned.
+_FREE = {"log_every", "save_every", "evaluate_every", "keep", "name", "prefetch", "mesh", "sharding"}
 
 
 class Stage(NamedTuple):
@@ -54,9 +55,10 @@ def train(config, workdir, *, stop_at=None):
   never stopped. `stop_at` ends early, after saving, as an interruption would.
   """
   workdir = Path(workdir)
-  _claim(config, workdir)
+  _check(config, workdir)
   stage = setup(config, workdir)
   mesh = meshes.make_mesh(dict(config.mesh))
+  _record(config, workdir)  # after all that may refuse the config: a mistake does not claim the workdir
   with meshes.use(mesh, config.sharding):
     # -- state: shapes first, then shardings, then values, never all on one device
     make = lambda key: stage.make(nnx.Rngs(key))
@@ -106,13 +108,12 @@ def train(config, workdir, *, stop_at=None):
     # -- the loop
     stop = min(config.steps, stop_at or config.steps)
     writer = metric_files.Metrics(workdir, start)
-    evaluate = lambda: stage.evaluate(graphdef, state.get("ema", state["params"]), done)
     last = {}
     if start >= stop:  # nothing left to do: report what was measured when it was done
       for record in metric_files.read(workdir):
         last |= {name: value for name, value in record.items() if name != "step"}
     began, since, waited = time.monotonic(), start, 0.0
-    batches = iter(stage.data.prefetch(start))
+    batches = stage.data.prefetch(start)
     bar = tqdm(total=config.steps, initial=start, desc=config.name, disable=None, leave=False)
     for step in range(start, stop):
       wait = time.monotonic()
@@ -124,48 +125,58 @@ def train(config, workdir, *, stop_at=None):
       state, measured = train_step(state, batch)
       bar.update()
       done = step + 1
-      if done % config.log_every == 0 or done == stop:
-        # Reading the metrics of this step waits for it; between log steps nothing waits.
-        last = {name: float(value) for name, value in measured.items()}
-        if last["loss"] != last["loss"]:
-          raise FloatingPointError(f"loss is not a number at step {done}; see {workdir}/metrics.jsonl")
+      log, save = done % config.log_every == 0, done % config.save_every == 0 or done == stop
+      measure = done % config.evaluate_every == 0 or done == config.steps
+      if log or save or measure:
+        # Reading the metrics of this step waits for it; between such steps nothing waits.
+        scalars = {name: float(value) for name, value in measured.items()}
+        if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
+          raise FloatingPointError(
+              f"loss {scalars['loss']}, gradient norm {scalars['grad_norm']} at step {done}; "
+              f"see {workdir}/metrics.jsonl. The last checkpoint is from before; try a lower learning rate")
+      if log or measure:
+        last = scalars
         now = time.monotonic()
         rate = (done - since) / (now - began)
         last |= {f"{stage.unit}_per_second": rate * stage.units_a_step,
                  "data_wait": waited / (done - since)}
         eta = (config.steps - done) / rate
-        writer.write(done, last)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
         tqdm.write(f"step {done}/{config.steps}  {shown}  eta {eta:.0f} s")
-        began, since, waited = now, done, 0.0
-      if done % config.save_every == 0 or done == stop:
-        checkpoint.save(workdir, done, state, config.keep)
-      if done % config.evaluate_every == 0 or done == config.steps:
-        last |= evaluate()
+        if measure:
+          last |= stage.evaluate(graphdef, state.get("ema", state["params"]), done)
         writer.write(done, last)
-        began, since = time.monotonic(), done
+        began, since, waited = time.monotonic(), done, 0.0
+      if save:  # last: what is on disk of a saved step is whole, and resuming cuts back the rest
+        checkpoint.save(workdir, done, state, config.keep)
+    batches.close()
     bar.close()
     writer.close()
   return last
 
 
-def _claim(config, workdir):
-  """Makes `workdir` this run's: writes its config and environment, or checks that they match."""
+def _check(config, workdir):
+  """Makes `workdir`, or checks that the run in it has this config's settings."""
+  workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / "config.json"
   ours = json.loads(config.to_json())
   if path.exists():
     theirs = json.loads(path.read_text())
     changed = sorted(key for key, value in _flat(ours).items()
-                     if _flat(theirs).get(key, value) != value and key not in _FREE)
+                     if _flat(theirs).get(key, value) != value and key.split(".")[0] not in _FREE)
     if theirs.get("stage") != ours["stage"]:
       raise ConfigError(f"{workdir} holds a {theirs.get('stage')} run, this config is a "
                         f"{ours['stage']} run; use another --workdir")
     if changed:
       raise ConfigError(f"{workdir} holds a run with other settings ({', '.join(changed)} differ); "
                         "use another --workdir, or the settings in its config.json")
-  workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _record(config, workdir):
+  """Writes the resolved config, and where the run takes place, to `workdir`."""
+  path = workdir / "config.json"
   temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(ours, indent=2))
+  temporary.write_text(config.to_json(indent=2))
   os.replace(temporary, path)
   (workdir / "environment.json").write_text(json.dumps(metric_files.environment(), indent=2))
 

@@ -31,6 +31,7 @@ def tokenize(source, tokenizer_dir, text_path, out, *, max_side, overwrite=False
         "text_hash": text.hash,
         "tokenizer_hash": tokenizer.hash,
         "patch": tokenizer.patch,
+        "levels": list(tokenizer.levels),
     }
 
     def encoded():

@@ -8,7 +8,7 @@ from flax import nnx
 from PIL import Image
 
 from mmgen.data.loader import Images
-from mmgen.data.sources import open_source
+from mmgen.data.sources import documents_of, open_source
 from mmgen.models.autoencoders import Autoencoder, Tokenizer, to_float
 from mmgen.stages.loop import Stage
 
@@ -21,24 +21,28 @@ def setup(config, workdir):
 
   def evaluate(graphdef, params, step):
     model = Tokenizer(nnx.merge(graphdef, params))
-    images = np.stack([held_out[i].turns[1].parts[0].pixels for i in range(len(held_out))])
+    images = np.stack([document.turns[1].parts[0].pixels for _, document in documents_of(held_out)])
     codes = model.encode(images)
     back = model.decode(codes)
     _preview(workdir / "previews" / f"{step:07d}.png", images[:32], back[:32])
     return {**reconstruction(images, back), **usage(codes, model.codes)}
 
   return Stage(make=lambda rngs: Autoencoder(config.model, rngs),
-               loss=functools.partial(loss, l1=config.loss.l1),
+               loss=functools.partial(loss, floor=config.loss.floor),
                data=data, unit="images", units_a_step=config.data.batch_size, evaluate=evaluate)
 
 
-def loss(model, batch, key, *, l1):
-  """Mean squared error plus `l1` times the mean absolute error, of pixels in [-1, 1]."""
+def loss(model, batch, key, *, floor):
+  """Mean over images of log(mean squared error + floor), of pixels in [-1, 1].
+
+  This is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
+  `floor` keeps an image that is already right from outweighing the others.
+  """
   del key
   images = to_float(batch["images"])
   error = model.decode(model.encode(images)) - images
-  parts = {"l1": jnp.mean(jnp.abs(error)), "mse": jnp.mean(jnp.square(error))}
-  return parts["mse"] + l1 * parts["l1"], parts | {"psnr": 10 * jnp.log10(4.0 / parts["mse"])}
+  mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
+  return 0.1 * jnp.mean(jnp.log(mse + floor)), {"psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
 
 
 # ---- how good it is -------------------------------------------------------------------------

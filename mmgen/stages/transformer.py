@@ -21,16 +21,18 @@ def setup(config, workdir):
     data = config.data
     shards = Shards(data.shards)
     grammar = Grammar.from_dict(shards.manifest["grammar"])
-    keep = ("grammar", "grammar_hash", "text_hash", "tokenizer_hash", "patch")
+    keep = ("grammar", "grammar_hash", "text_hash", "tokenizer_hash", "patch", "levels")
     vocabulary = {name: shards.manifest[name] for name in keep}
     _adopt(shards, vocabulary, workdir)
     loss = dict(text=data.text_weight, image=data.image_weight, user=data.user_weight)
     rows = functools.partial(
-        Rows, grammar=grammar, batch_size=data.batch_size, row_length=data.row_length, seed=config.seed, loss=loss
+        Rows, grammar=grammar, batch_size=data.batch_size, row_length=data.row_length, seed=config.seed, loss=loss,
+        overlong=data.overlong,
     )
 
     return Stage(
-        make=lambda rngs: transformer.Transformer(config.model, grammar.vocab_size, rngs),
+        make=lambda rngs: transformer.Transformer(
+            config.model, grammar.vocab_size, rngs, vocabulary["levels"] if config.model.factored else ()),
         loss=lambda model, batch, key: transformer.loss(
             model, batch, code_start=grammar.code_start, z_loss=config.loss.z
         ),

@@ -27,7 +27,7 @@ BACKGROUNDS = {
     "gray": (110, 110, 110),
     "beige": (244, 226, 188),
 }
-SIZES = {"small": 0.205, "large": 0.305}  # times EXTENT: about 0.23 and 0.35 of the short side
+SIZES = {"small": 0.235, "large": 0.335}  # times EXTENT: about 0.26 and 0.38 of the short side
 # Width and height of each shape in units of its size, such that the areas are alike.
 EXTENT = {
     "circle": (1.0, 1.0),

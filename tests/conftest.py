@@ -1,0 +1,112 @@
+"""One tiny run of the whole road, made by the real commands, that many tests look at."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 8  # of every tiny run
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder where every run of the session, here and in subprocesses, finds what is compiled already."""
+    import jax
+
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return folder
+
+
+def mmgen(*arguments):
+    """The exit status of `mmgen ...`, in this process."""
+    from mmgen.__main__ import main
+
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory, compiled):
+    """text.model, tokenizer/, shards/ and transformer/ of tiny runs; `tokenizer_flags` and
+    `transformer_flags` are those of their `mmgen train`, without --workdir."""
+    root = tmp_path_factory.mktemp("space")
+    steps = [f"--config.steps={STEPS}", "--config.save_every=3", "--config.log_every=2", "--config.keep=3"]
+    here = SimpleNamespace(
+        root=root, compiled=compiled, text=root / "text.model", tokenizer=root / "tokenizer",
+        shards=root / "shards", transformer=root / "transformer",
+        tokenizer_flags=["--config", "tokenizer:tiny", *steps],
+    )  # fmt: skip
+    here.transformer_flags = ["--config", "transformer:tiny", f"--config.data.shards={here.shards}", *steps]
+    world = ("--source", "world:train", "--documents", 200)
+    assert mmgen("text", *world, "--pieces", 384, "--out", here.text) == 0
+    assert mmgen("train", *here.tokenizer_flags, "--workdir", here.tokenizer) == 0
+    assert mmgen("tokenize", *world, "--tokenizer", here.tokenizer, "--text", here.text, "--out", here.shards) == 0
+    assert mmgen("train", *here.transformer_flags, "--workdir", here.transformer) == 0
+    return here
+
+
+@pytest.fixture(scope="session")
+def sampler(space):
+    from mmgen.sampling.sampler import load
+
+    return load(space.transformer)
+
+
+def config_of(flags):
+    """The config that `mmgen train` makes of its flags."""
+    from mmgen.runtime import config
+
+    return config.load(flags[1], [flag.removeprefix("--config.") for flag in flags[2:]])
+
+
+def run_python(code, *arguments, compiled=None, devices=1, check=True, **options):
+    """Runs Python code in a fresh process -> CompletedProcess with its output as text."""
+    environment = dict(
+        os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", JAX_PLATFORMS="cpu",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    )  # fmt: skip
+    if compiled:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True,
+        timeout=300, **options,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def records(workdir):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    timing = ("_per_second", "data_wait")
+    return [{name: value for name, value in line.items() if not name.endswith(timing)} for line in lines]
+
+
+def arrays(workdir, step):
+    """Every array of a checkpoint: {path: numpy array}."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    found = {}
+    for item in (Path(workdir) / "checkpoints" / str(step)).iterdir():
+        if item.is_dir() and item.name != "metrics":
+            tree = ocp.PyTreeCheckpointer().restore(item)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                found[item.name + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return found
+
+
+def assert_same_arrays(a, b):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]), name

@@ -1,0 +1,181 @@
+"""The training loop: a run that was stopped, even killed, ends with the bits of one that never was."""
+
+import json
+import random
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from mmgen.runtime import checkpoint
+from mmgen.runtime.config import ConfigError
+from mmgen.stages import loop
+from tests.conftest import STEPS, arrays, assert_same_arrays, config_of, mmgen, records, run_python
+
+# Dies while batch `sys.argv[1]` is prepared in the background: at a step of the loop that nobody chose.
+KILLED = """
+import os, signal, sys
+from mmgen.data.loader import Images, Rows
+from mmgen.__main__ import main
+
+for loader in (Images, Rows):
+    def batch(self, step, batch=loader.batch):
+        if step == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(self, step)
+    loader.batch = batch
+main(sys.argv[2:])
+"""
+
+
+def runs(space):
+    return {"tokenizer": (space.tokenizer_flags, space.tokenizer),
+            "transformer": (space.transformer_flags, space.transformer)}  # fmt: skip
+
+
+def assert_same_run(a, b):
+    assert records(a) == records(b)
+    assert_same_arrays(arrays(a, STEPS), arrays(b, STEPS))
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_stopped_and_resumed_is_bit_identical(space, tmp_path, stage):
+    flags, whole = runs(space)[stage]
+    at = random.randrange(1, STEPS)
+    loop.train(config_of(flags), tmp_path, stop_at=at)
+    assert checkpoint.latest(tmp_path) == at
+    loop.train(config_of(flags), tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_killed_and_resumed_is_bit_identical(space, tmp_path):
+    at = random.randrange(5, STEPS)
+    command = ["train", *space.transformer_flags, "--workdir", tmp_path]
+    killed = run_python(KILLED, at, *command, compiled=space.compiled, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.latest(tmp_path) in (None, 3, 6)
+    # A kill can also leave half a line, a line from after the checkpoint, and a step without a digest.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": STEPS, "loss": 0.0}) + '\n{"step": 9, "lo')
+    (tmp_path / "checkpoints" / "6.sha256").unlink(missing_ok=True)
+    assert mmgen(*command) == 0
+    assert_same_run(tmp_path, space.transformer)
+
+
+def test_damage_is_repaired_by_running_again(space, tmp_path):
+    flags, whole = runs(space)["tokenizer"]
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for step in (STEPS, 6):
+        path = max((tmp_path / f"checkpoints/{step}/params").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert checkpoint.latest(tmp_path) == 3
+    loop.train(config_of(flags), tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_every_log_step_once_and_a_finished_run_stays(space):
+    for flags, workdir in runs(space).values():
+        steps = [line["step"] for line in records(workdir)]
+        assert steps == list(range(2, STEPS + 1, 2))
+        before = records(workdir), checkpoint.steps(workdir)
+        last = loop.train(config_of(flags), workdir)
+        assert (records(workdir), checkpoint.steps(workdir)) == before
+        assert {name: last[name] for name in before[0][-1] if name != "step"} == {
+            name: value for name, value in before[0][-1].items() if name != "step"
+        }
+
+
+@pytest.mark.smoke
+def test_what_a_run_writes_down(space):
+    for flags, workdir in runs(space).values():
+        config = json.loads((workdir / "config.json").read_text())
+        assert config == json.loads(config_of(flags).to_json())
+        environment = json.loads((workdir / "environment.json").read_text())
+        assert environment["versions"]["jax"] == jax.__version__ and environment["devices"] and environment["python"]
+        assert "git" in environment
+        first, last = records(workdir)[0], records(workdir)[-1]
+        assert last["loss"] < first["loss"]
+        assert list((workdir / "tensorboard").iterdir())
+    measured = records(space.tokenizer)[-1]
+    assert {"psnr", "ssim", "code_usage", "code_perplexity"} <= set(measured)
+    assert list((space.tokenizer / "previews").glob("*.png"))
+
+
+def test_other_settings_need_another_workdir(space):
+    for change in ("optimizer.learning_rate=0.5", "seed=1", "model.width=64", f"steps={STEPS + 1}"):
+        with pytest.raises(ConfigError, match=change.split("=")[0]):
+            loop.train(config_of([*space.transformer_flags, change]), space.transformer)
+    with pytest.raises(ConfigError, match="holds a tokenizer run"):
+        loop.train(config_of(space.transformer_flags), space.tokenizer)
+    loop.train(config_of([*space.transformer_flags, "log_every=3", "keep=4"]), space.transformer)  # these are free
+
+
+def test_a_mistake_does_not_claim_the_workdir(space, tmp_path):
+    flags = [flag for flag in space.transformer_flags if "shards" not in flag]
+    with pytest.raises(FileNotFoundError, match="mmgen tokenize"):
+        loop.train(config_of([*flags, f"data.shards={tmp_path / 'nowhere'}"]), tmp_path)
+    with pytest.raises(ValueError, match="devices"):
+        config = config_of(space.transformer_flags)
+        with config.unlocked():
+            config.mesh = {"data": 7}
+        loop.train(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_shards_of_another_tokenizer_need_another_workdir(space, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(space.shards, shards)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_hash": "other"}))
+    workdir = tmp_path / "run"
+    shutil.copytree(space.transformer, workdir)
+    (workdir / "config.json").unlink()
+    flags = [*space.transformer_flags, f"--config.data.shards={shards}"]
+    with pytest.raises(ValueError, match="another tokenizer_hash"):
+        loop.train(config_of(flags), workdir)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(space, tmp_path, monkeypatch, capsys):
+    """At the latest before it is saved, so that running again does not resume from it."""
+    setup = loop.setup
+
+    def poisoned(config, workdir):
+        stage = setup(config, workdir)
+
+        def loss(model, batch, key):
+            value, parts = stage.loss(model, batch, key)
+            return value + jax.numpy.where(batch["images"].sum() > 0, np.nan, 0.0), parts
+
+        return stage._replace(loss=loss)
+
+    monkeypatch.setattr(loop, "setup", poisoned)
+    flags = [*space.tokenizer_flags, "--config.log_every=100", "--workdir", tmp_path]
+    assert mmgen("train", *flags) == 1
+    assert "loss nan" in capsys.readouterr().err
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_the_moving_average_is_kept_and_sampled_from(space, tmp_path):
+    from mmgen.sampling import sampler
+
+    config = config_of([*space.transformer_flags, "--config.ema=0.9"])
+    loop.train(config, tmp_path, stop_at=4)
+    loop.train(config, tmp_path, stop_at=6)
+    found = arrays(tmp_path, 6)
+    average = {name.removeprefix("ema"): value for name, value in found.items() if name.startswith("ema")}
+    params = {name.removeprefix("params"): value for name, value in found.items() if name.startswith("params")}
+    assert average.keys() == params.keys()
+    assert any(not np.array_equal(average[name], params[name]) for name in params)
+    # The average by hand, from the parameters of every step: one run with a checkpoint each.
+    steps = tmp_path / "steps"
+    loop.train(config_of([*space.transformer_flags, "--config.save_every=1", "--config.keep=9"]), steps, stop_at=6)
+    name = "['head']"
+    expected = arrays(steps, 1)[f"params{name}"]  # the warmup's first rate is 0: these are the initial values
+    for step in range(1, 7):
+        decay = min(0.9, step / (9 + step))
+        expected = decay * expected + (1 - decay) * arrays(steps, step)[f"params{name}"]
+    np.testing.assert_allclose(average[name], expected, atol=1e-5)
+    loaded = sampler.load(tmp_path)
+    np.testing.assert_array_equal(loaded.params["head"], average[name])
