@@ -1,6 +1,6 @@
 """How often the judge is right: on true and altered prompts, damaged pictures, other things.
 
-    python benchmarks/judge_accuracy.py --n 10000 --size 32 --json judge.json
+python benchmarks/judge_accuracy.py --n 10000 --size 32 --json judge.json
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The whole road on the embedded world, sized for two CPU cores and ten minutes.
 
-  mmgen quickstart --workdir runs/quickstart
+mmgen quickstart --workdir runs/quickstart
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """Stage `tokenizer`: an image autoencoder with a discrete middle.
 
-  mmgen train --config tokenizer:quickstart --workdir runs/tokenizer
+mmgen train --config tokenizer:quickstart --workdir runs/tokenizer
 """
 
 import ml_collections
@@ -11,50 +11,60 @@ VARIANTS = ("quickstart", "tiny", "emoji", "photos")
 
 
 def get_config(variant):
-  c = ml_collections.ConfigDict()
-  c.stage = "tokenizer"
-  c.seed = 0
+    c = ml_collections.ConfigDict()
+    c.stage = "tokenizer"
+    c.seed = 0
 
-  c.model = m = ml_collections.ConfigDict()
-  m.patch = 4                   # pixels a side of the patch that one code stands for
-  m.levels = (8, 8, 8, 5)       # FSQ levels: 2,560 codes
-  # "patch", "conv" or "attention": what a place sees of its surroundings. An encoder that sees its
-  # patch alone gives equal patches equal codes, which a small transformer learns much faster.
-  m.encoder, m.decoder = "patch", "conv"
-  m.width = 64
-  m.encoder_layers, m.layers = 2, 4  # of the encoder, and of the decoder
-  m.heads, m.kv_heads, m.head_dim, m.mlp, m.rope_base = 2, 2, 32, 128, 100.0  # of attention towers
-  m.dtype = "float32"
-  m.unroll = True               # write the layers out instead of scanning them: faster on CPU
+    c.model = m = ml_collections.ConfigDict()
+    m.patch = 4  # pixels a side of the patch that one code stands for
+    m.levels = (8, 5, 5, 5)  # FSQ levels: 1,000 codes
+    # "patch", "conv" or "attention": what a place sees of its surroundings. An encoder that sees its
+    # patch alone gives equal patches equal codes, which a small transformer learns much faster.
+    m.encoder, m.decoder = "patch", "conv"
+    m.width = 64
+    m.encoder_layers, m.layers = 2, 4  # of the encoder, and of the decoder
+    m.heads, m.kv_heads, m.head_dim, m.mlp, m.rope_base = 2, 2, 32, 128, 100.0  # of attention towers
+    m.dtype = "float32"
+    m.unroll = True  # write the layers out instead of scanning them: faster on CPU
 
-  c.data = d = ml_collections.ConfigDict()
-  d.source = dict(spec="world:train", size=(32, 32), seed=0, documents=50_000,
-                  category="scene")  # the busiest pictures teach most
-  d.batch_size = 16
-  d.augment = False             # random resized crops, mirrored half of the time
-  c.held_out = dict(spec="world:valid", size=(32, 32), seed=0, documents=256)
+    c.data = d = ml_collections.ConfigDict()
+    d.source = dict(
+        spec="world:train", size=(32, 32), seed=0, documents=50_000, category="scene"
+    )  # the busiest pictures teach most
+    d.batch_size = 16
+    d.augment = False  # random resized crops, mirrored half of the time
+    c.held_out = dict(spec="world:valid", size=(32, 32), seed=0, documents=256)
 
-  c.loss = dict(floor=3e-4)     # see stages/tokenizer.py
+    c.loss = dict(floor=3e-4)  # see stages/tokenizer.py
 
-  c.steps = 2500
-  c.optimizer = dict(name="muon", learning_rate=2e-2, adam_learning_rate=1e-2, warmup=50, final=0.0,
-                     weight_decay=0.0, beta1=0.9, beta2=0.95, clip=1.0)
-  c.ema = 0.0
-  c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 1250, 2
-  c.mesh = dict(data=-1)
-  c.sharding = SHARDING
+    c.steps = 2500
+    c.optimizer = dict(
+        name="muon",
+        learning_rate=2e-2,
+        adam_learning_rate=1e-2,
+        warmup=50,
+        final=0.0,
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.95,
+        clip=1.0,
+    )
+    c.ema = 0.0
+    c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 1250, 2
+    c.mesh = dict(data=-1)
+    c.sharding = SHARDING
 
-  if variant in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
-    m.encoder, m.encoder_layers, m.width = "conv", 2, 96
-    split = dict(size=(64, 64), seed=0, split_by="base" if variant == "emoji" else "key")
-    d.source = dict(spec=f"tars:data/{variant}/*.tar", split="train", **split)
-    c.held_out = dict(spec=f"tars:data/{variant}/*.tar", split="test", documents=256, **split)
-    d.augment = variant == "photos"
-    c.loss.floor = 1e-3
-    c.steps, c.evaluate_every = 1500, 500
-  if variant == "tiny":         # for tests: seconds
-    m.width, m.encoder_layers, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 1, 1, 2, 2, 16, 64
-    d.source.documents, d.batch_size, c.held_out.documents = 64, 8, 16
-    c.steps, c.log_every, c.save_every = 20, 10, 10
-    c.optimizer.warmup = 2
-  return c
+    if variant in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
+        m.encoder, m.encoder_layers, m.width = "conv", 2, 96
+        split = dict(size=(64, 64), seed=0, split_by="base" if variant == "emoji" else "key")
+        d.source = dict(spec=f"tars:data/{variant}/*.tar", split="train", **split)
+        c.held_out = dict(spec=f"tars:data/{variant}/*.tar", split="test", documents=256, **split)
+        d.augment = variant == "photos"
+        c.loss.floor = 1e-3
+        c.steps, c.evaluate_every = 1500, 500
+    if variant == "tiny":  # for tests: seconds
+        m.width, m.encoder_layers, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 1, 1, 2, 2, 16, 64
+        d.source.documents, d.batch_size, c.held_out.documents = 64, 8, 16
+        c.steps, c.log_every, c.save_every = 20, 10, 10
+        c.optimizer.warmup = 2
+    return c

@@ -12,61 +12,70 @@ VARIANTS = ("quickstart", "tiny", "emoji", "350m", "1b", "7b")
 
 
 def get_config(variant):
-  c = ml_collections.ConfigDict()
-  c.stage = "transformer"
-  c.seed = 0
+    c = ml_collections.ConfigDict()
+    c.stage = "transformer"
+    c.seed = 0
 
-  c.model = m = ml_collections.ConfigDict()
-  m.width, m.layers = 128, 4
-  m.heads, m.kv_heads, m.head_dim, m.mlp = 2, 1, 64, 384
-  m.rope_base = 1_000.0
-  m.tied = False                # one table for reading and writing tokens
-  m.factored = True             # codes share what is learned of their FSQ digits
-  m.dtype = "float32"           # of the computation; parameters are float32
-  m.remat = False               # recompute activations in the backward pass
-  m.unroll = True               # write the layers out instead of scanning them: faster on CPU
+    c.model = m = ml_collections.ConfigDict()
+    m.width, m.layers = 128, 4
+    m.heads, m.kv_heads, m.head_dim, m.mlp = 2, 2, 64, 384
+    m.rope_base = 20.0  # grids and captions are small; larger for long rows
+    m.tied = False  # one table for reading and writing tokens
+    m.factored = True  # codes share what is learned of their FSQ digits
+    m.dtype = "float32"  # of the computation; parameters are float32
+    m.remat = False  # recompute activations in the backward pass
+    m.unroll = True  # write the layers out instead of scanning them: faster on CPU
 
-  c.data = d = ml_collections.ConfigDict()
-  d.shards = "runs/shards"      # a folder written by `mmgen tokenize`
-  d.batch_size = 28             # rows
-  d.row_length = 176            # tokens a row; several documents share one
-  d.overlong = "error"          # or "drop": what to do with documents longer than a row
-  d.text_drop = 0.1             # share of documents trained without their text (for guidance)
-  d.image_drop = 0.0            # ... without text and without the images of their user turns
-  d.text_weight, d.image_weight, d.user_weight = 1.0, 1.0, False
+    c.data = d = ml_collections.ConfigDict()
+    d.shards = "runs/shards"  # a folder written by `mmgen tokenize`
+    d.batch_size = 28  # rows
+    d.row_length = 176  # tokens a row; several documents share one
+    d.overlong = "error"  # or "drop": what to do with documents longer than a row
+    d.text_drop = 0.1  # share of documents trained without their text (for guidance)
+    d.image_drop = 0.0  # ... without text and without the images of their user turns
+    d.text_weight, d.image_weight, d.user_weight = 1.0, 1.0, False
 
-  c.loss = dict(z=1e-4)         # weight of log Z squared
+    c.loss = dict(z=1e-4)  # weight of log Z squared
 
-  c.steps = 720
-  c.optimizer = dict(name="muon", learning_rate=2e-2, adam_learning_rate=3e-3, warmup=50, final=0.0,
-                     weight_decay=0.0, beta1=0.9, beta2=0.95, clip=1.0)
-  c.ema = 0.0
-  c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 10_000, 400, 2
-  c.mesh = dict(data=-1)
-  c.sharding = SHARDING
+    c.steps = 720
+    c.optimizer = dict(
+        name="muon",
+        learning_rate=2e-2,
+        adam_learning_rate=1e-2,
+        warmup=50,
+        final=0.0,
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.95,
+        clip=1.0,
+    )
+    c.ema = 0.0
+    c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 10_000, 400, 2
+    c.mesh = dict(data=-1)
+    c.sharding = SHARDING
 
-  if variant == "emoji":        # names -> 64 px pictures of 16 x 16 codes
-    m.layers = 6
-    d.batch_size, d.row_length, d.overlong = 16, 288, "drop"
-    c.steps, c.optimizer.weight_decay = 1_000, 0.01
-  if variant == "tiny":         # for tests: seconds
-    m.width, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 2, 2, 1, 16, 64
-    d.batch_size = 4
-    c.steps, c.log_every, c.save_every = 20, 10, 10
-    c.optimizer.warmup = 2
-  if variant in ("350m", "1b", "7b"):
-    width, layers, heads, kv_heads, mlp = {
-        "350m": (1024, 24, 16, 8, 2816),
-        "1b": (2048, 20, 16, 8, 5632),
-        "7b": (4096, 32, 32, 8, 11264),
-    }[variant]
-    m.width, m.layers, m.heads, m.kv_heads, m.mlp = width, layers, heads, kv_heads, mlp
-    m.head_dim, m.rope_base = width // heads, 100_000.0
-    m.dtype, m.remat, m.unroll = "bfloat16", True, False
-    d.batch_size, d.row_length = 256, 4096
-    c.steps, c.optimizer.warmup, c.optimizer.weight_decay, c.optimizer.final = 100_000, 2_000, 0.1, 0.1
-    c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 5e-3, 3e-4
-    c.ema = 0.9999
-    c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 5_000, 2_000, 3
-    c.mesh = dict(data=1, fsdp=-1)
-  return c
+    if variant == "emoji":  # names -> 64 px pictures of 16 x 16 codes
+        m.layers = 6
+        d.batch_size, d.row_length, d.overlong = 16, 288, "drop"
+        c.steps, c.optimizer.weight_decay = 1_000, 0.01
+    if variant == "tiny":  # for tests: seconds
+        m.width, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 2, 2, 1, 16, 64
+        d.batch_size = 4
+        c.steps, c.log_every, c.save_every = 20, 10, 10
+        c.optimizer.warmup = 2
+    if variant in ("350m", "1b", "7b"):
+        width, layers, heads, kv_heads, mlp = {
+            "350m": (1024, 24, 16, 8, 2816),
+            "1b": (2048, 20, 16, 8, 5632),
+            "7b": (4096, 32, 32, 8, 11264),
+        }[variant]
+        m.width, m.layers, m.heads, m.kv_heads, m.mlp = width, layers, heads, kv_heads, mlp
+        m.head_dim, m.rope_base = width // heads, 100_000.0
+        m.dtype, m.remat, m.unroll = "bfloat16", True, False
+        d.batch_size, d.row_length = 256, 4096
+        c.steps, c.optimizer.warmup, c.optimizer.weight_decay, c.optimizer.final = 100_000, 2_000, 0.1, 0.1
+        c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 5e-3, 3e-4
+        c.ema = 0.9999
+        c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 5_000, 2_000, 3
+        c.mesh = dict(data=1, fsdp=-1)
+    return c

@@ -47,7 +47,10 @@ def space(tmp_path_factory, compiled):
     world = ("--source", "world:train", "--documents", 200)
     assert mmgen("text", *world, "--pieces", 384, "--out", here.text) == 0
     assert mmgen("train", *here.tokenizer_flags, "--workdir", here.tokenizer) == 0
-    assert mmgen("tokenize", *world, "--tokenizer", here.tokenizer, "--text", here.text, "--out", here.shards) == 0
+    assert (
+        mmgen("tokenize", *world, "--tokenizer", here.tokenizer, "--text", here.text, "--out", here.shards)
+        == 0
+    )
     assert mmgen("train", *here.transformer_flags, "--workdir", here.transformer) == 0
     return here
 
@@ -78,7 +81,7 @@ def run_python(code, *arguments, compiled=None, devices=1, check=True, **options
         }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True,
-        timeout=300, **options,
+        timeout=600, **options,
     )  # fmt: skip
     if check:
         assert done.returncode == 0, done.stderr[-3000:]

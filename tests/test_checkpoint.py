@@ -15,7 +15,10 @@ from mmgen.runtime.checkpoint import CheckpointError
 
 def state(seed):
     key = jax.random.key(seed)
-    params = {"a": {"w": jax.random.normal(key, (5, 7))}, "b": jax.random.normal(key, (3,)).astype(jnp.bfloat16)}
+    params = {
+        "a": {"w": jax.random.normal(key, (5, 7))},
+        "b": jax.random.normal(key, (3,)).astype(jnp.bfloat16),
+    }
     return {"params": params, "optimizer": {"step": jnp.int32(seed), "moments": (jnp.float32(np.pi), {})}}
 
 
@@ -41,7 +44,9 @@ def workdir(tmp_path):
 
 def flip(workdir, step, item="params"):
     """Flips one bit in the middle of the largest file of a step's item."""
-    path = max((workdir / "checkpoints" / str(step) / item).rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
+    path = max(
+        (workdir / "checkpoints" / str(step) / item).rglob("*"), key=lambda p: p.is_file() * p.stat().st_size
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -60,7 +65,12 @@ def test_keeps_the_last_steps(workdir):
     for step in (3, 4, 5):
         checkpoint.save(workdir, step, state(step), keep=2)
     assert checkpoint.steps(workdir) == [4, 5]
-    assert sorted(p.name for p in (workdir / "checkpoints").glob("[0-9]*")) == ["4", "4.sha256", "5", "5.sha256"]
+    assert sorted(p.name for p in (workdir / "checkpoints").glob("[0-9]*")) == [
+        "4",
+        "4.sha256",
+        "5",
+        "5.sha256",
+    ]
 
 
 @pytest.mark.parametrize("item", ["params", "optimizer"])
@@ -104,7 +114,9 @@ def test_going_on_from_an_earlier_step_replaces_later_ones(workdir, accident, ag
 
 def test_the_model_must_fit(workdir):
     other = like(state(2))
-    other["params"]["a"]["w"] = jax.ShapeDtypeStruct((5, 8), jnp.float32, sharding=other["params"]["b"].sharding)
+    other["params"]["a"]["w"] = jax.ShapeDtypeStruct(
+        (5, 8), jnp.float32, sharding=other["params"]["b"].sharding
+    )
     with pytest.raises(CheckpointError, match="does not fit"):
         checkpoint.restore(workdir, 2, other)
     other = like(state(2))

@@ -45,7 +45,9 @@ def test_every_command_explains_itself(name, capsys):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("word, meant", [("smaple", "'sample'"), ("quikstart", "'quickstart'"), ("zzz", "train")])
+@pytest.mark.parametrize(
+    "word, meant", [("smaple", "'sample'"), ("quikstart", "'quickstart'"), ("zzz", "train")]
+)
 def test_an_unknown_command_names_the_nearest(word, meant, capsys):
     assert mmgen(word) == 2
     assert meant in capsys.readouterr().err
@@ -105,9 +107,15 @@ def test_mistakes_in_sampling(draw, tmp_path, monkeypatch, capsys, arguments, wo
     assert not (tmp_path / "out.png").exists()
 
 
-@pytest.mark.parametrize("out, words", [
-    ("none/out.png", "does not exist"), ("file/out.png", "file"), ("file/folder", "file"), ("out.exe", "image format"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "out, words",
+    [
+        ("none/out.png", "does not exist"),
+        ("file/out.png", "file"),
+        ("file/folder", "file"),
+        ("out.exe", "image format"),
+    ],
+)
 def test_where_nothing_can_be_written(draw, tmp_path, capsys, out, words):
     """Found before anything is loaded or drawn."""
     (tmp_path / "file").write_text("")
@@ -115,7 +123,9 @@ def test_where_nothing_can_be_written(draw, tmp_path, capsys, out, words):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("folder, words", [("nowhere", "not a workdir"), ("tokenizer", "holds a tokenizer run")])
+@pytest.mark.parametrize(
+    "folder, words", [("nowhere", "not a workdir"), ("tokenizer", "holds a tokenizer run")]
+)
 def test_sampling_from_what_is_no_transformer(space, tmp_path, capsys, folder, words):
     out = tmp_path / "out.png"
     assert mmgen("sample", "--checkpoint", space.root / folder, "--prompt", "x", "--out", out) == 1
@@ -124,19 +134,22 @@ def test_sampling_from_what_is_no_transformer(space, tmp_path, capsys, folder, w
 
 def test_mistakes_in_training_and_tokenising(space, tmp_path, capsys):
     new = tmp_path / "new"
+    train = ("train", "--workdir", new, "--config")
+    tokenize = ("tokenize", "--documents", 3, "--text", space.text, "--source")
+    text = ("text", "--source", "world:train", "--documents", 3)
     for arguments, words in (
-        (("train", "--config", "transformer:tinny", "--workdir", new), "'tiny'"),
-        (("train", "--config", "transformer:tiny", "--workdir", new, "--config.stpes=1"), "'steps'"),
-        (("train", "--config", "transformer:tiny", "--workdir", new, "--config.data.shards=no"), "mmgen tokenize"),
+        ((*train, "transformer:tinny"), "'tiny'"),
+        ((*train, "transformer:tiny", "--config.stpes=1"), "'steps'"),
+        ((*train, "transformer:tiny", "--config.data.shards=no"), "mmgen tokenize"),
         (("train", *space.tokenizer_flags, "--workdir", space.transformer), "holds a transformer run"),
-        (("tokenize", "--source", "world:train", "--documents", 3, "--tokenizer", space.transformer,
-          "--text", space.text, "--out", new), "holds a transformer run"),
-        (("tokenize", "--source", "world:train", "--documents", 3, "--tokenizer", space.tokenizer,
-          "--text", space.text, "--out", space.shards), "--overwrite"),
-        (("tokenize", "--source", "word:train", "--documents", 3, "--tokenizer", space.tokenizer,
-          "--text", space.text, "--out", new), "did you mean world"),
-        (("text", "--source", "world:train", "--documents", 3, "--pieces", 5, "--out", tmp_path / "t"), "too few"),
-    ):  # fmt: skip
+        (
+            (*tokenize, "world:train", "--tokenizer", space.transformer, "--out", new),
+            "holds a transformer run",
+        ),
+        ((*tokenize, "world:train", "--tokenizer", space.tokenizer, "--out", space.shards), "--overwrite"),
+        ((*tokenize, "word:train", "--tokenizer", space.tokenizer, "--out", new), "did you mean world"),
+        ((*text, "--pieces", 5, "--out", new), "too few"),
+    ):
         assert mmgen(*arguments) == 1
         assert words in capsys.readouterr().err
     assert not (new / "config.json").exists()

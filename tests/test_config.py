@@ -30,7 +30,11 @@ def path(tmp_path):
 
 
 def variants():
-    return [f"{name}:{variant}" for name in sorted(BUNDLED) for variant in runpy.run_path(BUNDLED[name])["VARIANTS"]]
+    return [
+        f"{name}:{variant}"
+        for name in sorted(BUNDLED)
+        for variant in runpy.run_path(BUNDLED[name])["VARIANTS"]
+    ]
 
 
 @pytest.mark.parametrize("spec", variants())
@@ -73,9 +77,9 @@ def test_a_misspelt_stage_names_the_nearest(tmp_path):
     "change, value",
     [
         ("whole=7", 7), ("whole=-7", -7), ("real=2", 2.0), ("real=3e-4", 3e-4), ("flag=true", True),
-        ("flag=False", False), ("name=7", "7"), ("name=a=b", "a=b"), ("pair=3,4", (3, 4)), ("pair=(5,)", (5,)),
-        ("pair=[6, 7]", (6, 7)), ("pair=8", (8,)), ("nothing=4", 4), ("nothing=word", "word"),
-        ("nothing=None", None), ("group.inner=9", 9),
+        ("flag=False", False), ("name=7", "7"), ("name=a=b", "a=b"), ("pair=3,4", (3, 4)),
+        ("pair=(5,)", (5,)), ("pair=[6, 7]", (6, 7)), ("pair=8", (8,)), ("nothing=4", 4),
+        ("nothing=word", "word"), ("nothing=None", None), ("group.inner=9", 9),
     ],
 )  # fmt: skip
 def test_values_keep_their_types(path, change, value):
@@ -86,7 +90,8 @@ def test_values_keep_their_types(path, change, value):
 
 
 @pytest.mark.parametrize(
-    "change", ["whole=1.5", "whole=true", "whole=x", "real=x", "real=True", "flag=1", "flag=yes", "group.inner=None"]
+    "change",
+    ["whole=1.5", "whole=true", "whole=x", "real=x", "real=True", "flag=1", "flag=yes", "group.inner=None"],
 )
 def test_another_type_is_an_error(path, change):
     with pytest.raises(ConfigError, match="expected (int|float|bool)"):

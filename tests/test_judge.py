@@ -140,8 +140,8 @@ def test_an_extra_object_or_color_is_noticed():
     assert judge(drawn("square", lambda d: None), claim).ok
     assert not judge(drawn("square", lambda d: d.ellipse((10, 10, 50, 50), fill="black")), claim).ok
     assert not judge(drawn("square", lambda d: d.rectangle((0, 128, 255, 255), fill="white")), claim).ok
-    assert not judge(drawn("square", lambda d: d.rectangle((93, 128, 162, 162), fill=COLORS["blue"])), claim).ok
-    assert not judge(drawn("square", lambda d: d.rectangle((93, 93, 162, 162), fill=(139, 69, 19))), claim).ok
+    assert not judge(drawn("square", lambda d: d.rectangle((88, 128, 168, 168), fill=COLORS["blue"])), claim).ok
+    assert not judge(drawn("square", lambda d: d.rectangle((88, 88, 168, 168), fill=(139, 69, 19))), claim).ok
 
 
 def test_a_few_stray_pixels_are_forgiven():

@@ -7,7 +7,19 @@ import pytest
 
 from tests.conftest import ROOT, run_python
 
-ROOMS = ("root", "runtime", "world", "data", "models", "sampling", "stages", "safety", "evals", "serving", "commands")
+ROOMS = (
+    "root",
+    "runtime",
+    "world",
+    "data",
+    "models",
+    "sampling",
+    "stages",
+    "safety",
+    "evals",
+    "serving",
+    "commands",
+)
 LEAVES = {"mmgen.document", "mmgen.grammar", "mmgen.text", "mmgen"}  # the first room: single files
 ENTRY = Path("__main__.py")  # the door: it may enter every room
 FILES = sorted(path.relative_to(ROOT / "mmgen") for path in (ROOT / "mmgen").rglob("*.py"))

@@ -34,7 +34,11 @@ def reference(q, k, v, bias):
 @pytest.mark.parametrize("heads, kv_heads, with_bias", [(4, 4, False), (4, 2, True), (6, 1, True)])
 def test_attention_against_numpy(heads, kv_heads, with_bias):
     q, k, v = normal(0, 2, 5, heads, 8), normal(1, 2, 7, kv_heads, 8), normal(2, 2, 7, kv_heads, 8)
-    bias = np.where(np.random.default_rng(0).random((2, 5, 7)) < 0.4, -1e30, normal(3, 2, 5, 7)) if with_bias else None
+    bias = (
+        np.where(np.random.default_rng(0).random((2, 5, 7)) < 0.4, -1e30, normal(3, 2, 5, 7))
+        if with_bias
+        else None
+    )
     if with_bias:
         bias[:, :, 0] = 0.5  # every query sees something
         bias = bias.astype(np.float32)
@@ -97,7 +101,9 @@ def test_linear_is_a_matrix_product_over_the_last_axis():
     linear = layers.Linear((6, 2, 3), ("embed", "gate", "mlp"), nnx.Rngs(0), bias=True)
     linear.b[...] = normal(1, 2, 3)
     x = normal(0, 4, 5, 6)
-    np.testing.assert_allclose(linear(x), jnp.einsum("btd,dgf->btgf", x, linear.w[...]) + linear.b[...], atol=1e-5)
+    np.testing.assert_allclose(
+        linear(x), jnp.einsum("btd,dgf->btgf", x, linear.w[...]) + linear.b[...], atol=1e-5
+    )
 
 
 @pytest.fixture(scope="module")

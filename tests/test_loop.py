@@ -68,7 +68,9 @@ def test_damage_is_repaired_by_running_again(space, tmp_path):
     flags, whole = runs(space)["tokenizer"]
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     for step in (STEPS, 6):
-        path = max((tmp_path / f"checkpoints/{step}/params").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
+        path = max(
+            (tmp_path / f"checkpoints/{step}/params").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size
+        )
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert checkpoint.latest(tmp_path) == 3
     loop.train(config_of(flags), tmp_path)
@@ -93,7 +95,11 @@ def test_what_a_run_writes_down(space):
         config = json.loads((workdir / "config.json").read_text())
         assert config == json.loads(config_of(flags).to_json())
         environment = json.loads((workdir / "environment.json").read_text())
-        assert environment["versions"]["jax"] == jax.__version__ and environment["devices"] and environment["python"]
+        assert (
+            environment["versions"]["jax"] == jax.__version__
+            and environment["devices"]
+            and environment["python"]
+        )
         assert "git" in environment
         first, last = records(workdir)[0], records(workdir)[-1]
         assert last["loss"] < first["loss"]
@@ -109,7 +115,9 @@ def test_other_settings_need_another_workdir(space):
             loop.train(config_of([*space.transformer_flags, change]), space.transformer)
     with pytest.raises(ConfigError, match="holds a tokenizer run"):
         loop.train(config_of(space.transformer_flags), space.tokenizer)
-    loop.train(config_of([*space.transformer_flags, "log_every=3", "keep=4"]), space.transformer)  # these are free
+    loop.train(
+        config_of([*space.transformer_flags, "log_every=3", "keep=4"]), space.transformer
+    )  # these are free
 
 
 def test_a_mistake_does_not_claim_the_workdir(space, tmp_path):
@@ -165,12 +173,16 @@ def test_the_moving_average_is_kept_and_sampled_from(space, tmp_path):
     loop.train(config, tmp_path, stop_at=6)
     found = arrays(tmp_path, 6)
     average = {name.removeprefix("ema"): value for name, value in found.items() if name.startswith("ema")}
-    params = {name.removeprefix("params"): value for name, value in found.items() if name.startswith("params")}
+    params = {
+        name.removeprefix("params"): value for name, value in found.items() if name.startswith("params")
+    }
     assert average.keys() == params.keys()
     assert any(not np.array_equal(average[name], params[name]) for name in params)
     # The average by hand, from the parameters of every step: one run with a checkpoint each.
     steps = tmp_path / "steps"
-    loop.train(config_of([*space.transformer_flags, "--config.save_every=1", "--config.keep=9"]), steps, stop_at=6)
+    loop.train(
+        config_of([*space.transformer_flags, "--config.save_every=1", "--config.keep=9"]), steps, stop_at=6
+    )
     name = "['head']"
     expected = arrays(steps, 1)[f"params{name}"]  # the warmup's first rate is 0: these are the initial values
     for step in range(1, 7):

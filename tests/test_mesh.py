@@ -54,8 +54,13 @@ def eight(space, tmp_path_factory):
     """-> (folder with a run on each mesh, the flags of the runs)."""
     out = tmp_path_factory.mktemp("eight")
     flags = [flag for flag in space.transformer_flags if "steps" not in flag and "every" not in flag]
-    flags += ["--config.steps=3", "--config.log_every=1", "--config.save_every=10", "--config.model.kv_heads=2"]
-    flags += ["--config.data.batch_size=8"]
+    flags += [
+        "--config.steps=3",
+        "--config.log_every=1",
+        "--config.save_every=10",
+        "--config.model.kv_heads=2",
+    ]
+    flags += ["--config.data.batch_size=8", "--config.model.layers=1"]
     run_python(EIGHT, out, json.dumps(flags), json.dumps(MESHES), devices=8, compiled=space.compiled)
     loop.train(config_of(flags), out / "one")
     return out, flags
@@ -87,7 +92,11 @@ def test_saved_on_eight_goes_on_on_one(eight, tmp_path):
 
 def test_moments_lie_as_their_parameters(eight):
     layouts = json.loads((eight[0] / "layouts.json").read_text())
-    params = {name.removeprefix("['params']"): spec for name, spec in layouts.items() if name.startswith("['params']")}
+    params = {
+        name.removeprefix("['params']"): spec
+        for name, spec in layouts.items()
+        if name.startswith("['params']")
+    }
     moments = {name: spec for name, spec in layouts.items() if name.startswith("['optimizer']")}
     split = [name for name, spec in params.items() if "tensor" in spec or "fsdp" in spec]
     assert len(split) == len(params)
@@ -100,16 +109,21 @@ def test_a_mesh_that_does_not_fit_says_so():
     count = jax.device_count()
     assert meshes.make_mesh({"data": -1}).size == count
     for shape, words in (
-        ({"data": count + 6}, f"found {count}"), ({"data": -1, "tensor": count + 1}, "do not divide"),
-        ({"dta": 1}, "unknown mesh axes"), ({"data": 0}, "needs 0 devices"), ({"data": -1, "fsdp": -1}, "config.mesh"),
-    ):  # fmt: skip
+        ({"data": count + 6}, f"found {count}"),
+        ({"data": -1, "tensor": count + 1}, "do not divide"),
+        ({"dta": 1}, "unknown mesh axes"),
+        ({"data": 0}, "needs 0 devices"),
+        ({"data": -1, "fsdp": -1}, "config.mesh"),
+    ):
         with pytest.raises(ValueError, match=words):
             meshes.make_mesh(shape)
 
 
 @pytest.mark.smoke
 def test_layout_from_logical_axes():
-    assert meshes.spec(("batch", None, "vocab"), SHARDING) == PartitionSpec(("replica", "data", "fsdp"), None, "tensor")
+    assert meshes.spec(("batch", None, "vocab"), SHARDING) == PartitionSpec(
+        ("replica", "data", "fsdp"), None, "tensor"
+    )
     with pytest.raises(ValueError, match=r"no sharding rule covers .*'emebd'"):
         meshes.spec(("emebd",), SHARDING)
     with pytest.raises(ValueError, match="twice"):

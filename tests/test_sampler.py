@@ -27,7 +27,9 @@ def random_model(sampler, scale=1.0):
     """The sampler with random weights: nearly uniform, so that it tries everything it may."""
     leaves, definition = jax.tree.flatten(sampler.params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
-    drawn = [scale * jax.random.normal(k, x.shape) * x.shape[-2 % x.ndim] ** -0.5 for k, x in zip(keys, leaves)]
+    drawn = [
+        scale * jax.random.normal(k, x.shape) * x.shape[-2 % x.ndim] ** -0.5 for k, x in zip(keys, leaves)
+    ]
     params = jax.tree.unflatten(definition, drawn)
     return Sampler(sampler.graphdef, params, sampler.config, sampler.grammar, sampler.text, sampler.tokenizer)
 
@@ -67,7 +69,11 @@ def test_a_request_does_not_depend_on_its_neighbours(sampler, answers):
 
 
 def test_a_request_does_not_depend_on_whether_others_are_guided(sampler, answers):
-    assert sampler.generate([requests()[1]] * 2 + [requests()[3]], BATCH) == [answers[1], answers[1], answers[3]]
+    assert sampler.generate([requests()[1]] * 2 + [requests()[3]], BATCH) == [
+        answers[1],
+        answers[1],
+        answers[3],
+    ]
 
 
 def test_more_requests_than_a_batch_come_back_in_order(sampler, answers):
@@ -108,7 +114,9 @@ def test_a_random_model_writes_nothing_illegal(sampler, guidance):
     wild = Strategy(temperature=2.0)
     model = random_model(sampler, 2.0)
     # "any" leaves room for all that fits a row, so that all batches are one program.
-    wishes = [ask(f"p {n}", seed=n, image=wild, text=wild, guidance=guidance, **w) for n, w in enumerate(WISHES)]
+    wishes = [
+        ask(f"p {n}", seed=n, image=wild, text=wild, guidance=guidance, **w) for n, w in enumerate(WISHES)
+    ]
     wishes += [dataclasses.replace(wish, seed=wish.seed + 50) for wish in wishes]
     order = np.argsort([wish.output != "any" for wish in wishes], kind="stable")  # one "any" in each batch
     wishes = [wishes[i] for i in order.reshape(BATCH, -1).T.ravel()]
@@ -118,8 +126,12 @@ def test_a_random_model_writes_nothing_illegal(sampler, guidance):
         images = [part for part in turn.parts if isinstance(part, Image)]
         whole = np.concatenate([model._prompt(wish)[0], row, [model.grammar.eos]])
         read = model.grammar.decode(whole, model.text).turns[-1].parts
-        assert [part for part in read if isinstance(part, Text)] == [p for p in turn.parts if isinstance(p, Text)]
-        assert [part.codes.tolist() for part in read if isinstance(part, Image)] == [i.codes.tolist() for i in images]
+        assert [part for part in read if isinstance(part, Text)] == [
+            p for p in turn.parts if isinstance(p, Text)
+        ]
+        assert [part.codes.tolist() for part in read if isinstance(part, Image)] == [
+            i.codes.tolist() for i in images
+        ]
         assert len(whole) <= model.longest
         if wish.output == "image":
             assert len(turn.parts) == len(images) == 1
@@ -133,7 +145,10 @@ def prediction(sampler, forward, tokens):
     """Logits [V] after `tokens` by the full model, without a cache."""
     width = 128
     padded, positions = np.zeros((1, width), np.int32), np.zeros((1, width, 3), np.int32)
-    padded[0, : len(tokens)], positions[0, : len(tokens)] = tokens, sampler.grammar.positions(np.array(tokens))
+    padded[0, : len(tokens)], positions[0, : len(tokens)] = (
+        tokens,
+        sampler.grammar.positions(np.array(tokens)),
+    )
     return np.asarray(forward(sampler.params, padded, positions)[0, len(tokens) - 1], np.float64)
 
 
@@ -162,7 +177,9 @@ def test_greedy_is_the_argmax_of_the_full_model(sampler, forward, guidance, size
             without = prediction(model, forward, free)
             logits = without + guidance * (logits - without)
         state = grammar.feed(full)
-        legal = grammar.allowed(state, np.array([room - len(full) + start]), np.array([size]), np.array([True]))[0]
+        legal = grammar.allowed(
+            state, np.array([room - len(full) + start]), np.array([size]), np.array([True])
+        )[0]
         token = int(np.argmax(np.where(legal, logits, -np.inf)))
         full, free = [*full, token], [*free, token]
     (image,) = model.generate([request] + requests()[:1], BATCH)[0].parts
@@ -274,7 +291,9 @@ def test_top_k_keeps_k_and_top_p_the_nucleus():
             np.testing.assert_allclose(counts[kept], p[kept] / p[kept].sum(), atol=2e-4)
             assert counts[kept].sum() == pytest.approx(1)
         for top_p in (1e-6, 0.3, 0.9):
-            nucleus = ranked[: np.searchsorted(np.cumsum(p[ranked]), top_p) + 1]  # the fewest of weight >= top_p
+            nucleus = ranked[
+                : np.searchsorted(np.cumsum(p[ranked]), top_p) + 1
+            ]  # the fewest of weight >= top_p
             counts = np.bincount(draw(logits, legal, UNIFORM, top_p=top_p), minlength=12) / len(UNIFORM)
             np.testing.assert_allclose(counts[nucleus], p[nucleus] / p[nucleus].sum(), atol=2e-4)
             assert counts[nucleus].sum() == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""The transformer: segments and time do not leak, cached decoding is the full pass, the loss is its formula."""
+"""The transformer: segments and time do not leak, cached decoding is the full pass, the loss its formula."""
 
 import math
 
@@ -126,7 +126,9 @@ def test_prefill_of_unequal_prompts_then_decode_is_the_full_pass(model, cached):
     tokens, positions = np.full((3, 5), 3, np.int32), np.full((3, 5, 3), 2, np.int32)
     for row, ((t, p), n) in enumerate(zip(documents, lengths)):
         tokens[row, :n], positions[row, :n] = t[:n], p[:n]
-    x, cache = cached(model, transformer.init_cache(model.config, 3, 12), tokens, positions, jnp.zeros(3, int))
+    x, cache = cached(
+        model, transformer.init_cache(model.config, 3, 12), tokens, positions, jnp.zeros(3, int)
+    )
     expected = [whole(model, *each) for each in documents]
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(model.logits(x)[row, :n], expected[row][:n], atol=1e-4)
@@ -151,7 +153,9 @@ def test_the_loss_by_brute_force(model, batch):
         for name, value in (("all", entropy + z_loss * log_z**2), (kind, entropy)):
             sums[name][0] += weight * value
             sums[name][1] += weight
-    loss = jax.jit(lambda model, batch: transformer.loss(model, batch, code_start=GRAMMAR.code_start, z_loss=z_loss))
+    loss = jax.jit(
+        lambda model, batch: transformer.loss(model, batch, code_start=GRAMMAR.code_start, z_loss=z_loss)
+    )
     value, parts = loss(model, batch)
     assert float(value) == pytest.approx(sums["all"][0] / sums["all"][1], rel=1e-4)
     assert {name: float(x) for name, x in parts.items()} == pytest.approx(
@@ -161,9 +165,8 @@ def test_the_loss_by_brute_force(model, batch):
 
 def test_what_weighs_nothing_teaches_nothing(model, batch):
     graphdef, params = nnx.split(model)
-    gradient = jax.jit(jax.grad(
-        lambda params, batch: transformer.loss(nnx.merge(graphdef, params), batch, code_start=92, z_loss=1e-2)[0]
-    ))  # fmt: skip
+    loss = lambda p, batch: transformer.loss(nnx.merge(graphdef, p), batch, code_start=92, z_loss=1e-2)[0]
+    gradient = jax.jit(jax.grad(loss))
     silent = gradient(params, batch | {"weights": np.zeros_like(batch["weights"])})
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(silent))
     loud = gradient(params, batch)
@@ -182,7 +185,9 @@ def test_tied_embeddings_have_no_head_and_start_alike():
 def test_a_factored_code_is_its_own_row_and_its_digits(tied):
     model = build(levels=LEVELS, tied=tied)
     fsq = FSQ(LEVELS)
-    for own, digits in ((model.embedding, model.digit_embedding), (model.head, model.digit_head))[: 1 if tied else 2]:
+    for own, digits in ((model.embedding, model.digit_embedding), (model.head, model.digit_head))[
+        : 1 if tied else 2
+    ]:
         assert not np.any(own[GRAMMAR.code_start :])  # a code's own part starts at zero
         own[...] = jax.random.normal(jax.random.key(1), own.shape)
         table = np.array(own[...])
@@ -193,14 +198,20 @@ def test_a_factored_code_is_its_own_row_and_its_digits(tied):
                 table[GRAMMAR.code_start + code] += digits[sum(LEVELS[:channel]) + digit]
         np.testing.assert_allclose(model._table(own, digits), table, atol=1e-5)
     tokens = np.arange(V)
-    np.testing.assert_allclose(model.embed(tokens), model._table(model.embedding, model.digit_embedding), atol=1e-6)
+    np.testing.assert_allclose(
+        model.embed(tokens, np.zeros((V, 3), int)),
+        model._table(model.embedding, model.digit_embedding),
+        atol=1e-6,
+    )
 
 
 def test_bfloat16_computes_finitely_on_float32_parameters(batch):
     model, exact = build(dtype="bfloat16"), build()
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.split(model)[1]))
     graphdef, params = nnx.split(model)
-    loss = lambda graphdef: lambda p: transformer.loss(nnx.merge(graphdef, p), batch, code_start=92, z_loss=1e-4)[0]
+    loss = lambda graphdef: (
+        lambda p: transformer.loss(nnx.merge(graphdef, p), batch, code_start=92, z_loss=1e-4)[0]
+    )
     value, gradient = jax.jit(jax.value_and_grad(loss(graphdef)))(params)
     assert all(np.isfinite(leaf).all() and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
     assert float(value) == pytest.approx(float(jax.jit(loss(nnx.split(exact)[0]))(params)), rel=0.02)

@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 # Nothing else of mmgen, and no JAX, is imported up here: what is broken is to be told, not to end us.
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -126,7 +125,11 @@ def devices():
         (tpu_chips(), "a TPU", "tpu"),
     ):
         if present and chosen:
-            yield WARNING, "devices", f"{what} is here ({present}), JAX_PLATFORMS={chosen} keeps JAX on CPU: unset it"
+            yield (
+                WARNING,
+                "devices",
+                f"{what} is here ({present}), JAX_PLATFORMS={chosen} keeps JAX on CPU: unset it",
+            )
         elif present:
             words = f"{what} is here ({present}), JAX runs on CPU: pip install 'mmgen[{extra}]'"
             yield WARNING, "devices", words + (" (needs driver 580 or newer)" if extra == "gpu" else "")
@@ -150,7 +153,11 @@ def tpu_chips():
 def resources():
     """Memory, disk and cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield (OK if cores > 1 else WARNING), "cores", f"{cores}" + ("" if cores > 1 else ": everything takes its time")
+    yield (
+        (OK if cores > 1 else WARNING),
+        "cores",
+        f"{cores}" + ("" if cores > 1 else ": everything takes its time"),
+    )
     free = memory()
     few = f": `mmgen quickstart` needs {NEEDED // GIB} GiB; end other programs" if free < NEEDED else ""
     yield (WARNING if few else OK), "memory", f"{free / GIB:.1f} GiB free{few}"
@@ -248,7 +255,10 @@ def decoded(source, path):
     from mmgen.text import Text
 
     shards, text = Shards(path), Text(Path(path) / "text.model")
-    grammar, tokenizer = Grammar.from_dict(shards.manifest["grammar"]), load_tokenizer(Path(path) / "tokenizer")
+    grammar, tokenizer = (
+        Grammar.from_dict(shards.manifest["grammar"]),
+        load_tokenizer(Path(path) / "tokenizer"),
+    )
     if tokenizer.hash != shards.manifest["tokenizer_hash"]:
         raise ValueError(f"{path} was written by another tokenizer than the one that lies in it")
     drawn = [source[i] for i in range(len(shards))]
@@ -289,7 +299,11 @@ def checkpoint(workdir):
         steps = checkpoints.steps(workdir)
         good = checkpoints.latest(workdir)
         if steps and good != steps[-1]:
-            yield WARNING, "checkpoint", f"step {steps[-1]} of {workdir} is damaged; step {good} is used instead"
+            yield (
+                WARNING,
+                "checkpoint",
+                f"step {steps[-1]} of {workdir} is damaged; step {good} is used instead",
+            )
         total = checkpoints.read_config(workdir, "transformer")["steps"]
         words = drawn(workdir)
         yield OK, "checkpoint", f"{workdir}: step {good} of {total} is whole, its hashes agree; {words}"
@@ -301,7 +315,11 @@ def unneeded():
     """Heavy packages that mmgen does without."""
     for name in ("tensorflow", "torch"):
         if name in sys.modules:
-            yield WARNING, name, "was imported by some dependency: slower to start, and it may take GPU memory"
+            yield (
+                WARNING,
+                name,
+                "was imported by some dependency: slower to start, and it may take GPU memory",
+            )
         else:
             yield OK, name, "not needed, not imported"
 

@@ -16,7 +16,9 @@ def main(argv):
     parser.add_argument("--checkpoint", required=True, help="workdir of a transformer run on the world")
     parser.add_argument("--out", required=True, help="folder of the reports")
     parser.add_argument("--size", type=size, default=(32, 32), help="WIDTHxHEIGHT in pixels")
-    parser.add_argument("--seen", type=int, default=200, help="prompts a suite, of combinations seen in training")
+    parser.add_argument(
+        "--seen", type=int, default=200, help="prompts a suite, of combinations seen in training"
+    )
     parser.add_argument("--unseen", type=int, default=100, help="prompts a suite, of combinations held out")
     parser.add_argument("--language", default="en", help="en or zh")
     parser.add_argument("--seed", type=int, default=1)
@@ -27,7 +29,9 @@ def main(argv):
     parser.add_argument("--batch-size", type=int, default=50)
     args = parser.parse_args(argv)
     if args.seen < 0 or args.unseen < 0 or not args.seen + args.unseen:
-        raise ValueError(f"expected --seen and --unseen of at least 0 and one above, found {args.seen}, {args.unseen}")
+        raise ValueError(
+            f"expected --seen and --unseen of at least 0 and one above, found {args.seen}, {args.unseen}"
+        )
     began = time.monotonic()
     Path(args.out).mkdir(parents=True, exist_ok=True)
     model = sampler.load(args.checkpoint)

@@ -32,16 +32,22 @@ def main(argv):
 
     prompts = list(args.prompt)
     if args.prompts:
-        prompts += [line.strip() for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
+        prompts += [
+            line.strip() for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()
+        ]
     if not prompts or args.n < 1:
-        raise ValueError("nothing to draw: expected --prompt TEXT or a --prompts FILE with a line in it, and --n >= 1")
+        raise ValueError(
+            "nothing to draw: expected --prompt TEXT or a --prompts FILE with a line in it, and --n >= 1"
+        )
     write = _prepare(Path(args.out))  # before the work: an unwritable path should cost nothing
     model = sampler.load(args.checkpoint)
     grid = None
     if args.size:
         patch = model.tokenizer.patch
         if any(side % patch for side in args.size):
-            raise ValueError(f"--size must be a multiple of the patch, {patch}; found {args.size[0]}x{args.size[1]}")
+            raise ValueError(
+                f"--size must be a multiple of the patch, {patch}; found {args.size[0]}x{args.size[1]}"
+            )
         grid = (args.size[1] // patch, args.size[0] // patch)
     requests = [
         sampler.Request(

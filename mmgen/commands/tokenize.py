@@ -17,6 +17,13 @@ def main(argv):
     parser.add_argument("--overwrite", action="store_true", help="replace finished shards in --out")
     args = parser.parse_args(argv)
     manifest = tokenize(
-        source_from(args), args.tokenizer, args.text, args.out, max_side=args.max_side, overwrite=args.overwrite
+        source_from(args),
+        args.tokenizer,
+        args.text,
+        args.out,
+        max_side=args.max_side,
+        overwrite=args.overwrite,
     )
-    print(f"{args.out}: {manifest['count']} documents, {manifest['tokens']} tokens, skipped {manifest['skipped']}")
+    print(
+        f"{args.out}: {manifest['count']} documents, {manifest['tokens']} tokens, skipped {manifest['skipped']}"
+    )

@@ -74,14 +74,18 @@ def _score_table(scores):
 
 
 def _number_table(title, numbers):
-    rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in numbers.items())
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in numbers.items()
+    )
     return f"<h3>{title}</h3><table>{rows}</table>"
 
 
 def _figure(case):
     kind = "ok" if case.ok else "bad"
     why = "" if case.ok else f"<br><b>{html.escape(case.why)}</b>"
-    return f"<figure class={kind}><img src='{_png(case.pixels)}'>{html.escape(case.item.prompt)}{why}</figure>"
+    return (
+        f"<figure class={kind}><img src='{_png(case.pixels)}'>{html.escape(case.item.prompt)}{why}</figure>"
+    )
 
 
 def _png(pixels):

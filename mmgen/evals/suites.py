@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from mmgen import world
-from mmgen.document import Text, Turn, Document
+from mmgen.document import Document, Text, Turn
 from mmgen.sampling.sampler import Request
 from mmgen.world.judge import judge
 from mmgen.world.render import render
@@ -32,7 +32,9 @@ class Case:
 def cases(seed, seen, unseen, language="en"):
     """`seen` and `unseen` cases of each suite, from the world's test split."""
     return [
-        Case(suite, is_unseen, world.item(seed, "test", i, category=suite, language=language, unseen=is_unseen))
+        Case(
+            suite, is_unseen, world.item(seed, "test", i, category=suite, language=language, unseen=is_unseen)
+        )
         for suite in CATEGORIES
         for is_unseen, count in ((False, seen), (True, unseen))
         for i in range(count)
@@ -69,7 +71,10 @@ def scores(cases):
     for suite in dict.fromkeys(case.suite for case in cases):
         mine = [case for case in cases if case.suite == suite]
         table[suite] = {
-            name: [sum(case.ok for case in mine if case.unseen == flag), sum(case.unseen == flag for case in mine)]
+            name: [
+                sum(case.ok for case in mine if case.unseen == flag),
+                sum(case.unseen == flag for case in mine),
+            ]
             for name, flag in (("seen", False), ("unseen", True))
         }
         table[suite]["ceiling"] = float(np.mean([case.ceiling for case in mine]))
@@ -80,6 +85,9 @@ def show(table):
     """The scores as lines of text."""
     lines = [f"{'suite':<20}{'seen':>16}{'unseen':>16}{'ceiling':>10}"]
     for suite, row in table.items():
-        parts = [f"{right / total:.3f} ({total})" if total else "-" for right, total in (row["seen"], row["unseen"])]
+        parts = [
+            f"{right / total:.3f} ({total})" if total else "-"
+            for right, total in (row["seen"], row["unseen"])
+        ]
         lines.append(f"{suite:<20}{parts[0]:>16}{parts[1]:>16}{row['ceiling']:>10.3f}")
     return "\n".join(lines)

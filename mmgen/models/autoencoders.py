@@ -17,172 +17,174 @@ from mmgen.runtime import checkpoint
 
 
 def to_float(images):
-  """uint8 [0, 255] -> float32 [-1, 1]."""
-  return images.astype(jnp.float32) / 127.5 - 1.0
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(images):
-  """float [-1, 1] -> uint8 [0, 255], rounded and clipped."""
-  return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+    """float [-1, 1] -> uint8 [0, 255], rounded and clipped."""
+    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def patchify(images, patch):
-  """[B, H, W, C] -> [B, h, w, patch * patch * C]."""
-  B, H, W, C = images.shape
-  if H % patch or W % patch:
-    raise ValueError(f"the patch ({patch}) must divide the image, found {W}x{H} (width x height)")
-  x = images.reshape(B, H // patch, patch, W // patch, patch, C)
-  return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // patch, W // patch, -1)
+    """[B, H, W, C] -> [B, h, w, patch * patch * C]."""
+    B, H, W, C = images.shape
+    if H % patch or W % patch:
+        raise ValueError(f"the patch ({patch}) must divide the image, found {W}x{H} (width x height)")
+    x = images.reshape(B, H // patch, patch, W // patch, patch, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // patch, W // patch, -1)
 
 
 def unpatchify(x, patch):
-  """[B, h, w, patch * patch * C] -> [B, H, W, C]."""
-  B, h, w, D = x.shape
-  x = x.reshape(B, h, w, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(B, h * patch, w * patch, -1)
+    """[B, h, w, patch * patch * C] -> [B, H, W, C]."""
+    B, h, w, D = x.shape
+    x = x.reshape(B, h, w, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, h * patch, w * patch, -1)
 
 
 class AttentionTower(nnx.Module):
-  """Bidirectional transformer over a grid with two-axis rotary positions (ViT-VQGAN, arXiv:2110.04627)."""
+    """Bidirectional transformer over a grid with two-axis rotary positions (ViT-VQGAN, arXiv:2110.04627)."""
 
-  def __init__(self, config, depth, rngs, *, dtype):
-    self.head_dim, self.base, self.unroll = config.head_dim, config.rope_base, config.unroll
-    self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=dtype), depth, rngs)
+    def __init__(self, config, depth, rngs, *, dtype):
+        self.head_dim, self.base, self.unroll = config.head_dim, config.rope_base, config.unroll
+        self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=dtype), depth, rngs)
 
-  def __call__(self, x):
-    B, h, w, D = x.shape
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij"), -1)
-    cos_sin = layers.rope(grid.reshape(1, h * w, 2), self.head_dim, self.base)
-    x = layers.scan(self.blocks, x.reshape(B, h * w, D), cos_sin, unroll=self.unroll)
-    return layers.rms_norm(x).reshape(B, h, w, D)
+    def __call__(self, x):
+        B, h, w, D = x.shape
+        grid = jnp.stack(jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij"), -1)
+        cos_sin = layers.rope(grid.reshape(1, h * w, 2), self.head_dim, self.base)
+        x = layers.scan(self.blocks, x.reshape(B, h * w, D), cos_sin, unroll=self.unroll)
+        return layers.rms_norm(x).reshape(B, h, w, D)
 
 
 class ConvBlock(nnx.Module):
-  """x + 1x1(silu(3x3(norm(x)))), normed for each place alone, so that tiles agree with the whole.
+    """x + 1x1(silu(3x3(norm(x)))), normed for each place alone, so that tiles agree with the whole.
 
-  The 3x3 convolution gathers its window and multiplies once: on CPU, XLA's convolution gradients
-  are several times slower.
-  """
+    The 3x3 convolution gathers its window and multiplies once: on CPU, XLA's convolution gradients
+    are several times slower.
+    """
 
-  def __init__(self, config, rngs, *, dtype):
-    D = config.width
-    self.wide = layers.Linear((9 * D, D), ("window", "mlp"), rngs, dtype=dtype)
-    self.out = layers.Linear((D, D), ("mlp", "embed"), rngs, scale=(2 * config.layers * D) ** -0.5, dtype=dtype)
+    def __init__(self, config, rngs, *, dtype):
+        D = config.width
+        self.wide = layers.Linear((9 * D, D), ("window", "mlp"), rngs, dtype=dtype)
+        self.out = layers.Linear(
+            (D, D), ("mlp", "embed"), rngs, scale=(2 * config.layers * D) ** -0.5, dtype=dtype
+        )
 
-  def __call__(self, x):
-    h, w = x.shape[1:3]
-    y = jnp.pad(layers.rms_norm(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    window = jnp.concatenate([y[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1)
-    return x + self.out(jax.nn.silu(self.wide(window)))
+    def __call__(self, x):
+        h, w = x.shape[1:3]
+        y = jnp.pad(layers.rms_norm(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        window = jnp.concatenate([y[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1)
+        return x + self.out(jax.nn.silu(self.wide(window)))
 
 
 class ConvTower(nnx.Module):
-  """Residual 3x3 convolutions over a grid."""
+    """Residual 3x3 convolutions over a grid."""
 
-  def __init__(self, config, depth, rngs, *, dtype):
-    self.unroll = config.unroll
-    self.blocks = layers.stack(lambda r: ConvBlock(config, r, dtype=dtype), depth, rngs)
+    def __init__(self, config, depth, rngs, *, dtype):
+        self.unroll = config.unroll
+        self.blocks = layers.stack(lambda r: ConvBlock(config, r, dtype=dtype), depth, rngs)
 
-  def __call__(self, x):
-    return layers.rms_norm(layers.scan(self.blocks, x, unroll=self.unroll))
+    def __call__(self, x):
+        return layers.rms_norm(layers.scan(self.blocks, x, unroll=self.unroll))
 
 
 class PatchBlock(nnx.Module):
-  """x + MLP(norm(x)), each patch alone."""
+    """x + MLP(norm(x)), each patch alone."""
 
-  def __init__(self, config, rngs, *, dtype):
-    scale = (2 * config.layers * config.mlp) ** -0.5
-    self.mlp = layers.MLP(config.width, config.mlp, rngs, dtype=dtype, out_scale=scale)
+    def __init__(self, config, rngs, *, dtype):
+        scale = (2 * config.layers * config.mlp) ** -0.5
+        self.mlp = layers.MLP(config.width, config.mlp, rngs, dtype=dtype, out_scale=scale)
 
-  def __call__(self, x):
-    return x + self.mlp(layers.rms_norm(x))
+    def __call__(self, x):
+        return x + self.mlp(layers.rms_norm(x))
 
 
 class PatchTower(nnx.Module):
-  """Residual MLPs that see one patch: as an encoder, equal patches get equal codes wherever they are."""
+    """Residual MLPs that see one patch: as an encoder, equal patches get equal codes wherever they are."""
 
-  def __init__(self, config, depth, rngs, *, dtype):
-    self.unroll = config.unroll
-    self.blocks = layers.stack(lambda r: PatchBlock(config, r, dtype=dtype), depth, rngs)
+    def __init__(self, config, depth, rngs, *, dtype):
+        self.unroll = config.unroll
+        self.blocks = layers.stack(lambda r: PatchBlock(config, r, dtype=dtype), depth, rngs)
 
-  def __call__(self, x):
-    return layers.rms_norm(layers.scan(self.blocks, x, unroll=self.unroll))
+    def __call__(self, x):
+        return layers.rms_norm(layers.scan(self.blocks, x, unroll=self.unroll))
 
 
 TOWERS = {"conv": ConvTower, "attention": AttentionTower, "patch": PatchTower}
 
 
 class Autoencoder(nnx.Module):
-  """Patches -> tower -> FSQ -> tower -> patches; any image size that the patch divides."""
+    """Patches -> tower -> FSQ -> tower -> patches; any image size that the patch divides."""
 
-  def __init__(self, config, rngs):
-    for name in (config.encoder, config.decoder):
-      if name not in TOWERS:
-        raise ValueError(f"unknown tower {name!r}; known: {', '.join(TOWERS)}")
-    dtype = jnp.dtype(config.dtype)
-    self.patch, self.quantizer = config.patch, FSQ(config.levels)
-    pixels, D, C = config.patch**2 * 3, config.width, self.quantizer.channels
-    self.stem = layers.Linear((pixels, D), ("pixels", "embed"), rngs, bias=True, dtype=dtype)
-    self.encoder = TOWERS[config.encoder](config, config.encoder_layers, rngs, dtype=dtype)
-    self.to_features = layers.Linear((D, C), ("embed", "code"), rngs, bias=True)
-    self.from_features = layers.Linear((C, D), ("code", "embed"), rngs, bias=True, dtype=dtype)
-    self.decoder = TOWERS[config.decoder](config, config.layers, rngs, dtype=dtype)
-    self.head = layers.Linear((D, pixels), ("embed", "pixels"), rngs, bias=True, dtype=dtype)
+    def __init__(self, config, rngs):
+        for name in (config.encoder, config.decoder):
+            if name not in TOWERS:
+                raise ValueError(f"unknown tower {name!r}; known: {', '.join(TOWERS)}")
+        dtype = jnp.dtype(config.dtype)
+        self.patch, self.quantizer = config.patch, FSQ(config.levels)
+        pixels, D, C = config.patch**2 * 3, config.width, self.quantizer.channels
+        self.stem = layers.Linear((pixels, D), ("pixels", "embed"), rngs, bias=True, dtype=dtype)
+        self.encoder = TOWERS[config.encoder](config, config.encoder_layers, rngs, dtype=dtype)
+        self.to_features = layers.Linear((D, C), ("embed", "code"), rngs, bias=True)
+        self.from_features = layers.Linear((C, D), ("code", "embed"), rngs, bias=True, dtype=dtype)
+        self.decoder = TOWERS[config.decoder](config, config.layers, rngs, dtype=dtype)
+        self.head = layers.Linear((D, pixels), ("embed", "pixels"), rngs, bias=True, dtype=dtype)
 
-  def encode(self, images):
-    """Images [B, H, W, 3] in [-1, 1] -> quantized values [B, h, w, C]."""
-    x = self.encoder(self.stem(patchify(images, self.patch)))
-    return self.quantizer.quantize(self.to_features(x))
+    def encode(self, images):
+        """Images [B, H, W, 3] in [-1, 1] -> quantized values [B, h, w, C]."""
+        x = self.encoder(self.stem(patchify(images, self.patch)))
+        return self.quantizer.quantize(self.to_features(x))
 
-  def decode(self, values):
-    """Quantized values [B, h, w, C] -> images [B, H, W, 3], not clipped."""
-    x = self.head(self.decoder(self.from_features(values)))
-    return unpatchify(x.astype(jnp.float32), self.patch)
+    def decode(self, values):
+        """Quantized values [B, h, w, C] -> images [B, H, W, 3], not clipped."""
+        x = self.head(self.decoder(self.from_features(values)))
+        return unpatchify(x.astype(jnp.float32), self.patch)
 
-  def encode_codes(self, images):
-    """Images [B, H, W, 3] in [-1, 1] -> codes int32 [B, h, w]."""
-    return self.quantizer.pack(self.encode(images))
+    def encode_codes(self, images):
+        """Images [B, H, W, 3] in [-1, 1] -> codes int32 [B, h, w]."""
+        return self.quantizer.pack(self.encode(images))
 
-  def decode_codes(self, codes):
-    """Codes int32 [B, h, w] -> images [B, H, W, 3], not clipped."""
-    return self.decode(self.quantizer.unpack(codes))
+    def decode_codes(self, codes):
+        """Codes int32 [B, h, w] -> images [B, H, W, 3], not clipped."""
+        return self.decode(self.quantizer.unpack(codes))
 
 
 class Tokenizer:
-  """A trained autoencoder: images uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
+    """A trained autoencoder: images uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
 
-  def __init__(self, model):
-    self.patch, self.codes = model.patch, model.quantizer.codes
-    self.levels = tuple(int(level) for level in model.quantizer.levels)
-    graphdef, self._params = nnx.split(model)
-    self._encode = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
-    self._decode = jax.jit(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
+    def __init__(self, model):
+        self.patch, self.codes = model.patch, model.quantizer.codes
+        self.levels = tuple(int(level) for level in model.quantizer.levels)
+        graphdef, self._params = nnx.split(model)
+        self._encode = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
+        self._decode = jax.jit(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
 
-  def encode(self, images, batch=64):
-    return _in_batches(functools.partial(self._encode, self._params), images, batch)
+    def encode(self, images, batch=64):
+        return _in_batches(functools.partial(self._encode, self._params), images, batch)
 
-  def decode(self, codes, batch=64):
-    return _in_batches(functools.partial(self._decode, self._params), codes, batch)
+    def decode(self, codes, batch=64):
+        return _in_batches(functools.partial(self._decode, self._params), codes, batch)
 
-  @functools.cached_property
-  def hash(self):
-    """Identity of the trained weights: codes of one tokenizer mean nothing to another."""
-    return checkpoint.weights_hash(nnx.to_pure_dict(self._params))
+    @functools.cached_property
+    def hash(self):
+        """Identity of the trained weights: codes of one tokenizer mean nothing to another."""
+        return checkpoint.weights_hash(nnx.to_pure_dict(self._params))
 
 
 def _in_batches(function, x, batch):
-  """Applies a jitted function in equal, padded batches, so that it compiles once."""
-  out = []
-  for start in range(0, len(x), batch):
-    part = x[start:start + batch]
-    padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-    out.append(np.asarray(function(padded))[:len(part)])
-  return np.concatenate(out)
+    """Applies a jitted function in equal, padded batches, so that it compiles once."""
+    out = []
+    for start in range(0, len(x), batch):
+        part = x[start : start + batch]
+        padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+        out.append(np.asarray(function(padded))[: len(part)])
+    return np.concatenate(out)
 
 
 def load_tokenizer(workdir):
-  """Restores the `Tokenizer` of a tokenizer run (or of an exported copy)."""
-  config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "tokenizer"))
-  graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Autoencoder(config.model, nnx.Rngs(0))))
-  params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
-  return Tokenizer(nnx.merge(graphdef, params))
+    """Restores the `Tokenizer` of a tokenizer run (or of an exported copy)."""
+    config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "tokenizer"))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Autoencoder(config.model, nnx.Rngs(0))))
+    params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
+    return Tokenizer(nnx.merge(graphdef, params))

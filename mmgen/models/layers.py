@@ -12,162 +12,163 @@ from mmgen.runtime.mesh import constrain
 
 
 def normal(rngs, shape, scale):
-  """Truncated normal of standard deviation `scale`, float32."""
-  return scale * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape) / 0.87962566
+    """Truncated normal of standard deviation `scale`, float32."""
+    return scale * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape) / 0.87962566
 
 
 class Linear(nnx.Module):
-  """y = x @ w (+ b). The input is flattened to two axes: on CPU that is twice as fast."""
+    """y = x @ w (+ b). The input is flattened to two axes: on CPU that is twice as fast."""
 
-  def __init__(self, shape, axes, rngs, *, bias=False, scale=None, dtype=jnp.float32):
-    self.dtype = dtype
-    self.w = nnx.Param(normal(rngs, shape, shape[0] ** -0.5 if scale is None else scale), axes=axes)
-    self.b = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
+    def __init__(self, shape, axes, rngs, *, bias=False, scale=None, dtype=jnp.float32):
+        self.dtype = dtype
+        self.w = nnx.Param(normal(rngs, shape, shape[0] ** -0.5 if scale is None else scale), axes=axes)
+        self.b = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
 
-  def __call__(self, x):
-    w = self.w[...].astype(self.dtype)
-    y = x.astype(self.dtype).reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
-    y = y.reshape(x.shape[:-1] + w.shape[1:])
-    return y if self.b is None else y + self.b[...].astype(self.dtype)
+    def __call__(self, x):
+        w = self.w[...].astype(self.dtype)
+        y = x.astype(self.dtype).reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
+        y = y.reshape(x.shape[:-1] + w.shape[1:])
+        return y if self.b is None else y + self.b[...].astype(self.dtype)
 
 
 def rms_norm(x, epsilon=1e-6):
-  """Root mean square norm over the last axis (arXiv:1910.07467), in float32, without a scale.
+    """Root mean square norm over the last axis (arXiv:1910.07467), in float32, without a scale.
 
-  A learned scale would only rescale the rows of the matrix that follows (as in nanochat we leave it
-  out); on CPU its gradient alone took a sixth of a step.
-  """
-  y = x.astype(jnp.float32)
-  return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)).astype(x.dtype)
+    A learned scale would only rescale the rows of the matrix that follows (as in nanochat we leave it
+    out); on CPU its gradient alone took a sixth of a step.
+    """
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
 def rope(positions, channels, base):
-  """Cosines and sines [..., C/2] of rotary embedding (arXiv:2104.09864) over one or more axes.
+    """Cosines and sines [..., C/2] of rotary embedding (arXiv:2104.09864) over one or more axes.
 
-  `positions` is int [..., A]. Frequencies fall as in one dimension and are dealt to the A axes
-  in turn, so that each axis sees the whole range; equal coordinates give plain one-dimensional
-  rotary embedding (the multi-axis form follows Qwen2-VL, arXiv:2409.12191).
-  """
-  pairs = channels // 2
-  frequency = base ** (-np.arange(pairs) / pairs)
-  axis = np.arange(pairs) % positions.shape[-1]
-  angles = positions[..., axis].astype(jnp.float32) * frequency.astype(np.float32)
-  return jnp.cos(angles), jnp.sin(angles)
+    `positions` is int [..., A]. Frequencies fall as in one dimension and are dealt to the A axes
+    in turn, so that each axis sees the whole range; equal coordinates give plain one-dimensional
+    rotary embedding (the multi-axis form follows Qwen2-VL, arXiv:2409.12191).
+    """
+    pairs = channels // 2
+    frequency = base ** (-np.arange(pairs) / pairs)
+    axis = np.arange(pairs) % positions.shape[-1]
+    angles = positions[..., axis].astype(jnp.float32) * frequency.astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x, cos_sin):
-  """Rotates the channel halves of x [B, T, N, C] by the angles of cosines and sines [B, T, C/2]."""
-  cos, sin = (y[:, :, None] for y in cos_sin)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    """Rotates the channel halves of x [B, T, N, C] by the angles of cosines and sines [B, T, C/2]."""
+    cos, sin = (y[:, :, None] for y in cos_sin)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 def attention(q, k, v, bias=None, *, impl="xla"):
-  """Softmax attention with grouped queries.
+    """Softmax attention with grouped queries.
 
-  q [B, T, N, C]; k, v [B, S, K, C] with N a multiple of K; bias float32, broadcastable to
-  [B, T, S] (0 where a query may look, very negative where not), or None for full attention.
-  Returns [B, T, N, C]. The softmax is in float32.
-  """
-  if impl != "xla":
-    raise ValueError(f"unknown attention implementation {impl!r}; known: 'xla'")
-  B, T, N, C = q.shape
-  S, K = k.shape[1:3]
-  G = N // K
-  # Two plain batched matrix products over B*K: on CPU 1.5 times as fast as five-axis einsums.
-  q = (q * C ** -0.5).reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, C)
-  k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, C) for x in (k, v))
-  logits = jnp.einsum("btc,bsc->bts", q, k, preferred_element_type=jnp.float32)
-  logits = logits.reshape(B, K, G, T, S)
-  if bias is not None:
-    logits = logits + bias[:, None, None]
-  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-  total = weights.sum(-1, keepdims=True)
-  y = jnp.einsum("bts,bsc->btc", weights.astype(v.dtype).reshape(B * K, G * T, S), v)
-  y = y.reshape(B, K, G, T, C) / total.astype(v.dtype)
-  return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, C)
+    q [B, T, N, C]; k, v [B, S, K, C] with N a multiple of K; bias float32, broadcastable to
+    [B, T, S] (0 where a query may look, very negative where not), or None for full attention.
+    Returns [B, T, N, C]. The softmax is in float32.
+    """
+    if impl != "xla":
+        raise ValueError(f"unknown attention implementation {impl!r}; known: 'xla'")
+    B, T, N, C = q.shape
+    S, K = k.shape[1:3]
+    G = N // K
+    # Two plain batched matrix products over B*K: on CPU 1.5 times as fast as five-axis einsums.
+    q = (q * C**-0.5).reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, C)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, C) for x in (k, v))
+    logits = jnp.einsum("btc,bsc->bts", q, k, preferred_element_type=jnp.float32)
+    logits = logits.reshape(B, K, G, T, S)
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    y = jnp.einsum("bts,bsc->btc", weights.astype(v.dtype).reshape(B * K, G * T, S), v)
+    y = y.reshape(B, K, G, T, C) / total.astype(v.dtype)
+    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, C)
 
 
 def bias_of(mask):
-  """The additive bias of a bool mask (True: may look)."""
-  return jnp.where(mask, 0.0, -1e30).astype(jnp.float32)
+    """The additive bias of a bool mask (True: may look)."""
+    return jnp.where(mask, 0.0, -1e30).astype(jnp.float32)
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention with QK-norm (arXiv:2302.05442) and rotary embedding."""
+    """Grouped-query attention with QK-norm (arXiv:2302.05442) and rotary embedding."""
 
-  def __init__(self, config, rngs, *, dtype, out_scale=None):
-    D, N, K, C = config.width, config.heads, config.kv_heads, config.head_dim
-    if N % K:
-      raise ValueError(f"heads ({N}) must be a multiple of kv_heads ({K})")
-    self.q = Linear((D, N, C), ("embed", "heads", "head_dim"), rngs, dtype=dtype)
-    self.k = Linear((D, K, C), ("embed", "kv_heads", "head_dim"), rngs, dtype=dtype)
-    self.v = Linear((D, K, C), ("embed", "kv_heads", "head_dim"), rngs, dtype=dtype)
-    self.out = Linear((N * C, D), ("heads", "embed"), rngs, scale=out_scale, dtype=dtype)
+    def __init__(self, config, rngs, *, dtype, out_scale=None):
+        D, N, K, C = config.width, config.heads, config.kv_heads, config.head_dim
+        if N % K:
+            raise ValueError(f"heads ({N}) must be a multiple of kv_heads ({K})")
+        self.q = Linear((D, N, C), ("embed", "heads", "head_dim"), rngs, dtype=dtype)
+        self.k = Linear((D, K, C), ("embed", "kv_heads", "head_dim"), rngs, dtype=dtype)
+        self.v = Linear((D, K, C), ("embed", "kv_heads", "head_dim"), rngs, dtype=dtype)
+        self.out = Linear((N * C, D), ("heads", "embed"), rngs, scale=out_scale, dtype=dtype)
 
-  def qkv(self, x, cos_sin):
-    """Projected, normed and rotated q, k, v of x [B, T, D]."""
-    q, k = (rotate(rms_norm(project(x)), cos_sin) for project in (self.q, self.k))
-    return q, k, self.v(x)
+    def qkv(self, x, cos_sin):
+        """Projected, normed and rotated q, k, v of x [B, T, D]."""
+        q, k = (rotate(rms_norm(project(x)), cos_sin) for project in (self.q, self.k))
+        # Normed q and k bound the logits by sqrt(C); twice that lets a head look at one place alone.
+        return 2.0 * q, k, self.v(x)
 
-  def __call__(self, x, cos_sin, bias=None, impl="xla"):
-    q, k, v = self.qkv(x, cos_sin)
-    q = constrain(q, ("batch", "length", "heads", "head_dim"))
-    return self.project(attention(q, k, v, bias, impl=impl))
+    def __call__(self, x, cos_sin, bias=None, impl="xla"):
+        q, k, v = self.qkv(x, cos_sin)
+        q = constrain(q, ("batch", "length", "heads", "head_dim"))
+        return self.project(attention(q, k, v, bias, impl=impl))
 
-  def project(self, y):
-    return self.out(y.reshape(y.shape[:2] + (-1,)))
+    def project(self, y):
+        return self.out(y.reshape(y.shape[:2] + (-1,)))
 
 
 class MLP(nnx.Module):
-  """SwiGLU (arXiv:2002.05202); gate and value share one matrix product."""
+    """SwiGLU (arXiv:2002.05202); gate and value share one matrix product."""
 
-  def __init__(self, width, hidden, rngs, *, dtype, out_scale=None):
-    self.wi = Linear((width, 2, hidden), ("embed", "gate", "mlp"), rngs, dtype=dtype)
-    self.wo = Linear((hidden, width), ("mlp", "embed"), rngs, scale=out_scale, dtype=dtype)
+    def __init__(self, width, hidden, rngs, *, dtype, out_scale=None):
+        self.wi = Linear((width, 2, hidden), ("embed", "gate", "mlp"), rngs, dtype=dtype)
+        self.wo = Linear((hidden, width), ("mlp", "embed"), rngs, scale=out_scale, dtype=dtype)
 
-  def __call__(self, x):
-    y = self.wi(x)
-    return self.wo(jax.nn.silu(y[..., 0, :]) * y[..., 1, :])
+    def __call__(self, x):
+        y = self.wi(x)
+        return self.wo(jax.nn.silu(y[..., 0, :]) * y[..., 1, :])
 
 
 class Block(nnx.Module):
-  """Pre-norm transformer block: x + attention, x + MLP. The bias makes it causal or not."""
+    """Pre-norm transformer block: x + attention, x + MLP. The bias makes it causal or not."""
 
-  def __init__(self, config, rngs, *, dtype):
-    # Residual outputs start small so that depth does not grow the stream (GPT-2's scaling).
-    shrink = (2 * config.layers) ** -0.5
-    N, C, F = config.heads, config.head_dim, config.mlp
-    self.attention = Attention(config, rngs, dtype=dtype, out_scale=shrink * (N * C) ** -0.5)
-    self.mlp = MLP(config.width, F, rngs, dtype=dtype, out_scale=shrink * F ** -0.5)
+    def __init__(self, config, rngs, *, dtype):
+        # Residual outputs start small so that depth does not grow the stream (GPT-2's scaling).
+        shrink = (2 * config.layers) ** -0.5
+        N, C, F = config.heads, config.head_dim, config.mlp
+        self.attention = Attention(config, rngs, dtype=dtype, out_scale=shrink * (N * C) ** -0.5)
+        self.mlp = MLP(config.width, F, rngs, dtype=dtype, out_scale=shrink * F**-0.5)
 
-  def __call__(self, x, cos_sin, bias=None, impl="xla"):
-    x = x + self.attention(rms_norm(x), cos_sin, bias, impl)
-    x = constrain(x, ("batch", "length", None))
-    x = x + self.mlp(rms_norm(x))
-    return constrain(x, ("batch", "length", None))
+    def __call__(self, x, cos_sin, bias=None, impl="xla"):
+        x = x + self.attention(rms_norm(x), cos_sin, bias, impl)
+        x = constrain(x, ("batch", "length", None))
+        x = x + self.mlp(rms_norm(x))
+        return constrain(x, ("batch", "length", None))
 
 
 def stack(make, layers, rngs):
-  """One module whose parameters carry a leading axis of `layers`; `make(rngs)` builds a layer."""
-  return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
+    """One module whose parameters carry a leading axis of `layers`; `make(rngs)` builds a layer."""
+    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
 
 
 def scan(blocks, x, *args, remat=False, unroll=False):
-  """Runs stacked blocks over x with `lax.scan`; each layer's slice is merged in the body.
+    """Runs stacked blocks over x with `lax.scan`; each layer's slice is merged in the body.
 
-  `unroll` writes the layers out one after the other: longer to compile, and on CPU a quarter to
-  a third faster to run, since no stacked residuals are sliced.
-  """
-  graphdef, params = nnx.split(blocks)
+    `unroll` writes the layers out one after the other: longer to compile, and on CPU a quarter to
+    a third faster to run, since no stacked residuals are sliced.
+    """
+    graphdef, params = nnx.split(blocks)
 
-  def body(x, layer):
-    return nnx.merge(graphdef, layer)(x, *args), None
+    def body(x, layer):
+        return nnx.merge(graphdef, layer)(x, *args), None
 
-  return jax.lax.scan(jax.checkpoint(body) if remat else body, x, params, unroll=unroll)[0]
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, params, unroll=unroll)[0]
 
 
 def unstack(blocks, layers):
-  """The list of single layers of stacked blocks (decoding slices them once, outside its loop)."""
-  graphdef, params = nnx.split(blocks)
-  return [nnx.merge(graphdef, jax.tree.map(lambda p: p[i], params)) for i in range(layers)]
+    """The list of single layers of stacked blocks (decoding slices them once, outside its loop)."""
+    graphdef, params = nnx.split(blocks)
+    return [nnx.merge(graphdef, jax.tree.map(lambda p: p[i], params)) for i in range(layers)]

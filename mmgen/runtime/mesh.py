@@ -13,81 +13,86 @@ _rules = None  # set while a program is traced, so that models can name activati
 
 
 def make_mesh(shape):
-  """Builds the mesh from `{axis: size}`; axes left out have size 1, one may be -1 (the rest).
+    """Builds the mesh from `{axis: size}`; axes left out have size 1, one may be -1 (the rest).
 
-  Raises ValueError where the sizes do not fill the devices exactly.
-  """
-  unknown = sorted(set(shape) - set(AXES))
-  if unknown:
-    raise ValueError(f"unknown mesh axes {unknown}; known axes: {', '.join(AXES)}")
-  sizes = [shape.get(axis, 1) for axis in AXES]
-  devices = jax.device_count()
-  if sizes.count(-1) == 1:
-    fixed = math.prod(size for size in sizes if size != -1)
-    if devices % fixed:
-      raise ValueError(f"mesh {dict(shape)}: {devices} devices do not divide by {fixed}")
-    sizes[sizes.index(-1)] = devices // fixed
-  if math.prod(sizes) != devices or min(sizes) < 1:
-    raise ValueError(
-        f"mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, found {devices}; "
-        "change config.mesh (-1 means 'all that are left')")
-  return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    Raises ValueError where the sizes do not fill the devices exactly.
+    """
+    unknown = sorted(set(shape) - set(AXES))
+    if unknown:
+        raise ValueError(f"unknown mesh axes {unknown}; known axes: {', '.join(AXES)}")
+    sizes = [shape.get(axis, 1) for axis in AXES]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        fixed = math.prod(size for size in sizes if size != -1)
+        if devices % fixed:
+            raise ValueError(f"mesh {dict(shape)}: {devices} devices do not divide by {fixed}")
+        sizes[sizes.index(-1)] = devices // fixed
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, found {devices}; "
+            "change config.mesh (-1 means 'all that are left')"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def spec(axes, rules):
-  """The PartitionSpec of logical axis names; every name must have a rule (None: replicated)."""
-  missing = [axis for axis in axes if axis is not None and axis not in rules]
-  if missing:
-    raise ValueError(f"no sharding rule covers the logical axes {missing}; "
-                     f"add them to config.sharding (has: {', '.join(sorted(rules))})")
-  entries = []
-  for axis in axes:
-    entry = rules[axis] if axis is not None else None
-    entries.append(tuple(entry) if isinstance(entry, (list, tuple)) else entry)
-  used = [a for e in entries if e for a in (e if isinstance(e, tuple) else (e,))]
-  if len(used) != len(set(used)):
-    raise ValueError(f"logical axes {axes} are laid twice over a mesh axis: {entries}")
-  return PartitionSpec(*entries)
+    """The PartitionSpec of logical axis names; every name must have a rule (None: replicated)."""
+    missing = [axis for axis in axes if axis is not None and axis not in rules]
+    if missing:
+        raise ValueError(
+            f"no sharding rule covers the logical axes {missing}; "
+            f"add them to config.sharding (has: {', '.join(sorted(rules))})"
+        )
+    entries = []
+    for axis in axes:
+        entry = rules[axis] if axis is not None else None
+        entries.append(tuple(entry) if isinstance(entry, (list, tuple)) else entry)
+    used = [a for e in entries if e for a in (e if isinstance(e, tuple) else (e,))]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} are laid twice over a mesh axis: {entries}")
+    return PartitionSpec(*entries)
 
 
 def param_shardings(state, mesh, rules):
-  """Pure dict of NamedShardings for an `nnx.State`, from each parameter's own `axes`."""
+    """Pure dict of NamedShardings for an `nnx.State`, from each parameter's own `axes`."""
 
-  def one(path, variable):
-    axes = variable.get_metadata().get("axes")
-    name = "/".join(map(str, path))
-    if axes is None:
-      raise ValueError(f"parameter {name} names no logical axes; create it with axes=(...)")
-    if variable.ndim == len(axes) + 1:  # stacked layers lead with one more axis
-      axes = ("layers",) + tuple(axes)
-    if variable.ndim != len(axes):
-      raise ValueError(f"parameter {name}: shape {variable.shape} but axes {axes}")
-    partition = spec(axes, rules)
-    for size, entry in zip(variable.shape, partition):
-      ways = math.prod(mesh.shape[a] for a in (entry if isinstance(entry, tuple) else (entry,)) if a)
-      if size % ways:
-        raise ValueError(f"parameter {name}: axis of size {size} ({axes}) does not divide over "
-                         f"{ways} devices of mesh axes {entry}")
-    return NamedSharding(mesh, partition)
+    def one(path, variable):
+        axes = variable.get_metadata().get("axes")
+        name = "/".join(map(str, path))
+        if axes is None:
+            raise ValueError(f"parameter {name} names no logical axes; create it with axes=(...)")
+        if variable.ndim == len(axes) + 1:  # stacked layers lead with one more axis
+            axes = ("layers",) + tuple(axes)
+        if variable.ndim != len(axes):
+            raise ValueError(f"parameter {name}: shape {variable.shape} but axes {axes}")
+        partition = spec(axes, rules)
+        for size, entry in zip(variable.shape, partition):
+            ways = math.prod(mesh.shape[a] for a in (entry if isinstance(entry, tuple) else (entry,)) if a)
+            if size % ways:
+                raise ValueError(
+                    f"parameter {name}: axis of size {size} ({axes}) does not divide over "
+                    f"{ways} devices of mesh axes {entry}"
+                )
+        return NamedSharding(mesh, partition)
 
-  flat = nnx.to_flat_state(state)
-  return nnx.to_pure_dict(nnx.from_flat_state([(path, one(path, v)) for path, v in flat]))
+    flat = nnx.to_flat_state(state)
+    return nnx.to_pure_dict(nnx.from_flat_state([(path, one(path, v)) for path, v in flat]))
 
 
 @contextlib.contextmanager
 def use(mesh, rules):
-  """Makes `mesh` current and `rules` those that `constrain` reads."""
-  global _rules
-  before, _rules = _rules, rules
-  try:
-    with jax.set_mesh(mesh):
-      yield mesh
-  finally:
-    _rules = before
+    """Makes `mesh` current and `rules` those that `constrain` reads."""
+    global _rules
+    before, _rules = _rules, rules
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _rules = before
 
 
 def constrain(x, axes):
-  """Lays activation `x` out by its logical axes; outside `use` it does nothing."""
-  if _rules is None:
-    return x
-  return jax.lax.with_sharding_constraint(x, spec(axes, _rules))
+    """Lays activation `x` out by its logical axes; outside `use` it does nothing."""
+    if _rules is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, _rules))

@@ -15,57 +15,71 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class Metrics:
-  """Appends scalars to `metrics.jsonl` and TensorBoard's event files under `workdir`."""
+    """Appends scalars to `metrics.jsonl` and TensorBoard's event files under `workdir`."""
 
-  def __init__(self, workdir, start=0):
-    """Cuts metrics.jsonl back to steps <= start, so a resumed run leaves no line twice."""
-    self._path = Path(workdir) / "metrics.jsonl"
-    kept = [line for line in read(workdir) if line["step"] <= start] if self._path.exists() else []
-    temporary = self._path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, self._path)
-    self._file = self._path.open("a", buffering=1)
-    self._events = EventFileWriter(str(Path(workdir) / "tensorboard"))
+    def __init__(self, workdir, start=0):
+        """Cuts metrics.jsonl back to steps <= start, so a resumed run leaves no line twice."""
+        self._path = Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read(workdir) if line["step"] <= start] if self._path.exists() else []
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._events = EventFileWriter(str(Path(workdir) / "tensorboard"))
 
-  def write(self, step, scalars):
-    scalars = {name: float(value) for name, value in scalars.items()}
-    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-    self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+    def write(self, step, scalars):
+        scalars = {name: float(value) for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
-  def close(self):
-    self._file.close()
-    self._events.close()
+    def close(self):
+        self._file.close()
+        self._events.close()
 
 
 def read(workdir):
-  """The records of a workdir's metrics.jsonl; a half-written last line is left out."""
-  records = []
-  for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines():
-    try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return records
+    """The records of a workdir's metrics.jsonl; a half-written last line is left out."""
+    records = []
+    for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
 
 
 def environment():
-  """Versions, git commit and devices: what a run must record to be repeated."""
-  names = ("mmgen", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow",
-           "sentencepiece")
-  versions = {}
-  for name in names:
-    try:
-      versions[name] = metadata.version(name)
-    except metadata.PackageNotFoundError:
-      versions[name] = None
-  here = Path(__file__).resolve().parent
-  git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-                       capture_output=True, text=True, check=False)
-  return {
-      "python": platform.python_version(),
-      "versions": versions,
-      "git": git.stdout.strip() or None,
-      "devices": [str(device) for device in jax.devices()],
-      "platform": platform.platform(),
-  }
+    """Versions, git commit and devices: what a run must record to be repeated."""
+    names = (
+        "mmgen",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+        "pillow",
+        "sentencepiece",
+    )
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "git": git.stdout.strip() or None,
+        "devices": [str(device) for device in jax.devices()],
+        "platform": platform.platform(),
+    }

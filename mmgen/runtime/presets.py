@@ -15,8 +15,8 @@ SHARDING = {
     "head_dim": None,
     "gate": None,
     "mlp": "tensor",
-    
     "pixels": None,
     "window": None,
+    "place": None,
     "code": None,
 }

@@ -220,7 +220,9 @@ def _generate(params, tokens, positions, lengths, machine, knobs, *, graphdef, g
         out=jnp.full((B, new), grammar.eos, jnp.int32),
         done=jnp.zeros(B, bool),
     )
-    draw = jax.vmap(lambda seed, i: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), i)), (0, None))
+    draw = jax.vmap(
+        lambda seed, i: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), i)), (0, None)
+    )
 
     def body(s):
         logits = model.logits(s.hidden)

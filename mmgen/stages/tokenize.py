@@ -3,9 +3,8 @@
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 import numpy as np
+from tqdm import tqdm
 
 from mmgen.data import shards
 from mmgen.data.sources import documents_of

@@ -14,75 +14,86 @@ from mmgen.stages.loop import Stage
 
 
 def setup(config, workdir):
-  """See `loop.Stage`. Learns from `config.data`, is measured on `config.held_out`."""
-  data = Images(open_source(**config.data.source), config.data.batch_size, config.seed,
-                augment=config.data.augment)
-  held_out = open_source(**config.held_out)
+    """See `loop.Stage`. Learns from `config.data`, is measured on `config.held_out`."""
+    data = Images(
+        open_source(**config.data.source), config.data.batch_size, config.seed, augment=config.data.augment
+    )
+    held_out = open_source(**config.held_out)
 
-  def evaluate(graphdef, params, step):
-    model = Tokenizer(nnx.merge(graphdef, params))
-    images = np.stack([document.turns[1].parts[0].pixels for _, document in documents_of(held_out)])
-    codes = model.encode(images)
-    back = model.decode(codes)
-    _preview(workdir / "previews" / f"{step:07d}.png", images[:32], back[:32])
-    return {**reconstruction(images, back), **usage(codes, model.codes)}
+    def evaluate(graphdef, params, step):
+        model = Tokenizer(nnx.merge(graphdef, params))
+        images = np.stack([document.turns[1].parts[0].pixels for _, document in documents_of(held_out)])
+        codes = model.encode(images)
+        back = model.decode(codes)
+        _preview(workdir / "previews" / f"{step:07d}.png", images[:32], back[:32])
+        return {**reconstruction(images, back), **usage(codes, model.codes)}
 
-  return Stage(make=lambda rngs: Autoencoder(config.model, rngs),
-               loss=functools.partial(loss, floor=config.loss.floor),
-               data=data, unit="images", units_a_step=config.data.batch_size, evaluate=evaluate)
+    return Stage(
+        make=lambda rngs: Autoencoder(config.model, rngs),
+        loss=functools.partial(loss, floor=config.loss.floor),
+        data=data,
+        unit="images",
+        units_a_step=config.data.batch_size,
+        evaluate=evaluate,
+    )
 
 
 def loss(model, batch, key, *, floor):
-  """Mean over images of log(mean squared error + floor), of pixels in [-1, 1].
+    """Mean over images of log(mean squared error + floor), of pixels in [-1, 1].
 
-  This is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
-  `floor` keeps an image that is already right from outweighing the others.
-  """
-  del key
-  images = to_float(batch["images"])
-  error = model.decode(model.encode(images)) - images
-  mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
-  return 0.1 * jnp.mean(jnp.log(mse + floor)), {"psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
+    This is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
+    `floor` keeps an image that is already right from outweighing the others.
+    """
+    del key
+    images = to_float(batch["images"])
+    error = model.decode(model.encode(images)) - images
+    mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
+    return 0.1 * jnp.mean(jnp.log(mse + floor)), {"psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
 
 
 # ---- how good it is -------------------------------------------------------------------------
 
 
 def reconstruction(images, back):
-  """PSNR in dB (mean over images) and SSIM of uint8 [B, H, W, 3] against their reconstructions."""
-  a, b = images.astype(np.float64), back.astype(np.float64)
-  mse = np.maximum(np.mean((a - b) ** 2, axis=(1, 2, 3)), 1e-3)
-  return {"psnr": float(np.mean(10 * np.log10(255**2 / mse))), "ssim": ssim(a, b)}
+    """PSNR in dB (mean over images) and SSIM of uint8 [B, H, W, 3] against their reconstructions."""
+    a, b = images.astype(np.float64), back.astype(np.float64)
+    mse = np.maximum(np.mean((a - b) ** 2, axis=(1, 2, 3)), 1e-3)
+    return {"psnr": float(np.mean(10 * np.log10(255**2 / mse))), "ssim": ssim(a, b)}
 
 
 def ssim(a, b, window=7):
-  """Mean structural similarity (Wang et al. 2004) of [B, H, W, C] in [0, 255], uniform window."""
+    """Mean structural similarity (Wang et al. 2004) of [B, H, W, C] in [0, 255], uniform window."""
 
-  def mean(x):  # box filter over H and W by cumulative sums, valid positions only
-    for axis in (1, 2):
-      total = np.cumsum(np.insert(x, 0, 0.0, axis=axis), axis=axis)
-      n = x.shape[axis]
-      x = (np.take(total, range(window, n + 1), axis) - np.take(total, range(n + 1 - window), axis)) / window
-    return x
+    def mean(x):  # box filter over H and W by cumulative sums, valid positions only
+        for axis in (1, 2):
+            total = np.cumsum(np.insert(x, 0, 0.0, axis=axis), axis=axis)
+            n = x.shape[axis]
+            x = (
+                np.take(total, range(window, n + 1), axis) - np.take(total, range(n + 1 - window), axis)
+            ) / window
+        return x
 
-  ma, mb = mean(a), mean(b)
-  va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-  c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-  score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
-  return float(score.mean())
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
+    return float(score.mean())
 
 
 def usage(codes, size):
-  """Share of codes seen at least once, and perplexity exp(entropy), of an int array of codes."""
-  counts = np.bincount(codes.ravel(), minlength=size)
-  p = counts[counts > 0] / counts.sum()
-  return {"code_usage": float(np.mean(counts > 0)), "code_perplexity": float(np.exp(-np.sum(p * np.log(p))))}
+    """Share of codes seen at least once, and perplexity exp(entropy), of an int array of codes."""
+    counts = np.bincount(codes.ravel(), minlength=size)
+    p = counts[counts > 0] / counts.sum()
+    return {
+        "code_usage": float(np.mean(counts > 0)),
+        "code_perplexity": float(np.exp(-np.sum(p * np.log(p)))),
+    }
 
 
 def _preview(path, images, back):
-  """Originals above their reconstructions, eight a row."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  rows = []
-  for i in range(0, len(images), 8):
-    rows += [np.concatenate(list(images[i:i + 8]), 1), np.concatenate(list(back[i:i + 8]), 1)]
-  Image.fromarray(np.concatenate(rows, 0)).save(path)
+    """Originals above their reconstructions, eight a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(0, len(images), 8):
+        rows += [np.concatenate(list(images[i : i + 8]), 1), np.concatenate(list(back[i : i + 8]), 1)]
+    Image.fromarray(np.concatenate(rows, 0)).save(path)

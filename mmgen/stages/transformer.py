@@ -4,16 +4,11 @@ import functools
 import json
 import shutil
 
-import numpy as np
-from flax import nnx
-
 from mmgen.data.loader import Rows
 from mmgen.data.shards import Shards
 from mmgen.grammar import Grammar
 from mmgen.models import transformer
-from mmgen.models.autoencoders import load_tokenizer
 from mmgen.stages.loop import Stage
-from mmgen.text import Text
 
 
 def setup(config, workdir):
@@ -26,13 +21,19 @@ def setup(config, workdir):
     _adopt(shards, vocabulary, workdir)
     loss = dict(text=data.text_weight, image=data.image_weight, user=data.user_weight)
     rows = functools.partial(
-        Rows, grammar=grammar, batch_size=data.batch_size, row_length=data.row_length, seed=config.seed, loss=loss,
+        Rows,
+        grammar=grammar,
+        batch_size=data.batch_size,
+        row_length=data.row_length,
+        seed=config.seed,
+        loss=loss,
         overlong=data.overlong,
     )
 
     return Stage(
         make=lambda rngs: transformer.Transformer(
-            config.model, grammar.vocab_size, rngs, vocabulary["levels"] if config.model.factored else ()),
+            config.model, grammar.vocab_size, rngs, vocabulary["levels"] if config.model.factored else ()
+        ),
         loss=lambda model, batch, key: transformer.loss(
             model, batch, code_start=grammar.code_start, z_loss=config.loss.z
         ),

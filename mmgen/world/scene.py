@@ -104,9 +104,7 @@ def holds(claim: Claim, scene: Scene) -> bool:
 def fits(thing: Object, group: Group) -> bool:
     """Whether an object has the attributes that the group states."""
     return (
-        thing.shape == group.shape
-        and group.color in (None, thing.color)
-        and group.size in (None, thing.size)
+        thing.shape == group.shape and group.color in (None, thing.color) and group.size in (None, thing.size)
     )
 
 
@@ -192,8 +190,7 @@ def random_item(rng, category: str, unseen: bool) -> tuple[Claim, Scene]:
         if places is None:  # too crowded
             continue
         objects = tuple(
-            Object(k.shape, k.color, k.size, x, y)
-            for k, (x, y) in zip(kinds, places, strict=True)
+            Object(k.shape, k.color, k.size, x, y) for k, (x, y) in zip(kinds, places, strict=True)
         )
         claim = Claim(
             _state(rng, groups, category, unseen),
