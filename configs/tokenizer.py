@@ -51,7 +51,7 @@ def get_config(variant):
     )
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 1250, 2
-    c.mesh = dict(data=-1)
+    c.mesh = dict(replica=1, data=-1, fsdp=1, context=1, tensor=1)  # devices along each axis; -1: the rest
     c.sharding = SHARDING
 
     if variant in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars

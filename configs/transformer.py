@@ -51,7 +51,7 @@ def get_config(variant):
     )
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 10_000, 400, 2
-    c.mesh = dict(data=-1)
+    c.mesh = dict(replica=1, data=-1, fsdp=1, context=1, tensor=1)  # devices along each axis; -1: the rest
     c.sharding = SHARDING
 
     if variant == "emoji":  # names -> 64 px pictures of 16 x 16 codes
@@ -77,5 +77,5 @@ def get_config(variant):
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 5e-3, 3e-4
         c.ema = 0.9999
         c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 5_000, 2_000, 3
-        c.mesh = dict(data=1, fsdp=-1)
+        c.mesh.data, c.mesh.fsdp = 1, -1
     return c

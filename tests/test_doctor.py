@@ -21,7 +21,17 @@ def words(check):
 def test_the_whole_road_works_here(capsys):
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
-    for part in ("Python", "packages", "devices", "memory", "tokenizer", "shards", "codes", "transformer", "sample"):
+    for part in (
+        "Python",
+        "packages",
+        "devices",
+        "memory",
+        "tokenizer",
+        "shards",
+        "codes",
+        "transformer",
+        "sample",
+    ):
         assert f" {part} " in said
     assert doctor.PROBLEM + " " not in said
 
@@ -51,7 +61,9 @@ def test_versions_outside_the_pins_are_problems(monkeypatch):
     monkeypatch.setattr(doctor, "jax_parts", lambda: iter(()))
     checked = list(doctor.packages())
     assert levels(checked) == [doctor.PROBLEM, doctor.PROBLEM, doctor.OK]
-    assert "pip install 'numpy>=999'" in words(checked) and "no-such-package is not installed" in words(checked)
+    assert "pip install 'numpy>=999'" in words(checked) and "no-such-package is not installed" in words(
+        checked
+    )
 
 
 def test_pins_are_read_from_the_project():

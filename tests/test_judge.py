@@ -13,7 +13,16 @@ from mmgen.world import item
 from mmgen.world.judge import judge, parse
 from mmgen.world.render import render
 from mmgen.world.scene import (
-    BACKGROUNDS, CATEGORIES, COLORS, SHAPES, SIZES, Claim, Group, Object, Scene, alter,
+    BACKGROUNDS,
+    CATEGORIES,
+    COLORS,
+    SHAPES,
+    SIZES,
+    Claim,
+    Group,
+    Object,
+    Scene,
+    alter,
 )  # fmt: skip
 
 
@@ -140,7 +149,9 @@ def test_an_extra_object_or_color_is_noticed():
     assert judge(drawn("square", lambda d: None), claim).ok
     assert not judge(drawn("square", lambda d: d.ellipse((10, 10, 50, 50), fill="black")), claim).ok
     assert not judge(drawn("square", lambda d: d.rectangle((0, 128, 255, 255), fill="white")), claim).ok
-    assert not judge(drawn("square", lambda d: d.rectangle((88, 128, 168, 168), fill=COLORS["blue"])), claim).ok
+    assert not judge(
+        drawn("square", lambda d: d.rectangle((88, 128, 168, 168), fill=COLORS["blue"])), claim
+    ).ok
     assert not judge(drawn("square", lambda d: d.rectangle((88, 88, 168, 168), fill=(139, 69, 19))), claim).ok
 
 

@@ -91,7 +91,9 @@ def test_no_file_is_left_out_of_the_wheel():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text()).get("tool", {}).get("setuptools", {})
     patterns = data.get("package-data", {}).get("mmgen", [])
     carried = {path for pattern in patterns for path in (ROOT / "mmgen").glob(pattern)}
-    files = {path for path in (ROOT / "mmgen").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files = {
+        path for path in (ROOT / "mmgen").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
     assert [path for path in files - carried if path.suffix != ".py"] == []
 
 

@@ -14,8 +14,29 @@ from mmgen.world import MIXTURE, SPLITS, item
 from mmgen.world.language import LANGUAGES, say
 from mmgen.world.render import coverage, render
 from mmgen.world.scene import (
-    BACKGROUNDS, CATEGORIES, CLEAR, COLORS, EDGE, EXTENT, GAP, RELATIONS, SHAPES, SIZES, UNSEEN,
-    Claim, Group, Object, Relation, Scene, alter, distinct, fits, held_out, holds, random_item, related,
+    BACKGROUNDS,
+    CATEGORIES,
+    CLEAR,
+    COLORS,
+    EDGE,
+    EXTENT,
+    GAP,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    UNSEEN,
+    Claim,
+    Group,
+    Object,
+    Relation,
+    Scene,
+    alter,
+    distinct,
+    fits,
+    held_out,
+    holds,
+    random_item,
+    related,
 )  # fmt: skip
 
 KINDS = (*CATEGORIES, "scene")

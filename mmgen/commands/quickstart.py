@@ -88,7 +88,7 @@ def main(argv):
         config=json.loads(config.to_json()),
         curves=[
             ("tokenizer", metrics.read(tokenizer_dir), ("loss",)),
-            ("tokenizer", metrics.read(tokenizer_dir), ("psnr",)),
+            ("tokenizer", metrics.read(tokenizer_dir), ("batch_psnr",)),
             ("transformer", metrics.read(transformer_dir), ("image_loss",)),
         ],
         pictures=[("Held-out pictures above their reconstructions", previews[-1])] if previews else [],

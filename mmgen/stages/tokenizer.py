@@ -48,7 +48,7 @@ def loss(model, batch, key, *, floor):
     images = to_float(batch["images"])
     error = model.decode(model.encode(images)) - images
     mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
-    return 0.1 * jnp.mean(jnp.log(mse + floor)), {"psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
+    return 0.1 * jnp.mean(jnp.log(mse + floor)), {"batch_psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
 
 
 # ---- how good it is -------------------------------------------------------------------------
