@@ -19,7 +19,7 @@ def get_config(variant):
     m.patch = 4  # pixels a side of the patch that one code stands for
     m.levels = (8, 5, 5, 5)  # FSQ levels: 1,000 codes
     # "patch", "conv" or "attention": what a place sees of its surroundings. An encoder that sees its
-    # patch alone gives equal patches equal codes, which a small transformer learns much faster.
+    # patch alone gives equal patches equal codes: lower loss, but see docs/lab-notes.md on the pictures.
     m.encoder, m.decoder = "patch", "conv"
     m.width = 64
     m.encoder_layers, m.layers = 2, 4  # of the encoder, and of the decoder

@@ -60,8 +60,8 @@ class AttentionTower(nnx.Module):
 class ConvBlock(nnx.Module):
     """x + 1x1(silu(3x3(norm(x)))), normed for each place alone, so that tiles agree with the whole.
 
-    The 3x3 convolution gathers its window and multiplies once: on CPU, XLA's convolution gradients
-    are several times slower.
+    The 3x3 convolution gathers its window and multiplies once; `lax.conv` in a scanned
+    layer was far slower here on a busy CPU (docs/lab-notes.md).
     """
 
     def __init__(self, config, rngs, *, dtype):

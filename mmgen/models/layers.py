@@ -35,7 +35,7 @@ def rms_norm(x, epsilon=1e-6):
     """Root mean square norm over the last axis (arXiv:1910.07467), in float32, without a scale.
 
     A learned scale would only rescale the rows of the matrix that follows (as in nanochat we leave it
-    out); on CPU its gradient alone took a sixth of a step.
+    out); on CPU, leaving all norms away saved a fifth of a step.
     """
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)).astype(x.dtype)
