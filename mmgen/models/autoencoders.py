@@ -114,6 +114,36 @@ class PatchTower(nnx.Module):
 TOWERS = {"conv": ConvTower, "attention": AttentionTower, "patch": PatchTower}
 
 
+class Prior(nnx.Module):
+    """How well codes can be foreseen: a small network that reads a code's four nearest predecessors.
+
+    As a part of the loss (the rate of learned compression, arXiv:1809.02736), it makes the encoder write
+    what those before it say already, so that a transformer has less to learn. Nothing else uses it.
+    """
+
+    def __init__(self, channels, hidden, rngs):
+        self.read = layers.Linear((4 * (channels + 1), hidden), ("code", "mlp"), rngs, bias=True)
+        self.mix = layers.Linear((hidden, hidden), ("embed", "mlp"), rngs)
+        self.write = layers.Linear((hidden, 2 * channels), ("mlp", "code"), rngs, bias=True)
+
+    def __call__(self, values, digits):
+        """Quantized values and the digits they were rounded from [B, h, w, C] -> nats of each code [B, h, w].
+
+        The digits are not rounded and a digit's probability is a logistic distribution's on the interval of
+        length 1 around it, so that there is a slope to follow.
+        """
+        h, w = values.shape[1:3]
+        x = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1.0)  # 0 outside the image
+        x = jnp.pad(x, ((0, 0), (1, 0), (1, 1), (0, 0)))
+        before = jnp.concatenate([x[:, 1:, :w], x[:, :h, :w], x[:, :h, 1:-1], x[:, :h, 2:]], -1)
+        y = jax.nn.silu(self.read(before))
+        y = layers.rms_norm(y + jax.nn.silu(self.mix(layers.rms_norm(y))))
+        mean, sharpness = jnp.split(self.write(y), 2, -1)
+        sharpness, distance = jnp.exp(jnp.clip(sharpness, -2, 4)), digits - 4 * mean
+        sides = [jax.nn.sigmoid((distance + side) * sharpness) for side in (0.5, -0.5)]
+        return -jnp.log(jnp.maximum(sides[0] - sides[1], 1e-6)).sum(-1)
+
+
 class Autoencoder(nnx.Module):
     """Patches -> tower -> FSQ -> tower -> patches; any image size that the patch divides."""
 
@@ -130,11 +160,15 @@ class Autoencoder(nnx.Module):
         self.from_features = layers.Linear((C, D), ("code", "embed"), rngs, bias=True, dtype=dtype)
         self.decoder = TOWERS[config.decoder](config, config.layers, rngs, dtype=dtype)
         self.head = layers.Linear((D, pixels), ("embed", "pixels"), rngs, bias=True, dtype=dtype)
+        self.prior = Prior(C, D, rngs)
+
+    def features(self, images):
+        """Images [B, H, W, 3] in [-1, 1] -> what is to be quantized [B, h, w, C]."""
+        return self.to_features(self.encoder(self.stem(patchify(images, self.patch))))
 
     def encode(self, images):
         """Images [B, H, W, 3] in [-1, 1] -> quantized values [B, h, w, C]."""
-        x = self.encoder(self.stem(patchify(images, self.patch)))
-        return self.quantizer.quantize(self.to_features(x))
+        return self.quantizer.quantize(self.features(images))
 
     def decode(self, values):
         """Quantized values [B, h, w, C] -> images [B, H, W, 3], not clipped."""

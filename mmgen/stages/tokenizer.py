@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -30,7 +31,7 @@ def setup(config, workdir):
 
     return Stage(
         make=lambda rngs: Autoencoder(config.model, rngs),
-        loss=functools.partial(loss, floor=config.loss.floor),
+        loss=functools.partial(loss, **config.loss),
         data=data,
         unit="images",
         units_a_step=config.data.batch_size,
@@ -38,17 +39,32 @@ def setup(config, workdir):
     )
 
 
-def loss(model, batch, key, *, floor):
-    """Mean over images of log(mean squared error + floor), of pixels in [-1, 1].
+def loss(model, batch, key, *, floor, noise, rate):
+    """Mean over images of log(mean squared error + floor), of pixels in [-1, 1], and the codes' rate.
 
-    This is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
-    `floor` keeps an image that is already right from outweighing the others.
+    The first is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
+    `floor` keeps an image that is already right from outweighing the others. `rate` weighs the nats that a
+    code has for those who know its neighbours (see `Prior`). Up to a share `noise` of an image's codes is
+    replaced before decoding, so that the decoder bears the errors of a sampler, and codes back each other.
     """
-    del key
     images = to_float(batch["images"])
-    error = model.decode(model.encode(images)) - images
+    features = model.features(images)
+    values = model.quantizer.quantize(features)
+    nats = model.prior(values, model.quantizer.bound(features)).mean()
+    error = model.decode(_disturbed(values, key, noise) if noise else values) - images
     mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
-    return 0.1 * jnp.mean(jnp.log(mse + floor)), {"batch_psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
+    measured = {"batch_psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6))), "code_nats": nats}
+    return 0.1 * jnp.mean(jnp.log(mse + floor)) + rate * nats, measured
+
+
+def _disturbed(values, key, noise):
+    """Quantized values [B, h, w, C] where each image has lost a share of up to `noise` to values from
+    anywhere in the batch."""
+    share, which, whose = jax.random.split(key, 3)
+    lost = jax.random.uniform(share, (len(values), 1, 1, 1), maxval=noise)
+    others = jax.random.permutation(whose, jax.lax.stop_gradient(values).reshape(-1, values.shape[-1]))
+    lost = jax.random.uniform(which, (*values.shape[:3], 1)) < lost
+    return jnp.where(lost, others.reshape(values.shape), values)
 
 
 # ---- how good it is -------------------------------------------------------------------------
