@@ -59,8 +59,8 @@ def main():
                     right["altered"] += not reading.faults and holds(wrong, reading.scene)
                 if name in confusion:
                     tally(confusion[name], sample.scene, reading.scene)
-        for name in scores:
-            scores[name][category] = [right[name], args.n]
+        for name, row in scores.items():
+            row[category] = [right[name], args.n]
 
     others = {name: [0, 0, 0] for name in OTHERS}
     for name, draw in OTHERS.items():

@@ -150,9 +150,18 @@ def test_an_extra_object_or_color_is_noticed():
     assert not judge(drawn("square", lambda d: d.ellipse((10, 10, 50, 50), fill="black")), claim).ok
     assert not judge(drawn("square", lambda d: d.rectangle((0, 128, 255, 255), fill="white")), claim).ok
     assert not judge(
-        drawn("square", lambda d: d.rectangle((88, 128, 168, 168), fill=COLORS["blue"])), claim
+        drawn("square", lambda d: d.rectangle((93, 128, 162, 162), fill=COLORS["blue"])), claim
     ).ok
-    assert not judge(drawn("square", lambda d: d.rectangle((88, 88, 168, 168), fill=(139, 69, 19))), claim).ok
+    assert not judge(drawn("square", lambda d: d.rectangle((93, 93, 162, 162), fill=(139, 69, 19))), claim).ok
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "ring"])  # two rings are no ring
+def test_an_inside_of_another_color_is_noticed(shape, size):
+    """A small object on a large one of its shape: a rim of about 1.5 pixels of 32."""
+    for rim, inside, background in itertools.product(COLORS, COLORS, BACKGROUNDS):
+        things = Object(shape, rim, "large", 0.5, 0.5), Object(shape, inside, "small", 0.5, 0.5)
+        assert bool(parse(render(Scene(things, background), size, size)).faults) == (rim != inside)
 
 
 def test_a_few_stray_pixels_are_forgiven():

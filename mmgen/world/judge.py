@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from mmgen.world.render import coverage
@@ -26,6 +27,7 @@ COLOR_NEAR = 78.0  # a piece's colour is at most so far from the named one ...
 COLOR_RATIO = 0.75  # ... and at most this share of the distance to the next
 MISFIT = 0.32  # root of squared coverage error over squared coverage: above, it is not the shape
 UNEVEN = 22.0  # a half of another colour pulls by a quarter of the distance between the two
+CORE = 55.0  # the inside's colour is so near to the named one and the whole's: after JPEG too, but 1 in 6,000
 CLEAN = 0.15  # below, the first look is enough
 SPECK = 0.18  # pieces below this share of a small object's area are dirt, which is forgiven ...
 DIRT = 0.4  # ... up to this share in all
@@ -179,7 +181,14 @@ def _read(offset, seen, labels, label, box, ground, short):
     there = offset[window] * ours
     color = there.sum((0, 1)) / mass  # blur moves colour but keeps its sum
     name, fault = _name(ground + color, where)
-    error = there - _window(shape, size, x - left, y - top, short, inside.shape)[..., None] * color
+    if fault:
+        return None, misfit, fault
+    alpha = _window(shape, size, x - left, y - top, short, inside.shape)
+    core, depth = _core(there, alpha, short)
+    # The sum hides a rim of another colour. In thin shapes blur alone moves the inside, so more is allowed.
+    if max(np.linalg.norm(core - c) for c in (color, COLORS[name] - ground)) > CORE / depth:
+        fault = f"the inside is of another colour {where}"
+    error = there - alpha[..., None] * color
     # The sums of the error's four sides: a side of another colour shows, a blurred edge does not.
     rows, cols = error.sum(1), error.sum(0)
     i, j = round(y - top), round(x - left)
@@ -196,6 +205,15 @@ def _share(sight, inside):
     share = np.clip(sight @ (core / max(core @ core, 1.0)), 0, 1)
     share[share < 0.1] = 0
     return share
+
+
+def _core(there, alpha, short):
+    """The colour farthest inside, and how deep that is: the share of the surroundings that is covered."""
+    reach = round(short / 16)
+    around = sliding_window_view(np.pad(alpha, reach), (2 * reach + 1, 2 * reach + 1)).mean((2, 3))
+    deep = alpha * around
+    inmost = deep >= 0.9 * deep.max()
+    return there[inmost].sum(0) / alpha[inmost].sum(), deep.max()
 
 
 def _name(color, where):
