@@ -126,27 +126,19 @@ def test_the_prior_is_a_distribution_over_digits():
     np.testing.assert_allclose(total, 1, atol=1e-3)
 
 
-def test_training_with_a_rate_makes_codes_easier_to_foresee():
-    def nats(rate):
-        model = make()
-        state = nnx.split(model)
-        value = lambda params: stage.loss(
-            nnx.merge(state[0], params),
-            {"images": images},
-            jax.random.key(0),
-            floor=1e-3,
-            noise=0.0,
-            rate=rate,
-        )
-        slope = jax.jit(jax.grad(value, has_aux=True))
-        params = state[1]
-        for _ in range(60):
-            grads, measured = slope(params)
-            params = jax.tree.map(lambda p, g: p - 0.3 * g / (1e-8 + jnp.abs(g).max()) * 0.02, params, grads)
-        return float(measured["code_nats"])
-
+def test_the_rate_moves_the_encoder_to_codes_that_are_easier_to_foresee():
+    graphdef, params = nnx.split(make())
     images = noise(4, 16, 16, 3)
-    assert nats(1.0) < nats(0.0) - 0.1
+
+    def value(params):
+        return stage.loss(
+            nnx.merge(graphdef, params), {"images": images}, None, floor=1e-3, noise=0.0, rate=1.0
+        )
+
+    (_, before), slope = jax.jit(jax.value_and_grad(value, has_aux=True))(params)
+    assert np.abs(slope["stem"]["w"][...]).max() > 0
+    params["stem"]["w"][...] -= 1e-2 * slope["stem"]["w"][...] / jnp.abs(slope["stem"]["w"][...]).max()
+    assert jax.jit(value)(params)[1]["code_nats"] < before["code_nats"]
 
 
 # ---- the noise -----------------------------------------------------------------------------

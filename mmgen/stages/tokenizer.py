@@ -50,11 +50,14 @@ def loss(model, batch, key, *, floor, noise, rate):
     images = to_float(batch["images"])
     features = model.features(images)
     values = model.quantizer.quantize(features)
-    nats = model.prior(values, model.quantizer.bound(features)).mean()
     error = model.decode(_disturbed(values, key, noise) if noise else values) - images
     mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
-    measured = {"batch_psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6))), "code_nats": nats}
-    return 0.1 * jnp.mean(jnp.log(mse + floor)) + rate * nats, measured
+    total = 0.1 * jnp.mean(jnp.log(mse + floor))
+    measured = {"batch_psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
+    if rate:
+        measured["code_nats"] = model.prior(values, model.quantizer.bound(features)).mean()
+        total += rate * measured["code_nats"]
+    return total, measured
 
 
 def _disturbed(values, key, noise):
