@@ -5,7 +5,7 @@ mmgen train --config tokenizer:quickstart --workdir runs/tokenizer
 
 import ml_collections
 
-from mmgen.runtime.presets import SHARDING
+from mmgen.runtime.presets import MESH, OPTIMIZER, SHARDING
 
 VARIANTS = ("quickstart", "tiny", "emoji", "photos")
 
@@ -38,21 +38,10 @@ def get_config(variant):
     c.loss = dict(floor=1e-3, noise=0.1, rate=0.005)
 
     c.steps = 4000
-    c.optimizer = dict(
-        name="muon",
-        learning_rate=2e-2,
-        adam_learning_rate=1e-2,
-        warmup=50,
-        final=0.0,
-        weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.95,
-        clip=1.0,
-    )
+    c.optimizer = OPTIMIZER
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 2000, 2
-    c.mesh = dict(replica=1, data=-1, fsdp=1, context=1, tensor=1)  # devices along each axis; -1: the rest
-    c.sharding = SHARDING
+    c.mesh, c.sharding = MESH, SHARDING
 
     if variant in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
         m.encoder_layers, m.width = 2, 96

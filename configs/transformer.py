@@ -6,7 +6,7 @@
 
 import ml_collections
 
-from mmgen.runtime.presets import SHARDING
+from mmgen.runtime.presets import MESH, OPTIMIZER, SHARDING
 
 VARIANTS = ("quickstart", "tiny", "emoji", "350m", "1b", "7b")
 
@@ -38,21 +38,10 @@ def get_config(variant):
     c.loss = dict(z=1e-4)  # weight of log Z squared
 
     c.steps = 720
-    c.optimizer = dict(
-        name="muon",
-        learning_rate=2e-2,
-        adam_learning_rate=1e-2,
-        warmup=50,
-        final=0.0,
-        weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.95,
-        clip=1.0,
-    )
+    c.optimizer = OPTIMIZER
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 10_000, 400, 2
-    c.mesh = dict(replica=1, data=-1, fsdp=1, context=1, tensor=1)  # devices along each axis; -1: the rest
-    c.sharding = SHARDING
+    c.mesh, c.sharding = MESH, SHARDING
 
     if variant == "emoji":  # names -> 64 px pictures of 16 x 16 codes
         m.layers = 6

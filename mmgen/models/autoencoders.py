@@ -78,17 +78,6 @@ class ConvBlock(nnx.Module):
         return x + self.out(jax.nn.silu(self.wide(window)))
 
 
-class ConvTower(nnx.Module):
-    """Residual 3x3 convolutions over a grid."""
-
-    def __init__(self, config, depth, rngs, *, dtype):
-        self.unroll = config.unroll
-        self.blocks = layers.stack(lambda r: ConvBlock(config, r, dtype=dtype), depth, rngs)
-
-    def __call__(self, x):
-        return layers.rms_norm(layers.scan(self.blocks, x, unroll=self.unroll))
-
-
 class PatchBlock(nnx.Module):
     """x + MLP(norm(x)), each patch alone."""
 
@@ -100,18 +89,22 @@ class PatchBlock(nnx.Module):
         return x + self.mlp(layers.rms_norm(x))
 
 
-class PatchTower(nnx.Module):
-    """Residual MLPs that see one patch: as an encoder, equal patches get equal codes wherever they are."""
+class Tower(nnx.Module):
+    """A stack of residual blocks over a grid. Of `PatchBlock`s it gives equal patches equal codes anywhere."""
 
-    def __init__(self, config, depth, rngs, *, dtype):
+    def __init__(self, block, config, depth, rngs, *, dtype):
         self.unroll = config.unroll
-        self.blocks = layers.stack(lambda r: PatchBlock(config, r, dtype=dtype), depth, rngs)
+        self.blocks = layers.stack(lambda r: block(config, r, dtype=dtype), depth, rngs)
 
     def __call__(self, x):
         return layers.rms_norm(layers.scan(self.blocks, x, unroll=self.unroll))
 
 
-TOWERS = {"conv": ConvTower, "attention": AttentionTower, "patch": PatchTower}
+TOWERS = {
+    "conv": functools.partial(Tower, ConvBlock),
+    "attention": AttentionTower,
+    "patch": functools.partial(Tower, PatchBlock),
+}
 
 
 class Prior(nnx.Module):
