@@ -18,7 +18,7 @@ def get_config(variant):
 
     c.model = m = ml_collections.ConfigDict()
     m.width, m.layers = 128, 4
-    m.heads, m.kv_heads, m.head_dim, m.mlp = 2, 2, 64, 384
+    m.heads, m.kv_heads, m.head_dim, m.mlp = 4, 4, 32, 384
     m.rope_base = 20.0  # grids and captions are small; larger for long rows
     m.tied = False  # one table for reading and writing tokens
     m.factored = True  # codes share what is learned of their FSQ digits
@@ -33,14 +33,14 @@ def get_config(variant):
     d.overlong = "error"  # or "drop": what to do with documents longer than a row
     d.text_drop = 0.1  # share of documents trained without their text (for guidance)
     d.image_drop = 0.0  # ... without text and without the images of their user turns
-    d.text_weight, d.image_weight, d.user_weight = 1.0, 1.0, False
+    d.text_weight, d.image_weight, d.user_weight = 0.1, 1.0, False  # of the loss
 
     c.loss = dict(z=1e-4)  # weight of log Z squared
 
-    c.steps = 720
+    c.steps = 600
     c.optimizer = OPTIMIZER
     c.ema = 0.0
-    c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 10_000, 400, 2
+    c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 10_000, 300, 2
     c.mesh, c.sharding = MESH, SHARDING
 
     if variant == "emoji":  # names -> 64 px pictures of 16 x 16 codes
@@ -61,7 +61,7 @@ def get_config(variant):
         m.width, m.layers, m.heads, m.kv_heads, m.mlp = width, layers, heads, kv_heads, mlp
         m.head_dim, m.rope_base = width // heads, 100_000.0
         m.dtype, m.remat, m.unroll = "bfloat16", True, False
-        d.batch_size, d.row_length = 256, 4096
+        d.batch_size, d.row_length, d.text_weight = 256, 4096, 1.0
         c.steps, c.optimizer.warmup, c.optimizer.weight_decay, c.optimizer.final = 100_000, 2_000, 0.1, 0.1
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 5e-3, 3e-4
         c.ema = 0.9999

@@ -166,7 +166,7 @@ def test_quickstart_end_to_end(tmp_path, compiled, capsys):
     for score in report["scores"].values():
         assert score["seen"][1] == 2 and score["unseen"][1] == 1
         assert 0 <= score["seen"][0] <= 2 and 0 <= score["unseen"][0] <= 1 and 0 <= score["ceiling"] <= 1
-    assert {"psnr", "ssim", "code_usage", "transformer_loss"} <= set(report["metrics"])
+    assert {"psnr", "ssim", "code_usage", "transformer_loss", "probe_shape"} <= set(report["metrics"])
     assert all(np.isfinite(value) for value in report["metrics"].values())
     assert {"tokenizer", "transformer", "total"} <= set(report["seconds"])
     assert report["peak_rss_bytes"] > 1e8 and report["config"]["name"] == "quickstart:tiny"

@@ -43,7 +43,7 @@ def requests():
     before = (Turn("user", (Text("a"),)), picture)
     return [
         ask("a red circle", seed=1, guidance=3.0),
-        ask("a small blue star", seed=2, image=Strategy(0.7, top_k=50)),
+        ask("a small blue star", seed=2, image=Strategy(0.7, top_k=50, keep_mode=True)),
         ask("x", size=(2, 5), seed=3, image=Strategy(2.0, top_p=0.5), guidance=1.5),
         ask("bigger", seed=4, image=Strategy(0.0), before=before),
     ]
@@ -248,14 +248,14 @@ def test_another_tokenizer_or_text_model_is_refused(space, tmp_path):
 # ---- choosing one token --------------------------------------------------------------------------
 
 
-def draw(logits, legal, uniform, temperature=1.0, top_k=0, top_p=1.0):
+def draw(logits, legal, uniform, temperature=1.0, top_k=0, top_p=1.0, keep_mode=False):
     """`choose` with one setting for all rows of uniform [B], from the same logits [V]."""
     B = len(uniform)
     row = lambda value, dtype: jnp.full(B, value, dtype)
     return np.asarray(_choose(
         jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (B, len(logits))),
         jnp.broadcast_to(jnp.asarray(legal), (B, len(logits))), jnp.asarray(uniform, jnp.float32),
-        row(temperature, jnp.float32), row(top_k, jnp.int32), row(top_p, jnp.float32),
+        row(temperature, jnp.float32), row(top_k, jnp.int32), row(top_p, jnp.float32), row(keep_mode, bool),
     ))  # fmt: skip
 
 
@@ -275,6 +275,24 @@ def test_frequencies_are_the_softmax_of_what_is_legal(temperature):
     counts = np.bincount(draw(logits, legal, UNIFORM, temperature), minlength=12) / len(UNIFORM)
     expected = softmax(np.where(legal, logits / temperature, -np.inf))
     np.testing.assert_allclose(counts, expected, atol=2e-4)
+
+
+def test_keep_mode_sharpens_only_what_is_not_the_likeliest():
+    p = np.array([0.9, 0.06, 0.03, 0.01])
+    legal = np.ones(4, bool)
+    share = lambda p, **options: (
+        np.bincount(draw(np.log(p), legal, UNIFORM, **options), minlength=4) / len(UNIFORM)
+    )
+    rest = p[1:] ** 2 / (p[1:] ** 2).sum()
+    np.testing.assert_allclose(share(p, temperature=0.5, keep_mode=True), [0.9, *(0.1 * rest)], atol=1e-3)
+    # Where nothing is likelier than all else together, temperature is what it always is.
+    even = np.array([0.45, 0.35, 0.15, 0.05])
+    np.testing.assert_array_equal(share(even, temperature=0.5, keep_mode=True), share(even, temperature=0.5))
+    assert share(p, temperature=0.5)[0] > 0.99
+    # Greedy stays greedy, and an illegal mode counts for nothing.
+    assert share(p, temperature=0.0, keep_mode=True)[0] == 1
+    legal[0] = False
+    assert share(p, temperature=1e-30, keep_mode=True)[0] == 0
 
 
 def test_top_k_keeps_k_and_top_p_the_nucleus():

@@ -161,6 +161,28 @@ def test_unseen_prompts_state_a_held_out_pair():
         assert any(g.color and held_out(g.color, g.shape) for g in sample.claim.groups)
 
 
+# What a prompt states
+
+
+def test_colors_and_sizes_are_stated_of_all_objects_or_of_none():
+    for sample in items(60) + items(30, unseen=True):
+        for name in ("color", "size"):
+            assert len({getattr(g, name) is None for g in sample.claim.groups}) == 1
+    share = lambda samples: np.mean([s.claim.groups[0].color is not None for s in samples])
+    told = [item(0, "train", i, "two_object") for i in range(400)]
+    asked = [item(0, "test", i, "two_object") for i in range(400)]
+    assert 0.78 < share(told) < 0.92 and 0.42 < share(asked) < 0.58
+
+
+def test_without_a_relation_objects_are_named_from_the_top():
+    top = lambda o: o.y - SIZES[o.size] * EXTENT[o.shape][1] / 2
+    for sample in items(60):
+        if sample.claim.relation or not all(g.color for g in sample.claim.groups):
+            continue
+        firsts = [min(top(o) for o in sample.scene.objects if fits(o, g)) for g in sample.claim.groups]
+        assert firsts == sorted(firsts)
+
+
 # Truth
 
 # Two of each, so that objects often fit several groups.

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from mmgen.commands.common import size
-from mmgen.evals import report, suites
+from mmgen.evals import probe, report, suites
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
 
@@ -26,8 +26,14 @@ def main(argv):
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--keep-mode", action="store_true", help="keep rare beginnings at low temperature")
     parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument(
+        "--probe", type=int, default=64, help="pictures to probe the (English) words with; 0: none"
+    )
     args = parser.parse_args(argv)
+    if args.probe < 0:
+        raise ValueError(f"expected --probe of at least 0, found {args.probe}")
     if args.seen < 0 or args.unseen < 0 or not args.seen + args.unseen:
         raise ValueError(
             f"expected --seen and --unseen of at least 0 and one above, found {args.seen}, {args.unseen}"
@@ -42,16 +48,19 @@ def main(argv):
         seed=args.seed,
         batch_size=args.batch_size,
         guidance=args.guidance,
-        image=Strategy(args.temperature, args.top_k, args.top_p),
+        image=Strategy(args.temperature, args.top_k, args.top_p, args.keep_mode),
     )
     scores = suites.scores(cases)
+    known = probe.run(model, args.probe, size=args.size) if args.probe and args.language == "en" else {}
     page = report.write(
         args.out,
         title=f"mmgen evaluate {args.checkpoint}",
         scores=scores,
-        metrics={},
+        metrics={f"probe_{name}": value for name, value in known.items()},
         seconds={"total": time.monotonic() - began},
         config=vars(args),
         cases=cases,
     )
+    if known:
+        print("probe: " + ", ".join(f"{name} {value:.3f}" for name, value in known.items()))
     print(f"{suites.show(scores)}\n\nthe report is {page.resolve()}")

@@ -10,7 +10,7 @@ import numpy as np
 from mmgen import text
 from mmgen.data.shards import Shards
 from mmgen.data.sources import captions, open_source
-from mmgen.evals import report, suites
+from mmgen.evals import probe, report, suites
 from mmgen.runtime import config as configs
 from mmgen.runtime import metrics
 from mmgen.sampling import sampler
@@ -72,9 +72,11 @@ def main(argv):
         seed=config.suites.seed,
         batch_size=config.suites.batch_size,
         guidance=config.suites.guidance,
-        image=Strategy(config.suites.temperature, config.suites.top_k, config.suites.top_p),
+        image=Strategy(**config.suites.image),
     )
     scores = suites.scores(cases)
+    known = probe.run(model, config.suites.probe, size=config.source.size)
+    measured |= {f"probe_{name}": value for name, value in known.items()}
 
     part("report")
     previews = sorted((tokenizer_dir / "previews").glob("*.png"))

@@ -25,6 +25,7 @@ def main(argv):
     parser.add_argument("--temperature", type=float, default=0.7, help="of image codes; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--keep-mode", action="store_true", help="keep rare beginnings at low temperature")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times in the files")
     parser.add_argument("--out", default="out.png", help="FILE.png for a contact sheet, or a folder")
@@ -56,7 +57,7 @@ def main(argv):
             # Each picture has its own seed, whatever else is asked for in the same call.
             seed=int(np.random.SeedSequence([args.seed, k]).generate_state(1)[0]),
             guidance=args.guidance,
-            image=Strategy(args.temperature, args.top_k, args.top_p),
+            image=Strategy(args.temperature, args.top_k, args.top_p, args.keep_mode),
         )
         for prompt in prompts
         for k in range(args.n)

@@ -58,24 +58,25 @@ class AttentionTower(nnx.Module):
 
 
 class ConvBlock(nnx.Module):
-    """x + 1x1(silu(3x3(norm(x)))), normed for each place alone, so that tiles agree with the whole.
-
-    The 3x3 convolution gathers its window and multiplies once; `lax.conv` in a scanned
-    layer was far slower here on a busy CPU (docs/lab-notes.md).
-    """
+    """x + 1x1(silu(3x3(norm(x)))), normed for each place alone, so that tiles agree with the whole."""
 
     def __init__(self, config, rngs, *, dtype):
         D = config.width
-        self.wide = layers.Linear((9 * D, D), ("window", "mlp"), rngs, dtype=dtype)
+        self.dtype = dtype
+        # A matrix over the window, so that Muon sees one matrix and not nine.
+        self.wide = nnx.Param(layers.normal(rngs, (9 * D, D), (9 * D) ** -0.5), axes=("window", "mlp"))
         self.out = layers.Linear(
             (D, D), ("mlp", "embed"), rngs, scale=(2 * config.layers * D) ** -0.5, dtype=dtype
         )
 
     def __call__(self, x):
-        h, w = x.shape[1:3]
-        y = jnp.pad(layers.rms_norm(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        window = jnp.concatenate([y[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1)
-        return x + self.out(jax.nn.silu(self.wide(window)))
+        D = x.shape[-1]
+        kernel = self.wide[...].astype(self.dtype).reshape(3, 3, D, D)
+        y = jax.lax.conv_general_dilated(
+            layers.rms_norm(x).astype(self.dtype), kernel, (1, 1), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return x + self.out(jax.nn.silu(y))
 
 
 class PatchBlock(nnx.Module):
@@ -105,6 +106,25 @@ TOWERS = {
     "attention": AttentionTower,
     "patch": functools.partial(Tower, PatchBlock),
 }
+
+
+CELLS = 2  # along each side of a patch
+
+
+class Cells(nnx.Module):
+    """Convolutions on a grid finer than the patches, where an edge looks alike at more places."""
+
+    def __init__(self, config, rngs, *, dtype):
+        if config.patch % CELLS:
+            raise ValueError(f"model.cell_layers need a patch that {CELLS} divides, found {config.patch}")
+        D, F = config.width, config.cell_width
+        self.up = layers.Linear((D, CELLS**2 * F), ("embed", "window"), rngs, dtype=dtype)
+        fine = ml_collections.ConfigDict({**config, "width": F, "layers": config.cell_layers})
+        self.tower = Tower(ConvBlock, fine, config.cell_layers, rngs, dtype=dtype)
+
+    def __call__(self, x):
+        """[B, h, w, D] -> [B, h * CELLS, w * CELLS, F]."""
+        return self.tower(unpatchify(self.up(x), CELLS))
 
 
 class Prior(nnx.Module):
@@ -152,6 +172,9 @@ class Autoencoder(nnx.Module):
         self.to_features = layers.Linear((D, C), ("embed", "code"), rngs, bias=True)
         self.from_features = layers.Linear((C, D), ("code", "embed"), rngs, bias=True, dtype=dtype)
         self.decoder = TOWERS[config.decoder](config, config.layers, rngs, dtype=dtype)
+        self.cells = Cells(config, rngs, dtype=dtype) if config.cell_layers else None
+        if config.cell_layers:
+            D, pixels = config.cell_width, pixels // CELLS**2
         self.head = layers.Linear((D, pixels), ("embed", "pixels"), rngs, bias=True, dtype=dtype)
         self.prior = Prior(C, D, rngs)
 
@@ -165,8 +188,10 @@ class Autoencoder(nnx.Module):
 
     def decode(self, values):
         """Quantized values [B, h, w, C] -> images [B, H, W, 3], not clipped."""
-        x = self.head(self.decoder(self.from_features(values)))
-        return unpatchify(x.astype(jnp.float32), self.patch)
+        x, side = self.decoder(self.from_features(values)), self.patch
+        if self.cells is not None:
+            x, side = self.cells(x), self.patch // CELLS
+        return unpatchify(self.head(x).astype(jnp.float32), side)
 
     def encode_codes(self, images):
         """Images [B, H, W, 3] in [-1, 1] -> codes int32 [B, h, w]."""

@@ -110,6 +110,7 @@ class Sampler:
             "temperature": np.array([[s.temperature for s in pair] for pair in strategies], np.float32),
             "top_k": np.array([[s.top_k for s in pair] for pair in strategies], np.int32),
             "top_p": np.array([[s.top_p for s in pair] for pair in strategies], np.float32),
+            "keep_mode": np.array([[s.keep_mode for s in pair] for pair in strategies]),
         }
         out = _generate(
             self.params, tokens, positions, lengths, machine, knobs,
@@ -238,9 +239,8 @@ def _generate(params, tokens, positions, lengths, machine, knobs, *, graphdef, g
         )
         modality = (state.mode == CODES).astype(jnp.int32)
         knob = lambda name: jnp.take_along_axis(knobs[name], modality[:, None], 1)[:, 0]
-        token = choose(
-            logits, legal, draw(knobs["seed"], s.i), knob("temperature"), knob("top_k"), knob("top_p")
-        )
+        how = map(knob, ("temperature", "top_k", "top_p", "keep_mode"))
+        token = choose(logits, legal, draw(knobs["seed"], s.i), *how)
         token = jnp.where(s.done, grammar.eos, token)
         here = grammar.position(s.machine)
         machine = grammar.advance(s.machine, both(token))

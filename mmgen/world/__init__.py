@@ -13,12 +13,12 @@ from mmgen.world.scene import Claim, Scene, random_item
 SPLITS = ("train", "valid", "test")
 # Training shows more of what is harder to learn.
 MIXTURE = {
-    "single_object": 0.08,
-    "colors": 0.08,
-    "two_object": 0.18,
-    "position": 0.22,
-    "color_attribution": 0.14,
-    "counting": 0.22,
+    "single_object": 0.12,
+    "colors": 0.12,
+    "two_object": 0.16,
+    "position": 0.2,
+    "color_attribution": 0.16,
+    "counting": 0.16,
     "scene": 0.08,
 }
 
@@ -47,5 +47,5 @@ def item(seed, split, i, category=None, language="en", unseen=None) -> Item:
     if category is None:
         limits = list(itertools.accumulate(MIXTURE.values()))
         category = tuple(MIXTURE)[bisect.bisect(limits, rng.random() * limits[-1])]
-    claim, scene = random_item(rng, category, bool(unseen))
+    claim, scene = random_item(rng, category, bool(unseen), told=split == "train")
     return Item(say(claim, language, rng), claim, scene, category)

@@ -161,7 +161,8 @@ PAIRS = tuple(itertools.product(COLORS, SHAPES))
 UNSEEN = tuple(pair for pair in PAIRS if held_out(*pair))
 SEEN = tuple(pair for pair in PAIRS if not held_out(*pair))
 
-# How often a prompt of the category states a colour and a size.
+# How often a prompt of the category states colours and sizes: those of all its objects or of none, since
+# "a circle and a red star" would leave it to chance whether what is drawn first is red.
 _STATED = {
     "single_object": (0.5, 0.5),
     "two_object": (0.5, 0.3),
@@ -171,13 +172,14 @@ _STATED = {
     "color_attribution": (1.0, 0.0),
     "scene": (1.0, 0.25),
 }
+_TOLD = (0.85, 0.4)  # at least so often in training: words that say what is seen teach their meaning sooner
 
 
-def random_item(rng, category: str, unseen: bool) -> tuple[Claim, Scene]:
+def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[Claim, Scene]:
     """A claim of the category, or of "scene" (3-4 mixed objects), and a scene where it is true.
 
     rng: numpy Generator. unseen: some stated colour-shape pair is held out; otherwise no
-    held-out pair is anywhere in the scene, stated or not.
+    held-out pair is anywhere in the scene, stated or not. told: the claim says more, for training.
     """
     if category not in _STATED:
         raise ValueError(f"category: expected one of {', '.join(_STATED)}; found {category!r}")
@@ -192,8 +194,10 @@ def random_item(rng, category: str, unseen: bool) -> tuple[Claim, Scene]:
         objects = tuple(
             Object(k.shape, k.color, k.size, x, y) for k, (x, y) in zip(kinds, places, strict=True)
         )
+        if relation is None:
+            groups = _in_reading_order(groups, objects)
         claim = Claim(
-            _state(rng, groups, category, unseen),
+            _state(rng, groups, category, unseen, told),
             relation,
             background if category == "colors" and rng.random() < 0.3 else None,
         )
@@ -242,16 +246,19 @@ def _groups(rng, category, unseen):
     return groups
 
 
-def _state(rng, groups, category, unseen):
-    """The groups as the prompt states them: some attributes left out."""
-    color, size = _STATED[category]
-    stated = []
-    for g in groups:
-        keep = rng.random() < color or (unseen and held_out(g.color, g.shape))
-        stated.append(
-            replace(g, color=g.color if keep else None, size=g.size if rng.random() < size else None)
-        )
-    return tuple(stated)
+def _in_reading_order(groups, objects):
+    """The groups by which of them shows first from the top, as one would name them."""
+    owner = [i for i, g in enumerate(groups) for _ in range(g.count)]
+    tops = [thing.y - SIZES[thing.size] * EXTENT[thing.shape][1] / 2 for thing in objects]
+    first = {i: top for top, i in sorted(zip(tops, owner, strict=True), reverse=True)}
+    return [groups[i] for i in sorted(first, key=first.get)]
+
+
+def _state(rng, groups, category, unseen, told):
+    """The groups as the prompt states them: colours or sizes left out."""
+    color, size = (max(p, at_least) for p, at_least in zip(_STATED[category], _TOLD if told else (0, 0)))
+    color, size = rng.random() < color or unseen, rng.random() < size
+    return tuple(replace(g, color=g.color if color else None, size=g.size if size else None) for g in groups)
 
 
 def _place(rng, kinds, relation, tries=40):
