@@ -33,7 +33,7 @@ def get_config(variant):
     d.overlong = "error"  # or "drop": what to do with documents longer than a row
     d.text_drop = 0.1  # share of documents trained without their text (for guidance)
     d.image_drop = 0.0  # ... without text and without the images of their user turns
-    d.text_weight, d.image_weight, d.user_weight = 0.1, 1.0, False  # of the loss
+    d.text_weight, d.image_weight, d.user_weight = 1.0, 1.0, False
 
     c.loss = dict(z=1e-4)  # weight of log Z squared
 
@@ -61,7 +61,7 @@ def get_config(variant):
         m.width, m.layers, m.heads, m.kv_heads, m.mlp = width, layers, heads, kv_heads, mlp
         m.head_dim, m.rope_base = width // heads, 100_000.0
         m.dtype, m.remat, m.unroll = "bfloat16", True, False
-        d.batch_size, d.row_length, d.text_weight = 256, 4096, 1.0
+        d.batch_size, d.row_length = 256, 4096
         c.steps, c.optimizer.warmup, c.optimizer.weight_decay, c.optimizer.final = 100_000, 2_000, 0.1, 0.1
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 5e-3, 3e-4
         c.ema = 0.9999

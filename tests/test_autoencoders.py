@@ -8,6 +8,7 @@ from flax import nnx
 
 from mmgen.models.autoencoders import (
     Autoencoder,
+    ConvBlock,
     Prior,
     Tokenizer,
     patchify,
@@ -75,6 +76,37 @@ def test_a_code_sees_as_far_as_its_tower_reaches(tower, reach):
     slope = jax.grad(lambda x: jnp.sum(model.features(x)[0, 0, 0]))(images)
     seen = np.abs(patchify(slope, 4)).sum((0, -1)) > 0
     assert np.array_equal(seen, np.maximum(*np.mgrid[:6, :6]) <= reach)
+
+
+def test_a_convolution_is_a_matrix_over_its_window():
+    config = configs.load("tokenizer:tiny").model
+    block = ConvBlock(config, nnx.Rngs(0), dtype=jnp.float32)
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, config.width)).astype(np.float32)
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    padded = np.pad(normed, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    window = np.concatenate([padded[:, i : i + 3, j : j + 4] for i in range(3) for j in range(3)], -1)
+    wide = window @ np.asarray(block.wide[...])
+    expected = x + (wide / (1 + np.exp(-wide))) @ np.asarray(block.out.w[...])
+    np.testing.assert_allclose(np.asarray(block(x)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell_layers, cells", [(0, []), (1, [1]), (2, [0, 1])])
+def test_each_layer_on_cells_looks_one_cell_further(cell_layers, cells):
+    """Which cells, from the top, of a patch the values of the patch below it have a part in."""
+    model = make("patch", "patch", cell_layers=cell_layers, patch=8)
+
+    def rows(values):
+        return model.decode(values)[0, :8].sum((1, 2))  # of the upper patch's pixels
+
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 1, 4)), jnp.float32)
+    slope = jax.jacobian(rows)(values)[:, 0, 1]
+    seen = np.abs(slope).sum((1, 2)) > 0
+    assert np.array_equal(seen, np.isin(np.arange(8) // 4, cells))
+
+
+def test_cells_need_an_even_patch():
+    with pytest.raises(ValueError, match="need a patch that 2 divides, found 3"):
+        make(patch=3)
 
 
 def test_codes_and_values_decode_alike():
