@@ -347,8 +347,10 @@ def test_a_row_does_not_see_its_neighbours_settings():
     logits, legal = rng.normal(size=(B, V)).astype(np.float32), rng.random((B, V)) < 0.5
     uniform = rng.random(B).astype(np.float32)
     ones = np.ones(B, np.float32)
-    alone = _choose(logits, legal, uniform, ones, np.zeros(B, np.int32), ones)
+    none = np.zeros(B, bool)
+    alone = _choose(logits, legal, uniform, ones, np.zeros(B, np.int32), ones, none)
     odd = np.arange(B) % 2 == 1
-    beside = _choose(logits, legal, uniform, ones, np.where(odd, 5, 0), np.where(odd, np.float32(0.5), ones))
+    cut = np.where(odd, 5, 0), np.where(odd, np.float32(0.5), ones)
+    beside = _choose(logits, legal, uniform, ones, *cut, odd)
     np.testing.assert_array_equal(alone[~odd], beside[~odd])
     assert (alone[odd] != beside[odd]).any()
