@@ -26,7 +26,7 @@ def main(argv):
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--keep-mode", action="store_true", help="keep rare beginnings at low temperature")
+    parser.add_argument("--keep-mode", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument(
         "--probe", type=int, default=64, help="pictures to probe the (English) words with; 0: none"
@@ -51,7 +51,7 @@ def main(argv):
         image=Strategy(args.temperature, args.top_k, args.top_p, args.keep_mode),
     )
     scores = suites.scores(cases)
-    known = probe.run(model, args.probe, size=args.size) if args.probe and args.language == "en" else {}
+    known = probe.run(model, args.probe, size=args.size) if args.language == "en" else {}
     page = report.write(
         args.out,
         title=f"mmgen evaluate {args.checkpoint}",

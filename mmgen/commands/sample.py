@@ -25,7 +25,12 @@ def main(argv):
     parser.add_argument("--temperature", type=float, default=0.7, help="of image codes; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--keep-mode", action="store_true", help="keep rare beginnings at low temperature")
+    parser.add_argument(
+        "--keep-mode",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let a temperature below 1 begin objects as often as was learned",
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times in the files")
     parser.add_argument("--out", default="out.png", help="FILE.png for a contact sheet, or a folder")

@@ -23,8 +23,12 @@ def run(sampler, n, *, size, split="valid", seed=78, batch_size=128):
 
     Returns {"shape", "color"}: the probability of a one-object picture's true word among all eight, every
     other word as it is; "attribution": that of a two-object picture's colours beside the same ones exchanged
-    (chance: 1/8, 1/8, 1/2); "nats": of the one-object pictures' codes under their true prompts.
+    (chance: 1/8, 1/8, 1/2); "nats": of the one-object pictures' codes under their true prompts. Each
+    two-object picture is named in both orders: who only knows that the first colour is the upper one gets 1/2.
+    n = 0 gives {}.
     """
+    if not n:
+        return {}
     one = [world.item(seed, split, i, category="colors") for i in range(n)]
     two = [world.item(seed, split, i, category="color_attribution") for i in range(n)]
     prompts = []  # [picture, [prompt, ...]], the true prompt first
@@ -35,10 +39,10 @@ def run(sampler, n, *, size, split="valid", seed=78, batch_size=128):
         g = item.claim.groups[0]
         prompts.append([f"a {color} {g.shape}" for color in _first(g.color, COLORS)])
     for item in two:
-        a, b = item.claim.groups
-        prompts.append([f"a {x.color} {a.shape} and a {y.color} {b.shape}" for x, y in ((a, b), (b, a))])
+        for a, b in (item.claim.groups, item.claim.groups[::-1]):
+            prompts.append([f"a {x.color} {a.shape} and a {y.color} {b.shape}" for x, y in ((a, b), (b, a))])
     codes = sampler.tokenizer.encode(np.stack([render(item.scene, *size) for item in one + two]))
-    codes = [*codes[:n], *codes]
+    codes = [*codes[:n], *codes[:n], *codes[n:].repeat(2, axis=0)]
     documents = [
         Document((Turn("user", (Text(prompt),)), Turn("assistant", (Image(codes=c),))))
         for c, choices in zip(codes, prompts, strict=True)
@@ -47,7 +51,7 @@ def run(sampler, n, *, size, split="valid", seed=78, batch_size=128):
     nats = iter(_image_nats(sampler, documents, batch_size))
     nats = [np.array([next(nats) for _ in choices]) for choices in prompts]
     true = [1 / np.exp(x[0] - x).sum() for x in nats]
-    shape, color, attribution = (float(np.mean(true[k * n : (k + 1) * n])) for k in range(3))
+    shape, color, attribution = (float(np.mean(part)) for part in (true[:n], true[n : 2 * n], true[2 * n :]))
     return {
         "shape": shape,
         "color": color,

@@ -58,7 +58,10 @@ class AttentionTower(nnx.Module):
 
 
 class ConvBlock(nnx.Module):
-    """x + 1x1(silu(3x3(norm(x)))), normed for each place alone, so that tiles agree with the whole."""
+    """x + 1x1(silu(3x3(norm(x)))), normed for each place alone, so that tiles agree with the whole.
+
+    On CPU `lax.conv` is slow in a scanned layer: `unroll` the tower there.
+    """
 
     def __init__(self, config, rngs, *, dtype):
         D = config.width

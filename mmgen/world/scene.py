@@ -195,7 +195,7 @@ def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[C
             Object(k.shape, k.color, k.size, x, y) for k, (x, y) in zip(kinds, places, strict=True)
         )
         if relation is None:
-            groups = _in_reading_order(groups, objects)
+            groups = _from_the_top(groups, objects)
         claim = Claim(
             _state(rng, groups, category, unseen, told),
             relation,
@@ -246,12 +246,12 @@ def _groups(rng, category, unseen):
     return groups
 
 
-def _in_reading_order(groups, objects):
-    """The groups by which of them shows first from the top, as one would name them."""
+def _from_the_top(groups, objects):
+    """The groups in the order in which they show first from the top."""
     owner = [i for i, g in enumerate(groups) for _ in range(g.count)]
     tops = [thing.y - SIZES[thing.size] * EXTENT[thing.shape][1] / 2 for thing in objects]
-    first = {i: top for top, i in sorted(zip(tops, owner, strict=True), reverse=True)}
-    return [groups[i] for i in sorted(first, key=first.get)]
+    highest = [min(top for top, of in zip(tops, owner, strict=True) if of == i) for i in range(len(groups))]
+    return [groups[i] for i in sorted(range(len(groups)), key=highest.__getitem__)]
 
 
 def _state(rng, groups, category, unseen, told):
