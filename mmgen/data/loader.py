@@ -131,14 +131,16 @@ class Images:
     """Batches of pixels for the tokenizer stage: every image once an epoch, in a new order each time.
 
     With `augment` a random-resized crop, mirrored half of the time; else the centre. A bad image is
-    replaced by the next good one; source.skipped counts each once, and too many end the run.
+    replaced by the next good one; source.skipped counts each once, and too many end the run. Images are
+    kept in memory up to `cache_bytes`, so that later epochs need not draw or decode them again.
     """
 
-    def __init__(self, source, batch_size, seed=0, augment=False, max_bad=0.1):
+    def __init__(self, source, batch_size, seed=0, augment=False, max_bad=0.1, cache_bytes=256 << 20):
         self.source, self.batch_size, self.seed, self.augment = source, batch_size, seed, augment
         self._order = functools.lru_cache(2)(self._shuffled)
         self._bad = Bad(source, max_bad)
         self._bad_indices = set()
+        self._kept, self._room = {}, cache_bytes
         self._lock = threading.Lock()
 
     def batch(self, step):
@@ -165,6 +167,8 @@ class Images:
             i %= len(self.source)
             if i in self._bad_indices:
                 continue
+            if i in self._kept:
+                return self._kept[i]
             try:
                 pixels = self.source.pixels(i)
             except BadImage as error:
@@ -175,6 +179,9 @@ class Images:
             else:
                 with self._lock:
                     self._bad.saw()
+                    if i not in self._kept and pixels.nbytes <= self._room:
+                        self._kept[i] = pixels
+                        self._room -= pixels.nbytes
                 return pixels
         raise TooManyBad(self._bad.report())
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from mmgen.runtime import checkpoint, optimizer
+from mmgen.runtime import checkpoint, memory, optimizer
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime import metrics as metric_files
 from mmgen.runtime.config import ConfigError, nearest
@@ -30,7 +30,7 @@ STAGES = ("tokenizer", "transformer")
 
 # Settings that may differ between the runs that continue one another: they steer what is
 # written down and where it is computed, never what is learned.
-_FREE = {"log_every", "save_every", "evaluate_every", "keep", "name", "prefetch", "mesh", "sharding"}
+_FREE = {"log_every", "save_every", "evaluate_every", "keep", "name", "prefetch", "mesh", "sharding", "keep_pages"}
 
 
 class Stage(NamedTuple):
@@ -59,6 +59,8 @@ def train(config, workdir, *, stop_at=None):
     """
     workdir = Path(workdir)
     _check(config, workdir)
+    if config.keep_pages:
+        memory.keep_pages()
     stage = setup(config, workdir)
     mesh = meshes.make_mesh(dict(config.mesh))
     _record(config, workdir)  # after all that may refuse the config: a mistake does not claim the workdir

@@ -8,6 +8,8 @@ import hashlib
 import itertools
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
 # Far apart from each other and from every background, in brightness where hue alone must
 # tell (JPEG halves the resolution of hue): `benchmarks/judge_accuracy.py` shows the confusions.
@@ -27,7 +29,7 @@ BACKGROUNDS = {
     "gray": (110, 110, 110),
     "beige": (244, 226, 188),
 }
-SIZES = {"small": 0.235, "large": 0.335}  # times EXTENT: about 0.26 and 0.38 of the short side
+SIZES = {"small": 0.29, "large": 0.41}  # times EXTENT: about 0.33 and 0.47 of the short side
 # Width and height of each shape in units of its size, such that the areas are alike.
 EXTENT = {
     "circle": (1.0, 1.0),
@@ -48,6 +50,7 @@ MARGIN = 0.1  # a relation holds from this distance on, along its axis
 EDGE = 0.035  # objects keep clear of the image's edge ...
 GAP = 0.065  # ... and of each other: 2 pixels of 32, so that they can be told apart
 CLEAR = (0.16, 1.3)  # a stated relation: this far along its axis, and this times the other axis
+_LATTICE = np.arange(24)  # along each axis, of the candidate places of an object
 
 
 @dataclass(frozen=True)
@@ -194,8 +197,6 @@ def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[C
         objects = tuple(
             Object(k.shape, k.color, k.size, x, y) for k, (x, y) in zip(kinds, places, strict=True)
         )
-        if relation is None:
-            groups = _from_the_top(groups, objects)
         claim = Claim(
             _state(rng, groups, category, unseen, told),
             relation,
@@ -226,7 +227,7 @@ def _counts(rng, category):
 def _groups(rng, category, unseen):
     """Groups with every attribute decided; if `unseen`, one of them is a held-out pair."""
     counts = _counts(rng, category)
-    room = 2 if sum(counts) == MOST else 3  # more large objects hardly fit
+    room = {3: 2, 4: 1}.get(sum(counts), sum(counts))  # more large objects hardly fit
     one_shape_each = category in ("two_object", "position", "color_attribution")
     special = int(rng.random() * len(counts)) if unseen else -1
     groups = []
@@ -246,14 +247,6 @@ def _groups(rng, category, unseen):
     return groups
 
 
-def _from_the_top(groups, objects):
-    """The groups in the order in which they show first from the top."""
-    owner = [i for i, g in enumerate(groups) for _ in range(g.count)]
-    tops = [thing.y - SIZES[thing.size] * EXTENT[thing.shape][1] / 2 for thing in objects]
-    highest = [min(top for top, of in zip(tops, owner, strict=True) if of == i) for i in range(len(groups))]
-    return [groups[i] for i in sorted(range(len(groups)), key=highest.__getitem__)]
-
-
 def _state(rng, groups, category, unseen, told):
     """The groups as the prompt states them: colours or sizes left out."""
     color, size = (max(p, at_least) for p, at_least in zip(_STATED[category], _TOLD if told else (0, 0)))
@@ -261,27 +254,26 @@ def _state(rng, groups, category, unseen, told):
     return tuple(replace(g, color=g.color if color else None, size=g.size if size else None) for g in groups)
 
 
-def _place(rng, kinds, relation, tries=40):
+def _place(rng, kinds, relation):
     """Centres for the objects: inside the image, apart, and clearly in the relation; or None."""
     halves = [tuple(SIZES[k.size] * e / 2 for e in EXTENT[k.shape]) for k in kinds]
-    # The largest first, because the last one finds the least room.
-    order = sorted(range(len(kinds)), key=lambda i: -halves[i][0] * halves[i][1])
-    draws = iter(rng.random(2 * tries).tolist())
     places = {}
-    for x, y in zip(draws, draws, strict=True):
-        i = order[len(places)]
+    # The largest first, because the last one finds the least room.
+    for i in sorted(range(len(kinds)), key=lambda i: -halves[i][0] * halves[i][1]):
         w, h = halves[i]
-        x = EDGE + w + x * (1 - 2 * (EDGE + w))
-        y = EDGE + h + y * (1 - 2 * (EDGE + h))
-        if all(
-            abs(x - px) >= w + halves[j][0] + GAP or abs(y - py) >= h + halves[j][1] + GAP
-            for j, (px, py) in places.items()
-        ):
-            places[i] = (x, y)
-            if len(places) == len(kinds):
-                break
-    else:
-        return None
+        # Candidates on a lattice that lies anywhere: each centre is as likely as any other that is free.
+        xs, ys = (
+            EDGE + half + (_LATTICE + rng.random()) * ((1 - 2 * (EDGE + half)) / len(_LATTICE))
+            for half in (w, h)
+        )
+        free = np.ones((len(ys), len(xs)), bool)
+        for j, (x, y) in places.items():
+            free &= (abs(xs - x) >= w + halves[j][0] + GAP) | (abs(ys - y) >= h + halves[j][1] + GAP)[:, None]
+        choices = np.flatnonzero(free)
+        if not len(choices):
+            return None
+        row, column = divmod(int(choices[int(rng.random() * len(choices))]), len(xs))
+        places[i] = (float(xs[column]), float(ys[row]))
     if relation and not _clearly(relation.name, places[0], places[1]):
         return None
     return [places[i] for i in range(len(kinds))]
