@@ -13,15 +13,15 @@ VARIANTS = ("default", "tiny")
 def get_config(variant):
     c = ml_collections.ConfigDict()
     c.stage = "quickstart"
-    c.source = dict(spec="world:train", size=(32, 32), seed=0, documents=34_000, languages=("en",))
+    c.source = dict(spec="world:train", size=(32, 32), seed=0, documents=30_000, languages=("en",))
     c.text = dict(pieces=384, lines=5_000)  # of the SentencePiece model, and captions it learns from
     c.max_side = 16  # largest side of an image, in patches, that the vocabulary has tokens for
     c.tokenizer = configs.load("tokenizer:quickstart")
     c.transformer = configs.load("transformer:quickstart")
     # Held-out prompts a suite, on combinations seen in training and on others.
     c.suites = dict(
-        seed=1, seen=200, unseen=50, probe=64, batch_size=50, guidance=1.0,
-        image=dict(temperature=0.7, top_k=0, top_p=1.0, keep_mode=True),
+        seed=1, seen=200, unseen=50, probe=64, batch_size=50, guidance=2.0,
+        image=dict(temperature=0.4, top_k=0, top_p=1.0, keep_mode=True),
     )  # fmt: skip
     if variant == "tiny":  # for tests: does everything, learns nothing
         c.source.documents, c.text.lines = 300, 300

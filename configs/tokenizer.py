@@ -17,7 +17,7 @@ def get_config(variant):
 
     c.model = m = ml_collections.ConfigDict()
     m.patch = 4  # pixels a side of the patch that one code stands for
-    m.levels = (8, 5, 5, 5)  # FSQ levels: 1,000 codes
+    m.levels = (3, 3, 5, 5, 5)  # FSQ levels: 1,125 codes
     # What a place sees of its surroundings: "patch" (nothing), "conv" or "attention". An encoder that sees
     # its patch alone gives codes that are far easier to foresee; the decoder makes up for it.
     m.encoder, m.decoder = "patch", "conv"
@@ -30,17 +30,18 @@ def get_config(variant):
 
     c.data = d = ml_collections.ConfigDict()
     d.source = dict(
-        spec="world:train", size=(32, 32), seed=0, documents=8_000, category="scene"
+        spec="world:train", size=(32, 32), seed=0, documents=4_000, category="scene"
     )  # the busiest pictures teach most
     d.batch_size = 16
     d.augment = False  # random resized crops, mirrored half of the time
     c.held_out = dict(spec="world:valid", size=(32, 32), seed=0, documents=256)
 
     # See stages/tokenizer.py: the error that is small enough, the share of codes that the decoder must do
-    # without, and the weight of how hard the codes are to foresee.
-    c.loss = dict(floor=1e-3, noise=0.05, rate=0.01)
+    # without, the weight of how hard the codes are to foresee, and the share of images that are decoded in
+    # other colours, by the digits that are to carry these.
+    c.loss = dict(floor=1e-3, noise=0.05, rate=0.004, recolor=0.5, color_digits=2)
 
-    c.steps = 3500
+    c.steps = 1800
     c.optimizer = OPTIMIZER
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 2000, 2
@@ -48,12 +49,13 @@ def get_config(variant):
     c.keep_pages = True  # on CPU a third faster for large models: see runtime/memory.py
 
     if variant in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
+        m.levels = (8, 5, 5, 5)
         m.encoder, m.width, m.layers, m.cell_layers = "conv", 96, 4, 0
         split = dict(size=(64, 64), seed=0, split_by="base" if variant == "emoji" else "key")
         d.source = dict(spec=f"tars:data/{variant}/*.tar", split="train", **split)
         c.held_out = dict(spec=f"tars:data/{variant}/*.tar", split="test", documents=256, **split)
         d.augment = variant == "photos"
-        c.loss.noise = c.loss.rate = 0.0
+        c.loss.noise = c.loss.rate = c.loss.recolor = 0.0
         c.steps, c.evaluate_every = 1500, 500
     if variant == "tiny":  # for tests: seconds
         m.cell_layers, m.cell_width = 1, 16

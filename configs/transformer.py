@@ -18,17 +18,18 @@ def get_config(variant):
 
     c.model = m = ml_collections.ConfigDict()
     m.width, m.layers = 128, 4
-    m.heads, m.kv_heads, m.head_dim, m.mlp = 4, 4, 32, 384
+    m.heads, m.kv_heads, m.head_dim, m.mlp = 2, 2, 64, 384
     m.rope_base = 20.0  # grids and captions are small; larger for long rows
     m.tied = False  # one table for reading and writing tokens
     m.factored = True  # codes share what is learned of their FSQ digits
+    m.around = True  # give each place the codes around it at the input, where they are factored
     m.dtype = "float32"  # of the computation; parameters are float32
     m.remat = False  # recompute activations in the backward pass
     m.unroll = True  # write the layers out instead of scanning them: faster on CPU
 
     c.data = d = ml_collections.ConfigDict()
     d.shards = "runs/shards"  # a folder written by `mmgen tokenize`
-    d.batch_size = 28  # rows
+    d.batch_size = 14  # rows
     d.row_length = 176  # tokens a row; several documents share one
     d.overlong = "error"  # or "drop": what to do with documents longer than a row
     d.text_drop = 0.1  # share of documents trained without their text (for guidance)
@@ -37,10 +38,10 @@ def get_config(variant):
 
     c.loss = dict(z=1e-4)  # weight of log Z squared
 
-    c.steps = 600
+    c.steps = 1600
     c.optimizer = OPTIMIZER
     c.ema = 0.0
-    c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 10_000, 300, 2
+    c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 10_000, 500, 2
     c.mesh, c.sharding = MESH, SHARDING
     c.keep_pages = True  # on CPU a third faster: see runtime/memory.py
 

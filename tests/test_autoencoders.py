@@ -1,5 +1,7 @@
 """The autoencoder, the stage that trains it, and what is measured of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,13 +166,40 @@ def test_the_rate_moves_the_encoder_to_codes_that_are_easier_to_foresee():
 
     def value(params):
         return stage.loss(
-            nnx.merge(graphdef, params), {"images": images}, None, floor=1e-3, noise=0.0, rate=1.0
+            nnx.merge(graphdef, params),
+            {"images": images},
+            None,
+            floor=1e-3,
+            noise=0.0,
+            rate=1.0,
+            recolor=0.0,
+            color_digits=1,
         )
 
     (_, before), slope = jax.jit(jax.value_and_grad(value, has_aux=True))(params)
     assert np.abs(slope["stem"]["w"][...]).max() > 0
     params["stem"]["w"][...] -= 1e-2 * slope["stem"]["w"][...] / jnp.abs(slope["stem"]["w"][...]).max()
     assert jax.jit(value)(params)[1]["code_nats"] < before["code_nats"]
+
+
+# ---- other colours -------------------------------------------------------------------------
+
+
+def test_recolored_images_come_from_their_colors_and_the_others_digits():
+    model, images, other = make(), noise(4, 16, 16, 3), noise(4, 16, 16, 3, seed=1)
+    batch = {"images": images, "recolored": other}
+    loss = functools.partial(stage.loss, model, key=None, floor=0.0, noise=0.0, rate=0.0, color_digits=2)
+    a, b = model.encode(to_float(images)), model.encode(to_float(other))
+
+    def psnr(values, of):
+        error = np.asarray(model.decode(values) - to_float(of))
+        return np.mean(10 * np.log10(4 / np.mean(error**2, axis=(1, 2, 3))))
+
+    mixed = jnp.concatenate([b[..., :2], a[..., 2:]], -1)
+    plain, half, whole = (loss(batch, recolor=share)[1]["batch_psnr"] for share in (0.0, 0.5, 1.0))
+    np.testing.assert_allclose(plain, psnr(a, images), rtol=1e-4)
+    np.testing.assert_allclose(whole, psnr(mixed, other), rtol=1e-4)
+    np.testing.assert_allclose(half, (psnr(mixed[:2], other[:2]) + psnr(a[2:], images[2:])) / 2, rtol=1e-4)
 
 
 # ---- the noise -----------------------------------------------------------------------------

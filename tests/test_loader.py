@@ -238,3 +238,30 @@ def test_too_many_bad_images_end_the_run(tmp_path):
     with pytest.raises(TooManyBad, match="10%"):
         for step in range(4):
             loader.batch(step)
+
+
+def test_recolored_images_are_the_same_pictures_in_other_colors(tmp_path):
+    source = open_source("world:train", size=(16, 16), documents=12, category="colors")
+    batch = Images(source, 6, recolored=True).batch(1)
+    again = Images(source, 6, recolored=True, cache_bytes=0).batch(1)
+    assert all((batch[name] == again[name]).all() for name in ("images", "recolored"))
+
+    def covered(image):
+        distance = np.abs(image.astype(int) - image[0, 0]).sum(-1)
+        return distance > distance.max() / 2
+
+    for image, other in zip(batch["images"], batch["recolored"]):
+        assert np.mean(covered(image) != covered(other)) < 0.02
+    assert (batch["images"] != batch["recolored"]).any(axis=(1, 2, 3)).sum() >= 5
+    with pytest.raises(ValueError, match="no pictures in other colours"):
+        Images(tar_of_images(tmp_path / "a.tar", 5), 2, recolored=True)
+
+
+def test_an_image_is_drawn_once_while_there_is_room():
+    source = open_source("world:train", size=(16, 16), documents=10)
+    drawn, draw = [], source.pixels
+    source.pixels = lambda i: drawn.append(i) or draw(i)
+    loader = Images(source, 5, cache_bytes=4 * 16 * 16 * 3)
+    first, *_, last = [loader.batch(step)["images"] for step in range(6)]
+    assert len(drawn) == 10 + 2 * 6  # four are kept
+    assert sorted(drawn[:10]) == list(range(10))

@@ -26,7 +26,7 @@ def config(**changes):
 
 
 def build(levels=(), **changes):
-    return transformer.Transformer(config(**changes), V, nnx.Rngs(0), levels)
+    return transformer.Transformer(config(**changes), V, nnx.Rngs(0), levels, 1 if levels else 0, 4)
 
 
 @pytest.fixture(scope="module", params=["tied", "factored"])
@@ -88,6 +88,27 @@ def test_a_packed_segment_is_the_segment_alone(model, batch):
         here = batch["segments"][row] == segment
         alone = {name: value[row][here][None] for name, value in batch.items()}
         np.testing.assert_allclose(hidden(model, alone)[0], together[row][here], atol=1e-5)
+
+
+@pytest.mark.smoke
+def test_around_next_are_the_codes_beside_the_next_place():
+    """By hand, for images of several widths in one document, packed behind another document."""
+    start, side = GRAMMAR.code_start, GRAMMAR.max_side
+    rng, tokens, segments, expected = np.random.default_rng(5), [], [], []
+    for segment, sizes in enumerate([[(2, 3)], [(3, 4), (4, 1), (1, 4), (3, 2)]], 1):
+        for H, W in sizes:
+            codes = rng.integers(0, GRAMMAR.codes, H * W)
+            tokens += [3, start - side + W - 1, *(start + codes), 4]
+            segments += [segment] * (H * W + 3)
+            expected += [[-1] * transformer.AROUND] * 2
+            at = np.arange(H * W)[:, None]
+            places = at + 1 + np.array([-W - 1, -W, -W + 1, -2 * W, -2])
+            known = (places >= 0) & (places <= at)
+            expected += np.where(known, codes[places.clip(0, H * W - 1)], -1).tolist() + [
+                [-1] * transformer.AROUND
+            ]
+    found = transformer.around_next(np.array([tokens]), np.array([segments]), start, side)
+    np.testing.assert_array_equal(found[0], expected)
 
 
 def document(seed, length):

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from mmgen.world.scene import (
     held_out,
     holds,
     random_item,
+    recolor,
     related,
 )  # fmt: skip
 
@@ -174,13 +176,25 @@ def test_colors_and_sizes_are_stated_of_all_objects_or_of_none():
     assert 0.78 < share(told) < 0.92 and 0.42 < share(asked) < 0.58
 
 
-def test_without_a_relation_objects_are_named_from_the_top():
-    top = lambda o: o.y - SIZES[o.size] * EXTENT[o.shape][1] / 2
-    for sample in items(60):
-        if sample.claim.relation or not all(g.color for g in sample.claim.groups):
-            continue
-        firsts = [min(top(o) for o in sample.scene.objects if fits(o, g)) for g in sample.claim.groups]
-        assert firsts == sorted(firsts)
+def test_objects_are_named_in_any_order():
+    top = lambda claim, scene: min((o.y, o.shape) for o in scene.objects)[1] == claim.groups[0].shape
+    named = [top(s.claim, s.scene) for i in range(300) for s in [item(0, "train", i, "two_object")]]
+    assert 0.4 < np.mean(named) < 0.6
+
+
+# The same scene in other colours
+
+
+def test_recolor_changes_colors_alone_and_draws_each():
+    scene = next(s.scene for s in items(20) if len(s.scene.objects) == 4)
+    rng = np.random.default_rng(0)
+    painted = [recolor(rng, scene) for _ in range(200)]
+    for other in painted:
+        assert [replace(o, color="red") for o in other.objects] == [
+            replace(o, color="red") for o in scene.objects
+        ]
+    assert {o.color for other in painted for o in other.objects} == set(COLORS)
+    assert {other.background for other in painted} == set(BACKGROUNDS)
 
 
 # Truth

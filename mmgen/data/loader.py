@@ -130,12 +130,18 @@ class Rows:
 class Images:
     """Batches of pixels for the tokenizer stage: every image once an epoch, in a new order each time.
 
+    With `recolored` a batch also has each image in other colours, which only a drawn source can give.
     With `augment` a random-resized crop, mirrored half of the time; else the centre. A bad image is
     replaced by the next good one; source.skipped counts each once, and too many end the run. Images are
     kept in memory up to `cache_bytes`, so that later epochs need not draw or decode them again.
     """
 
-    def __init__(self, source, batch_size, seed=0, augment=False, max_bad=0.1, cache_bytes=256 << 20):
+    def __init__(
+        self, source, batch_size, seed=0, augment=False, max_bad=0.1, recolored=False, cache_bytes=256 << 20
+    ):
+        if recolored and not hasattr(source, "recolored"):
+            raise ValueError(f"{source.spec} has no pictures in other colours; set config.loss.recolor to 0")
+        self.recolored = recolored
         self.source, self.batch_size, self.seed, self.augment = source, batch_size, seed, augment
         self._order = functools.lru_cache(2)(self._shuffled)
         self._bad = Bad(source, max_bad)
@@ -149,15 +155,23 @@ class Images:
 
     def rows_of(self, step, start, stop):
         """Images [start, stop) of batch `step`."""
-        return {"images": np.stack([self._image(step * self.batch_size + b) for b in range(start, stop)])}
+        numbers = [step * self.batch_size + b for b in range(start, stop)]
+        batch = {"images": np.stack([self._image(number) for number in numbers])}
+        if self.recolored:
+            others = [self._cached(("recolored", self._index(n)), self.source.recolored) for n in numbers]
+            batch["recolored"] = np.stack(others)
+        return batch
 
     def prefetch(self, start_step=0, **options):
         """(step, batch) from `start_step` on, for ever, prepared in the background: see `prefetch`."""
         return prefetch(self.batch, start_step, **options)
 
-    def _image(self, number):
+    def _index(self, number):
         epoch, place = divmod(number, len(self.source))
-        pixels = self._good_pixels(int(self._order(epoch)[place]))
+        return int(self._order(epoch)[place])
+
+    def _image(self, number):
+        pixels = self._good_pixels(self._index(number))
         if self.augment:
             return images.random_crop(pixels, *self.source.size, np.random.default_rng([self.seed, number]))
         return images.fit(pixels, *self.source.size)
@@ -167,10 +181,8 @@ class Images:
             i %= len(self.source)
             if i in self._bad_indices:
                 continue
-            if i in self._kept:
-                return self._kept[i]
             try:
-                pixels = self.source.pixels(i)
+                pixels = self._cached(("image", i), self.source.pixels)
             except BadImage as error:
                 with self._lock:
                     if i not in self._bad_indices:  # another thread may have been faster
@@ -179,11 +191,19 @@ class Images:
             else:
                 with self._lock:
                     self._bad.saw()
-                    if i not in self._kept and pixels.nbytes <= self._room:
-                        self._kept[i] = pixels
-                        self._room -= pixels.nbytes
                 return pixels
         raise TooManyBad(self._bad.report())
+
+    def _cached(self, key, draw):
+        """draw(i) of key (kind, i), kept while there is room."""
+        pixels = self._kept.get(key)
+        if pixels is None:
+            pixels = draw(key[1])
+            with self._lock:
+                if key not in self._kept and pixels.nbytes <= self._room:
+                    self._kept[key] = pixels
+                    self._room -= pixels.nbytes
+        return pixels
 
     def _shuffled(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.source))

@@ -11,6 +11,7 @@ what was left out. `source[i]` and `source.pixels(i)` raise BadImage; `documents
 import collections
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
 import json
@@ -119,6 +120,9 @@ class World:
         self.languages = list(weights)
         self.shares = np.array(list(weights.values()), float) / sum(weights.values())
         self.skipped = collections.Counter()
+        self.item = functools.lru_cache(256)(
+            self._item
+        )  # a picture, its caption and its colours want the same
 
     def __len__(self):
         return self.documents
@@ -127,7 +131,7 @@ class World:
         item = self.item(i)
         return caption_to_image(item.prompt, Image(self._render(item)))
 
-    def item(self, i):
+    def _item(self, i):
         """The world's Item i: prompt, claim and scene, in the language drawn for (seed, i)."""
         from mmgen import world
 
@@ -141,6 +145,13 @@ class World:
 
     def pixels(self, i):
         return self._render(self.item(i))
+
+    def recolored(self, i):
+        """The picture of document i with other colours, drawn from (seed, i)."""
+        from mmgen.world import recolor, render
+
+        scene = recolor(np.random.default_rng([self.seed, i, 1]), self.item(i).scene)
+        return render.render(scene, *self.size)
 
     def _render(self, item):
         from mmgen.world import render

@@ -208,7 +208,8 @@ class Autoencoder(nnx.Module):
 class Tokenizer:
     """A trained autoencoder: images uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
 
-    def __init__(self, model):
+    def __init__(self, model, color_digits=0):
+        self.color_digits = color_digits  # the first of a code's digits, where these carry its colours alone
         self.patch, self.codes = model.patch, model.quantizer.codes
         self.levels = tuple(int(level) for level in model.quantizer.levels)
         graphdef, self._params = nnx.split(model)
@@ -242,4 +243,5 @@ def load_tokenizer(workdir):
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "tokenizer"))
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Autoencoder(config.model, nnx.Rngs(0))))
     params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
-    return Tokenizer(nnx.merge(graphdef, params))
+    color_digits = config.loss.color_digits if config.loss.recolor else 0
+    return Tokenizer(nnx.merge(graphdef, params), color_digits)

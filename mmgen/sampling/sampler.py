@@ -170,10 +170,8 @@ def load(workdir):
                 f"{workdir}: the {name} in it is not the one that this transformer was trained with "
                 f"(expected hash {manifest[f'{name}_hash']}, found {found}); codes of one mean nothing to another"
             )
-    levels = manifest["levels"] if config.model.factored else ()
-    graphdef, abstract = nnx.split(
-        nnx.eval_shape(lambda: transformer.Transformer(config.model, grammar.vocab_size, nnx.Rngs(0), levels))
-    )
+    make = lambda: transformer.of_codes(config.model, manifest, grammar.vocab_size, nnx.Rngs(0))
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
     params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
     return Sampler(graphdef, params, config, grammar, text, tokenizer)
 

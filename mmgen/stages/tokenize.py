@@ -31,6 +31,7 @@ def tokenize(source, tokenizer_dir, text_path, out, *, max_side, overwrite=False
         "tokenizer_hash": tokenizer.hash,
         "patch": tokenizer.patch,
         "levels": list(tokenizer.levels),
+        "color_digits": tokenizer.color_digits,
     }
 
     def encoded():

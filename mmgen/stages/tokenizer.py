@@ -17,7 +17,11 @@ from mmgen.stages.loop import Stage
 def setup(config, workdir):
     """See `loop.Stage`. Learns from `config.data`, is measured on `config.held_out`."""
     data = Images(
-        open_source(**config.data.source), config.data.batch_size, config.seed, augment=config.data.augment
+        open_source(**config.data.source),
+        config.data.batch_size,
+        config.seed,
+        augment=config.data.augment,
+        recolored=config.loss.recolor > 0,
     )
     held_out = open_source(**config.held_out)
 
@@ -39,18 +43,29 @@ def setup(config, workdir):
     )
 
 
-def loss(model, batch, key, *, floor, noise, rate):
+def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits):
     """Mean over images of log(mean squared error + floor), of pixels in [-1, 1], and the codes' rate.
 
     The first is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
     `floor` keeps an image that is already right from outweighing the others. `rate` weighs the nats that a
     code has for those who know its neighbours (see `Prior`). Up to a share `noise` of an image's codes is
     replaced before decoding, so that the decoder bears the errors of a sampler, and codes back each other.
+
+    A share `recolor` of the images (the first of the batch) is decoded from its own codes but for the first
+    `color_digits` digits: these are of batch["recolored"], the same picture in other colours, and it is this
+    one that has to come out. So those digits learn to carry colours, and the others what is there in any
+    colours: a transformer then needs to learn an outline once, not for each pair of colours.
     """
     images = to_float(batch["images"])
     features = model.features(images)
-    values = model.quantizer.quantize(features)
-    error = model.decode(_disturbed(values, key, noise) if noise else values) - images
+    given = values = model.quantizer.quantize(features)
+    if recolor:
+        other = to_float(batch["recolored"])
+        painted = model.encode(other)
+        repainted = jnp.concatenate([painted[..., :color_digits], values[..., color_digits:]], -1)
+        chosen = (jnp.arange(len(images)) < recolor * len(images))[:, None, None, None]
+        given, images = jnp.where(chosen, repainted, values), jnp.where(chosen, other, images)
+    error = model.decode(_disturbed(given, key, noise) if noise else given) - images
     mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
     total = 0.1 * jnp.mean(jnp.log(mse + floor))
     measured = {"batch_psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}

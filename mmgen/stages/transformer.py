@@ -16,7 +16,7 @@ def setup(config, workdir):
     data = config.data
     shards = Shards(data.shards)
     grammar = Grammar.from_dict(shards.manifest["grammar"])
-    keep = ("grammar", "grammar_hash", "text_hash", "tokenizer_hash", "patch", "levels")
+    keep = ("grammar", "grammar_hash", "text_hash", "tokenizer_hash", "patch", "levels", "color_digits")
     vocabulary = {name: shards.manifest[name] for name in keep}
     _adopt(shards, vocabulary, workdir)
     loss = dict(text=data.text_weight, image=data.image_weight, user=data.user_weight)
@@ -31,9 +31,7 @@ def setup(config, workdir):
     )
 
     return Stage(
-        make=lambda rngs: transformer.Transformer(
-            config.model, grammar.vocab_size, rngs, vocabulary["levels"] if config.model.factored else ()
-        ),
+        make=lambda rngs: transformer.of_codes(config.model, vocabulary, grammar.vocab_size, rngs),
         loss=lambda model, batch, key: transformer.loss(
             model, batch, code_start=grammar.code_start, z_loss=config.loss.z
         ),

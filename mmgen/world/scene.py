@@ -175,7 +175,7 @@ _STATED = {
     "color_attribution": (1.0, 0.0),
     "scene": (1.0, 0.25),
 }
-_TOLD = (0.85, 0.4)  # at least so often in training: words that say what is seen teach their meaning sooner
+_TOLD = (0.85, 0.75)  # at least so often in training: words that say what is seen teach their meaning sooner
 
 
 def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[Claim, Scene]:
@@ -204,6 +204,12 @@ def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[C
         )
         if distinct(claim.groups):
             return claim, Scene(objects, background)
+
+
+def recolor(rng, scene: Scene) -> Scene:
+    """The scene with every colour drawn anew."""
+    objects = tuple(replace(thing, color=_pick(rng, COLORS)) for thing in scene.objects)
+    return Scene(objects, _pick(rng, BACKGROUNDS))
 
 
 def _pick(rng, options):
@@ -262,18 +268,21 @@ def _place(rng, kinds, relation):
     for i in sorted(range(len(kinds)), key=lambda i: -halves[i][0] * halves[i][1]):
         w, h = halves[i]
         # Candidates on a lattice that lies anywhere: each centre is as likely as any other that is free.
+        n = len(_LATTICE) if places else 1
         xs, ys = (
-            EDGE + half + (_LATTICE + rng.random()) * ((1 - 2 * (EDGE + half)) / len(_LATTICE))
-            for half in (w, h)
+            EDGE + half + (_LATTICE[:n] + rng.random()) * ((1 - 2 * (EDGE + half)) / n) for half in (w, h)
         )
-        free = np.ones((len(ys), len(xs)), bool)
-        for j, (x, y) in places.items():
-            free &= (abs(xs - x) >= w + halves[j][0] + GAP) | (abs(ys - y) >= h + halves[j][1] + GAP)[:, None]
-        choices = np.flatnonzero(free)
-        if not len(choices):
-            return None
-        row, column = divmod(int(choices[int(rng.random() * len(choices))]), len(xs))
-        places[i] = (float(xs[column]), float(ys[row]))
+        choice = 0
+        if places:
+            free = True
+            for j, (x, y) in places.items():
+                beside, above = abs(xs - x) >= w + halves[j][0] + GAP, abs(ys - y) >= h + halves[j][1] + GAP
+                free = free & (beside | above[:, None])
+            choices = np.flatnonzero(free)
+            if not len(choices):
+                return None
+            choice = int(choices[int(rng.random() * len(choices))])
+        places[i] = (float(xs[choice % n]), float(ys[choice // n]))
     if relation and not _clearly(relation.name, places[0], places[1]):
         return None
     return [places[i] for i in range(len(kinds))]
