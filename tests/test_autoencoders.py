@@ -100,7 +100,7 @@ def test_each_layer_on_cells_looks_one_cell_further(cell_layers, cells):
     def rows(values):
         return model.decode(values)[0, :8].sum((1, 2))  # of the upper patch's pixels
 
-    values = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 1, 4)), jnp.float32)
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 1, 5)), jnp.float32)
     slope = jax.jacobian(rows)(values)[:, 0, 1]
     seen = np.abs(slope).sum((1, 2)) > 0
     assert np.array_equal(seen, np.isin(np.arange(8) // 4, cells))
@@ -123,7 +123,8 @@ def test_an_image_is_the_same_in_any_batch():
     tokenizer, images = Tokenizer(make()), noise(5, 16, 16, 3)
     codes = tokenizer.encode(images)
     assert np.array_equal(tokenizer.encode(images, batch=2), codes)
-    assert np.array_equal(tokenizer.decode(codes, batch=3), tokenizer.decode(codes))
+    pixels = [tokenizer.decode(codes, batch=batch).astype(int) for batch in (3, 64)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1  # another compiled program rounds otherwise
 
 
 def test_the_hash_is_of_the_weights():

@@ -139,9 +139,11 @@ def drawn(shape, draw):
 def test_a_deformed_object_is_no_object(shape):
     """A third of it cut off, or a lump grown on it."""
     claim = Claim((Group(shape),))
+    at = lambda *sizes: tuple(128 + 256 * SIZES["large"] * size for size in sizes)  # from the centre
     assert judge(drawn(shape, lambda d: None), claim).ok
-    assert not judge(drawn(shape, lambda d: d.rectangle((0, 0, 112, 255), fill="white")), claim).ok
-    assert not judge(drawn(shape, lambda d: d.ellipse((140, 96, 196, 160), fill=COLORS["red"])), claim).ok
+    assert not judge(drawn(shape, lambda d: d.rectangle((0, 0, *at(-0.19), 255), fill="white")), claim).ok
+    lump = at(0.14, -0.37, 0.79, 0.37)
+    assert not judge(drawn(shape, lambda d: d.ellipse(lump, fill=COLORS["red"])), claim).ok
 
 
 def test_an_extra_object_or_color_is_noticed():

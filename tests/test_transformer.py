@@ -217,10 +217,13 @@ def test_a_factored_code_is_its_own_row_and_its_digits(tied):
             each = np.round(values * (fsq.levels // 2)).astype(int) + fsq.levels // 2
             for channel, digit in enumerate(each):
                 table[GRAMMAR.code_start + code] += digits[sum(LEVELS[:channel]) + digit]
+            color, outline = each[0], each[1] * LEVELS[2] + each[2]  # the first digit carries colours
+            table[GRAMMAR.code_start + code] += digits[sum(LEVELS) + color]
+            table[GRAMMAR.code_start + code] += digits[sum(LEVELS) + LEVELS[0] + outline]
         np.testing.assert_allclose(model._table(own, digits), table, atol=1e-5)
     tokens = np.arange(V)
     np.testing.assert_allclose(
-        model.embed(tokens, np.zeros((V, 3), int)),
+        model.embed(tokens, np.zeros((V, 3), int), np.full((V, transformer.AROUND), -1)),
         model._table(model.embedding, model.digit_embedding),
         atol=1e-6,
     )

@@ -29,7 +29,7 @@ BACKGROUNDS = {
     "gray": (110, 110, 110),
     "beige": (244, 226, 188),
 }
-SIZES = {"small": 0.29, "large": 0.41}  # times EXTENT: about 0.33 and 0.47 of the short side
+SIZES = {"small": 0.285, "large": 0.41}  # times EXTENT: about 0.33 and 0.47 of the short side
 # Width and height of each shape in units of its size, such that the areas are alike.
 EXTENT = {
     "circle": (1.0, 1.0),
