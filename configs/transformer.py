@@ -38,7 +38,7 @@ def get_config(variant):
 
     c.loss = dict(z=1e-4)  # weight of log Z squared
 
-    c.steps = 1600
+    c.steps = 1450
     c.optimizer = OPTIMIZER
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 10_000, 500, 2

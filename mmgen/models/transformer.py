@@ -140,10 +140,9 @@ def around_next(tokens, segments, code_start, max_side):
     of = lambda x: jnp.take_along_axis(x[..., None], jnp.clip(places, 0, x.shape[1] - 1), 1)
     inside = ((tokens >= code_start) & (width > 0))[..., None] & (begin[..., None] < places)
     inside &= places <= at[:, None]
-    same = (of(segments) == segments[..., None]) & (jnp.take_along_axis(segments, begin, 1) == segments)[
-        ..., None
-    ]
-    return jnp.where(inside & same, of(tokens) - code_start, -1)
+    inside &= of(segments) == segments[..., None]
+    inside &= (jnp.take_along_axis(segments, begin, 1) == segments)[..., None]  # the width is of this document
+    return jnp.where(inside, of(tokens) - code_start, -1)
 
 
 def of_codes(config, vocabulary, vocab, rngs):
