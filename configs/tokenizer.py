@@ -58,6 +58,7 @@ def get_config(variant):
         c.loss.noise = c.loss.rate = c.loss.recolor = 0.0
         c.steps, c.evaluate_every = 1500, 500
     if variant == "tiny":  # for tests: seconds
+        m.levels = (4, 2, 5, 5, 5)  # an even vocabulary, which two devices of a tensor axis can share
         m.cell_layers, m.cell_width = 1, 16
         m.width, m.encoder_layers, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 1, 1, 2, 2, 16, 64
         d.source.documents, d.batch_size, c.held_out.documents = 64, 8, 16

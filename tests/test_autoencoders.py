@@ -179,7 +179,7 @@ def test_the_rate_moves_the_encoder_to_codes_that_are_easier_to_foresee():
 
     (_, before), slope = jax.jit(jax.value_and_grad(value, has_aux=True))(params)
     assert np.abs(slope["stem"]["w"][...]).max() > 0
-    params["stem"]["w"][...] -= 1e-2 * slope["stem"]["w"][...] / jnp.abs(slope["stem"]["w"][...]).max()
+    params["stem"]["w"][...] -= 1e-3 * slope["stem"]["w"][...] / jnp.abs(slope["stem"]["w"][...]).max()
     assert jax.jit(value)(params)[1]["code_nats"] < before["code_nats"]
 
 
