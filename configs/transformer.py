@@ -23,6 +23,7 @@ def get_config(variant):
     m.tied = False  # one table for reading and writing tokens
     m.factored = True  # codes share what is learned of their FSQ digits
     m.around = True  # give each place the codes around it at the input, where they are factored
+    m.before = 3  # tokens before each one that are mixed into it at the input; 0 for none
     m.dtype = "float32"  # of the computation; parameters are float32
     m.remat = False  # recompute activations in the backward pass
     m.unroll = True  # write the layers out instead of scanning them: faster on CPU

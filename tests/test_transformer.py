@@ -32,7 +32,7 @@ def build(levels=(), **changes):
 @pytest.fixture(scope="module", params=["tied", "factored"])
 def model(request):
     if request.param == "tied":
-        return build(tied=True, heads=4, kv_heads=2, unroll=False)
+        return build(tied=True, heads=4, kv_heads=2, unroll=False, before=0)
     return build(levels=LEVELS, tied=False)
 
 
@@ -109,6 +109,29 @@ def test_around_next_are_the_codes_beside_the_next_place():
             ]
     found = transformer.around_next(np.array([tokens]), np.array([segments]), start, side)
     np.testing.assert_array_equal(found[0], expected)
+
+
+@pytest.mark.smoke
+def test_tokens_before_stay_in_their_segment():
+    tokens, segments = np.array([[5, 6, 7, 8, 9, 3]]), np.array([[1, 1, 1, 2, 2, 0]])
+    found = transformer.tokens_before(tokens, segments, 2)
+    expected = [[-1, -1], [5, -1], [6, 5], [-1, -1], [8, -1], [-1, -1]]
+    np.testing.assert_array_equal(found[0], expected)
+
+
+def test_the_tokens_before_are_mixed_in_by_place():
+    """The input of a token is its own and, by the matrix of each distance, those of the two before it."""
+    model = build(before=2)
+    tokens = np.array([[4, 9, 2, 4]])
+    near = model.near(tokens, np.ones_like(tokens))
+    found = model.embed(tokens, np.zeros((1, 4, 3), int), *near)[0]
+    rows, (near, far) = (
+        np.asarray(model.embedding[...])[tokens[0]],
+        np.split(np.asarray(model.before.w[...]), 2),
+    )
+    for t in range(4):
+        expected = rows[t] + (rows[t - 1] @ near if t > 0 else 0) + (rows[t - 2] @ far if t > 1 else 0)
+        np.testing.assert_allclose(found[t], expected, atol=1e-5)
 
 
 def document(seed, length):
@@ -223,7 +246,7 @@ def test_a_factored_code_is_its_own_row_and_its_digits(tied):
         np.testing.assert_allclose(model._table(own, digits), table, atol=1e-5)
     tokens = np.arange(V)
     np.testing.assert_allclose(
-        model.embed(tokens, np.zeros((V, 3), int), np.full((V, transformer.AROUND), -1)),
+        model.embed(tokens, np.zeros((V, 3), int), np.full((V, transformer.AROUND), -1), np.full((V, 3), -1)),
         model._table(model.embedding, model.digit_embedding),
         atol=1e-6,
     )

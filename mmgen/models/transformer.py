@@ -64,6 +64,13 @@ class Transformer(nnx.Module):
             else None
         )
 
+        # Whose colour "red" is, the next word says: words that stand together are bound before any head looks for them.
+        self.before = (
+            layers.Linear((config.before * D, D), ("mlp", "embed"), rngs, dtype=self.dtype)
+            if config.before
+            else None
+        )
+
     def _digits(self):
         """float32 [codes, rows]: the rows of the digits' tables that make up each code."""
         codes = np.arange(math.prod(self.levels))
@@ -80,13 +87,19 @@ class Transformer(nnx.Module):
         table = own[...]
         return table.at[self.code_start :].add(self._digits() @ digits[...])
 
-    def embed(self, tokens, positions, around):
-        """tokens int32 [B, T], positions int32 [B, T, 3], around int32 [B, T, AROUND] -> [B, T, D]."""
+    def embed(self, tokens, positions, around, before):
+        """tokens int32 [B, T], positions int32 [B, T, 3], around int32 [B, T, AROUND], before int32 [B, T, N] -> [B, T, D].
+
+        `around` is as `around_next` says, `before` as `tokens_before` does, with N = `config.before`.
+        """
         offset = (positions[..., 1:] - positions[..., :1]).astype(jnp.float32)
         angles = offset[..., None] * (np.pi / 2 ** np.arange(1, _OCTAVES + 1, dtype=np.float32))
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles) - 1], -1)
-        x = self._table(self.embedding, self.digit_embedding)[tokens].astype(self.dtype)
-        x = x + self.place(waves.reshape(waves.shape[:-2] + (-1,)))
+        table = self._table(self.embedding, self.digit_embedding).astype(self.dtype)
+        x = table[tokens] + self.place(waves.reshape(waves.shape[:-2] + (-1,)))
+        if self.before is not None:
+            earlier = table[jnp.maximum(before, 0)] * (before >= 0)[..., None]
+            x = x + self.before(earlier.reshape(earlier.shape[:-2] + (-1,)))
         if self.around is None:
             return x
         digits = jnp.pad(self._digits(), ((0, 1), (0, 0)))[around]  # the last row, 0, is that of -1
@@ -103,6 +116,13 @@ class Transformer(nnx.Module):
         y = jnp.einsum("nd,vd->nv", x.reshape(-1, x.shape[-1]), head.astype(self.dtype))
         return y.astype(jnp.float32).reshape(x.shape[:-1] + (-1,))
 
+    def near(self, tokens, segments):
+        """What `embed` needs of the tokens near each one: int32 [B, T, AROUND] and [B, T, N]."""
+        return (
+            around_next(tokens, segments, self.code_start, self.max_side),
+            tokens_before(tokens, segments, self.config.before),
+        )
+
     def rope(self, positions):
         return layers.rope(positions, self.config.head_dim, self.config.rope_base)
 
@@ -114,7 +134,7 @@ class Transformer(nnx.Module):
         T = tokens.shape[1]
         causal = jnp.tril(jnp.ones((T, T), bool))
         bias = layers.bias_of(causal & (segments[:, :, None] == segments[:, None, :]))
-        x = self.embed(tokens, positions, around_next(tokens, segments, self.code_start, self.max_side))
+        x = self.embed(tokens, positions, *self.near(tokens, segments))
         x = constrain(x, ("batch", "length", None))
         return layers.scan(
             self.blocks, x, self.rope(positions), bias, remat=self.config.remat, unroll=self.config.unroll
@@ -141,8 +161,17 @@ def around_next(tokens, segments, code_start, max_side):
     inside = ((tokens >= code_start) & (width > 0))[..., None] & (begin[..., None] < places)
     inside &= places <= at[:, None]
     inside &= of(segments) == segments[..., None]
-    inside &= (jnp.take_along_axis(segments, begin, 1) == segments)[..., None]  # the width is of this document
+    inside &= (jnp.take_along_axis(segments, begin, 1) == segments)[
+        ..., None
+    ]  # the width is of this document
     return jnp.where(inside, of(tokens) - code_start, -1)
+
+
+def tokens_before(tokens, segments, n):
+    """The n tokens before each one, the nearest first: int32 [B, T] twice -> [B, T, n]; -1 beyond the segment's start."""
+    places = np.arange(tokens.shape[1])[:, None] - np.arange(1, n + 1)
+    of = lambda x: x[:, np.maximum(places, 0)]
+    return jnp.where((places >= 0) & (of(segments) == segments[..., None]), of(tokens), -1)
 
 
 def of_codes(config, vocabulary, vocab, rngs):
@@ -175,9 +204,8 @@ def step(model, blocks, cache, tokens, positions, lengths):
     cos_sin = model.rope(positions)
     rows = jnp.arange(B)[:, None]
     read = cache["tokens"].at[rows, slots].set(tokens, mode="drop")
-    around = around_next(read, jnp.ones_like(read), model.code_start, model.max_side)
-    around = around[rows, jnp.minimum(slots, S - 1)]
-    x = model.embed(tokens, positions, around)
+    near = (y[rows, jnp.minimum(slots, S - 1)] for y in model.near(read, jnp.ones_like(read)))
+    x = model.embed(tokens, positions, *near)
     pairs = []
     for block, (keys, values) in zip(blocks, cache["layers"]):
         q, k, v = block.attention.qkv(layers.rms_norm(x), cos_sin)
