@@ -17,7 +17,7 @@ def get_config(variant):
     c.seed = 0
 
     c.model = m = ml_collections.ConfigDict()
-    m.width, m.layers = 128, 4
+    m.width, m.layers = 128, 3
     m.heads, m.kv_heads, m.head_dim, m.mlp = 2, 2, 64, 384
     m.rope_base = 20.0  # grids and captions are small; larger for long rows
     m.tied = False  # one table for reading and writing tokens
@@ -30,7 +30,7 @@ def get_config(variant):
 
     c.data = d = ml_collections.ConfigDict()
     d.shards = "runs/shards"  # a folder written by `mmgen tokenize`
-    d.batch_size = 14  # rows
+    d.batch_size = 7  # rows
     d.row_length = 176  # tokens a row; several documents share one
     d.overlong = "error"  # or "drop": what to do with documents longer than a row
     d.text_drop = 0.1  # share of documents trained without their text (for guidance)
@@ -39,7 +39,7 @@ def get_config(variant):
 
     c.loss = dict(z=1e-4)  # weight of log Z squared
 
-    c.steps = 1450
+    c.steps = 4700
     c.optimizer = OPTIMIZER
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 10_000, 500, 2

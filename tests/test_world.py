@@ -176,10 +176,26 @@ def test_colors_and_sizes_are_stated_of_all_objects_or_of_none():
     assert 0.78 < share(told) < 0.92 and 0.42 < share(asked) < 0.58
 
 
-def test_objects_are_named_in_any_order():
-    top = lambda claim, scene: min((o.y, o.shape) for o in scene.objects)[1] == claim.groups[0].shape
-    named = [top(s.claim, s.scene) for i in range(300) for s in [item(0, "train", i, "two_object")]]
-    assert 0.4 < np.mean(named) < 0.6
+def test_training_captions_read_from_the_top_and_prompts_in_any_order():
+    def ordered(split, category):
+        """Of pictures whose first two things begin at clearly different heights: is the upper one named first?"""
+        out = []
+        for sample in (item(0, split, i, category) for i in range(400)):
+            if sample.claim.relation or sample.claim.groups[0].count > 1:
+                continue
+            tops = [o.y - SIZES[o.size] * EXTENT[o.shape][1] / 2 for o in sample.scene.objects]
+            if abs(tops[0] - tops[1]) > 1 / 8:
+                out.append(tops[0] < tops[1])
+        assert len(out) > 60
+        return np.mean(out)
+
+    assert ordered("train", "two_object") == ordered("train", "color_attribution") == 1
+    assert 0.4 < ordered("test", "two_object") < 0.6
+    # What stands in a relation is named in any order in training too: the words alone say where.
+    related = [item(0, "train", i, "two_object") for i in range(600)]
+    related = Counter(s.claim.relation.name for s in related if s.claim.relation)
+    assert 150 < sum(related.values()) < 350
+    assert min(related[name] for name in RELATIONS) > 0.15 * sum(related.values())
 
 
 # The same scene in other colours

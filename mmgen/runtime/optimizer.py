@@ -65,6 +65,9 @@ def make(config, steps, state):
     elif config.name == "muon":
         transform = muon(
             rate(config.learning_rate),
+            # As orthogonal as after five steps without this preconditioning (arXiv:2512.04632), a quarter sooner.
+            ns_steps=4,
+            preconditioning="aol",
             weight_decay=config.weight_decay,
             adam_learning_rate=rate(config.adam_learning_rate),
             adam_b1=config.beta1,

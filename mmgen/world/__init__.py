@@ -11,15 +11,15 @@ from mmgen.world.language import say
 from mmgen.world.scene import Claim, Scene, random_item, recolor
 
 SPLITS = ("train", "valid", "test")
-# Training shows more of what is harder to learn, and crowded scenes, where each picture teaches several outlines.
+# Training shows more of what is harder to learn.
 MIXTURE = {
     "single_object": 0.08,
     "colors": 0.08,
-    "two_object": 0.14,
-    "position": 0.18,
-    "color_attribution": 0.14,
+    "two_object": 0.18,
+    "position": 0.22,
+    "color_attribution": 0.18,
     "counting": 0.18,
-    "scene": 0.2,
+    "scene": 0.08,
 }
 
 

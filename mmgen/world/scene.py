@@ -178,11 +178,16 @@ _STATED = {
 _TOLD = (0.85, 0.75)  # at least so often in training: words that say what is seen teach their meaning sooner
 
 
+_RELATED = 0.5  # how often it states, of two groups, a relation that they happen to be in
+_ROWS = 8  # of reading order: things that begin at about the same height are read from the left
+
+
 def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[Claim, Scene]:
     """A claim of the category, or of "scene" (3-4 mixed objects), and a scene where it is true.
 
     rng: numpy Generator. unseen: some stated colour-shape pair is held out; otherwise no
-    held-out pair is anywhere in the scene, stated or not. told: the claim says more, for training.
+    held-out pair is anywhere in the scene, stated or not. told: the claim says more, for training, and
+    unless it states a relation it names what is seen in reading order.
     """
     if category not in _STATED:
         raise ValueError(f"category: expected one of {', '.join(_STATED)}; found {category!r}")
@@ -197,6 +202,11 @@ def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[C
         objects = tuple(
             Object(k.shape, k.color, k.size, x, y) for k, (x, y) in zip(kinds, places, strict=True)
         )
+        if told and relation is None:
+            if len(groups) == 2 and rng.random() < _RELATED:
+                relation = _seen(groups, objects)
+            if relation is None:
+                groups, objects = _in_reading_order(groups, objects)
         claim = Claim(
             _state(rng, groups, category, unseen, told),
             relation,
@@ -302,6 +312,33 @@ def alter(rng, claim: Claim, scene: Scene) -> Claim:
     kinds = sorted({_difference(claim, c) for c in others})
     kind = _pick(rng, kinds)
     return _pick(rng, [c for c in others if _difference(claim, c) == kind])
+
+
+def _members(groups, objects):
+    """The objects of each group: those of a new scene stand in the order of its groups."""
+    rest = iter(objects)
+    return [[next(rest) for _ in range(group.count)] for group in groups]
+
+
+def _seen(groups, objects):
+    """The relation in which every object of the first group clearly stands to every one of the second, or None."""
+    places = [[(thing.x, thing.y) for thing in members] for members in _members(groups, objects)]
+    for name in RELATIONS:
+        if all(_clearly(name, a, b) for a in places[0] for b in places[1]):
+            return Relation(name, 0, 1)
+    return None
+
+
+def _in_reading_order(groups, objects):
+    """Groups and objects by where the first of each group begins: from the top, and in a row from the left."""
+
+    def begins(thing):
+        w, h = (SIZES[thing.size] * extent for extent in EXTENT[thing.shape])
+        return int(_ROWS * (thing.y - h / 2)), thing.x - w / 2
+
+    parts = zip(groups, _members(groups, objects), strict=True)
+    parts = sorted(parts, key=lambda part: min(map(begins, part[1])))
+    return [group for group, _ in parts], tuple(thing for _, members in parts for thing in members)
 
 
 def _neighbours(claim):
