@@ -20,8 +20,8 @@ def get_config(variant):
     c.transformer = configs.load("transformer:quickstart")
     # Held-out prompts a suite, on combinations seen in training and on others.
     c.suites = dict(
-        seed=1, seen=200, unseen=50, probe=64, batch_size=50, guidance=2.0,
-        image=dict(temperature=0.4, top_k=0, top_p=1.0, keep_mode=True),
+        seed=1, seen=200, unseen=50, probe=64, batch_size=50, guidance=1.5,
+        image=dict(temperature=0.15, top_k=0, top_p=1.0, keep_mode=True),
     )  # fmt: skip
     if variant == "tiny":  # for tests: does everything, learns nothing
         c.source.documents, c.text.lines = 300, 300

@@ -43,8 +43,9 @@ def test_muon_trains_the_matrices_of_blocks_and_adam_the_rest():
     config = configs.load("transformer:tiny").model
     found = labels(abstract_of(lambda: transformer.Transformer(config, 60, nnx.Rngs(0), (5, 3, 2))))
     for name, kind in found.items():
-        assert kind == ("muon" if name.startswith("blocks/") and name.endswith("/w") else "adam"), name
-    assert {"embedding", "head", "digit_embedding", "blocks/attention/q/w", "blocks/mlp/wi/w"} <= set(found)
+        inside = name.startswith("blocks/") and name.endswith("/w") or name == "before/w"
+        assert kind == ("muon" if inside else "adam"), name
+    assert {"embedding", "head", "digit_embedding", "before/w", "blocks/attention/q/w", "blocks/mlp/wi/w"} <= set(found)
 
 
 def test_muon_in_the_tokenizer():

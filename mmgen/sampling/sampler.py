@@ -238,7 +238,8 @@ def _generate(params, tokens, positions, lengths, machine, knobs, *, graphdef, g
         modality = (state.mode == CODES).astype(jnp.int32)
         knob = lambda name: jnp.take_along_axis(knobs[name], modality[:, None], 1)[:, 0]
         how = map(knob, ("temperature", "top_k", "top_p", "keep_mode"))
-        token = choose(logits, legal, draw(knobs["seed"], s.i), *how)
+        previous = jnp.where(s.i > 0, s.out[:, s.i - 1], -1)
+        token = choose(logits, legal, draw(knobs["seed"], s.i), previous, *how)
         token = jnp.where(s.done, grammar.eos, token)
         here = grammar.position(s.machine)
         machine = grammar.advance(s.machine, both(token))

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 class Strategy:
     """How one modality of a request is drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep all.
 
-    keep_mode: where one token is likelier than all others together, it keeps its probability, and
-    temperature shapes the others alone. Something rare at each place, such as the first code of an object
-    on a background, then begins as often as was learned: a temperature below 1 else sharpens it away.
+    keep_mode: where the likeliest token is likelier than all others together, or is the one just written,
+    it keeps its probability, and temperature shapes the others alone. Something rare at each place, such as
+    the first code of an object on a background, then begins as often as was learned: a temperature below 1
+    else sharpens it away, most of all where an object must begin and its probability is shared by many codes.
     """
 
     temperature: float = 1.0
@@ -29,17 +30,18 @@ class Strategy:
             raise ValueError(f"expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, found {self}")
 
 
-def choose(logits, legal, uniform, temperature, top_k, top_p, keep_mode):
+def choose(logits, legal, uniform, previous, temperature, top_k, top_p, keep_mode):
     """Draws one legal token a row -> int32 [B].
 
     logits float32 [B, V]; legal bool [B, V], at least one a row; uniform float32 [B] in [0, 1) is
-    the row's only randomness; temperature, top_p float32 [B], top_k int32 [B], keep_mode bool [B].
+    the row's only randomness; previous int32 [B] is the token before, -1 for none; temperature,
+    top_p float32 [B], top_k int32 [B], keep_mode bool [B].
     """
     logits = jnp.where(legal, logits, -jnp.inf)
     # The largest first becomes 0, so that no temperature, however small, makes an infinite one of it.
     scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     p = jax.nn.softmax(scaled, axis=-1)
-    p = jax.lax.cond(jnp.any(keep_mode), _keep_mode, lambda p, *_: p, p, logits, keep_mode)
+    p = jax.lax.cond(jnp.any(keep_mode), _keep_mode, lambda p, *_: p, p, logits, previous, keep_mode)
     p = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), _keep_top, lambda p, k, q: p, p, top_k, top_p)
     # Inverse of the cumulative distribution: the first token whose cumulated weight exceeds u. A parallel
     # cumulative sum is not quite monotone, so that tokens of weight 0 are left out by name; the total is
@@ -51,15 +53,17 @@ def choose(logits, legal, uniform, temperature, top_k, top_p, keep_mode):
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
-def _keep_mode(p, logits, keep_mode):
-    """Gives a token of probability above 1/2 in `logits` that probability back, where asked for."""
+def _keep_mode(p, logits, previous, keep_mode):
+    """Gives the likeliest token its probability in `logits` back, where asked for and where that is above
+    1/2 or the token repeats the one before."""
     at = jnp.argmax(logits, axis=-1, keepdims=True)
     before = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), at, -1)
     rest = jnp.where(jnp.arange(p.shape[-1]) == at, 0.0, p)
     others = rest.sum(axis=-1, keepdims=True)
     kept = jnp.where(rest > 0, rest * (1 - before) / jnp.where(others > 0, others, 1.0), 0.0)
     kept = jnp.where(jnp.arange(p.shape[-1]) == at, before, kept)
-    return jnp.where(keep_mode[:, None] & (before > 0.5), kept, p)
+    keeps = keep_mode[:, None] & ((before > 0.5) | (at == previous[:, None]))
+    return jnp.where(keeps, kept, p)
 
 
 def _keep_top(p, top_k, top_p):
