@@ -12,7 +12,7 @@ from mmgen.data.shards import Shards
 from mmgen.data.sources import captions, open_source
 from mmgen.evals import probe, report, suites
 from mmgen.runtime import config as configs
-from mmgen.runtime import metrics
+from mmgen.runtime import memory, metrics
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
 from mmgen.stages import loop
@@ -29,6 +29,8 @@ def main(argv):
     config = configs.load(args.config, configs.overrides(parser, rest))
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    if config.tokenizer.keep_pages or config.transformer.keep_pages:
+        memory.keep_pages()  # before SentencePiece starts threads, whose heaps JAX's threads would inherit
     seconds, began = {}, time.monotonic()
 
     def part(title):
