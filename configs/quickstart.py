@@ -21,7 +21,7 @@ def get_config(variant):
     # Held-out prompts a suite, on combinations seen in training and on others.
     c.suites = dict(
         seed=1, seen=200, unseen=50, probe=64, batch_size=50, guidance=1.5,
-        image=dict(temperature=0.15, top_k=0, top_p=1.0, keep_mode=True),
+        image=dict(temperature=0.1, top_k=0, top_p=1.0, keep_mode=True),
     )  # fmt: skip
     if variant == "tiny":  # for tests: does everything, learns nothing
         c.source.documents, c.text.lines = 300, 300

@@ -41,7 +41,7 @@ def get_config(variant):
     # other colours, by the digits that are to carry these.
     c.loss = dict(floor=1e-3, noise=0.05, rate=0.004, recolor=0.5, color_digits=2)
 
-    c.steps = 1800
+    c.steps = 2600
     c.optimizer = OPTIMIZER
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 2000, 2

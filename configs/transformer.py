@@ -18,7 +18,7 @@ def get_config(variant):
 
     c.model = m = ml_collections.ConfigDict()
     m.width, m.layers = 128, 3
-    m.heads, m.kv_heads, m.head_dim, m.mlp = 2, 2, 64, 384
+    m.heads, m.kv_heads, m.head_dim, m.mlp = 4, 4, 32, 384
     m.rope_base = 20.0  # grids and captions are small; larger for long rows
     m.tied = False  # one table for reading and writing tokens
     m.factored = True  # codes share what is learned of their FSQ digits
@@ -39,8 +39,8 @@ def get_config(variant):
 
     c.loss = dict(z=1e-4)  # weight of log Z squared
 
-    c.steps = 4700
-    c.optimizer = OPTIMIZER
+    c.steps = 8000
+    c.optimizer = OPTIMIZER | dict(adam_learning_rate=6e-3, beta2=0.98)
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 10_000, 500, 2
     c.mesh, c.sharding = MESH, SHARDING
@@ -67,6 +67,7 @@ def get_config(variant):
         d.batch_size, d.row_length = 256, 4096
         c.steps, c.optimizer.warmup, c.optimizer.weight_decay, c.optimizer.final = 100_000, 2_000, 0.1, 0.1
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 5e-3, 3e-4
+        c.optimizer.beta2 = 0.95
         c.ema = 0.9999
         c.keep_pages = False
         c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 5_000, 2_000, 3

@@ -23,7 +23,7 @@ def main(argv):
     parser.add_argument("--language", default="en", help="en or zh")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--guidance", type=float, default=1.5)
-    parser.add_argument("--temperature", type=float, default=0.15)
+    parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--keep-mode", action=argparse.BooleanOptionalAction, default=True)

@@ -22,7 +22,7 @@ def main(argv):
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels (default: the model chooses)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=1.5, help="above 1: nearer to the prompt")
-    parser.add_argument("--temperature", type=float, default=0.15, help="of image codes; 0 is greedy")
+    parser.add_argument("--temperature", type=float, default=0.1, help="of image codes; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument(
