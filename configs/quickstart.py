@@ -13,7 +13,7 @@ VARIANTS = ("default", "tiny")
 def get_config(variant):
     c = ml_collections.ConfigDict()
     c.stage = "quickstart"
-    c.source = dict(spec="world:train", size=(32, 32), seed=0, documents=30_000, languages=("en",))
+    c.source = dict(spec="world:train", size=(32, 32), seed=0, documents=90_000, languages=("en",))
     c.text = dict(pieces=384, lines=5_000)  # of the SentencePiece model, and captions it learns from
     c.max_side = 16  # largest side of an image, in patches, that the vocabulary has tokens for
     c.tokenizer = configs.load("tokenizer:quickstart")

@@ -13,13 +13,13 @@ from mmgen.world.scene import Claim, Scene, random_item, recolor
 SPLITS = ("train", "valid", "test")
 # Training shows more of what is harder to learn.
 MIXTURE = {
-    "single_object": 0.08,
+    "single_object": 0.06,
     "colors": 0.08,
-    "two_object": 0.18,
+    "two_object": 0.24,
     "position": 0.22,
     "color_attribution": 0.18,
-    "counting": 0.18,
-    "scene": 0.08,
+    "counting": 0.16,
+    "scene": 0.06,
 }
 
 
