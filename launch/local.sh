@@ -9,7 +9,7 @@
 set -euo pipefail
 dir=${1:?usage: launch/local.sh FOLDER [VARIANT [DOCUMENTS]]}
 variant=${2:-quickstart}
-documents=${3:-30000}
+documents=${3:-90000}
 world=(--source world:train --documents "$documents")
 mkdir -p "$dir"
 
