@@ -39,7 +39,7 @@ def get_config(variant):
 
     c.loss = dict(z=1e-4)  # weight of log Z squared
 
-    c.steps = 7500
+    c.steps = 8200
     c.optimizer = OPTIMIZER | dict(adam_learning_rate=6e-3, beta2=0.98)
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 10_000, 500, 2

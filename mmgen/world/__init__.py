@@ -13,12 +13,12 @@ from mmgen.world.scene import Claim, Scene, random_item, recolor
 SPLITS = ("train", "valid", "test")
 # Training shows more of what is harder to learn.
 MIXTURE = {
-    "single_object": 0.06,
+    "single_object": 0.05,
     "colors": 0.08,
     "two_object": 0.24,
-    "position": 0.22,
-    "color_attribution": 0.18,
-    "counting": 0.16,
+    "position": 0.26,
+    "color_attribution": 0.16,
+    "counting": 0.15,
     "scene": 0.06,
 }
 
