@@ -173,7 +173,7 @@ def test_colors_and_sizes_are_stated_of_all_objects_or_of_none():
     share = lambda samples: np.mean([s.claim.groups[0].color is not None for s in samples])
     told = [item(0, "train", i, "two_object") for i in range(400)]
     asked = [item(0, "test", i, "two_object") for i in range(400)]
-    assert 0.78 < share(told) < 0.92 and 0.42 < share(asked) < 0.58
+    assert 0.62 < share(told) < 0.78 and 0.42 < share(asked) < 0.58
 
 
 def test_training_captions_read_from_the_top_and_prompts_in_any_order():
