@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmgen import text
 from mmgen.__main__ import COMMANDS
+from mmgen.runtime import memory
 from mmgen.world.scene import CATEGORIES
 from tests.conftest import mmgen, run_python
 
@@ -153,6 +155,21 @@ def test_mistakes_in_training_and_tokenising(space, tmp_path, capsys):
         assert mmgen(*arguments) == 1
         assert words in capsys.readouterr().err
     assert not (new / "config.json").exists()
+
+
+def test_quickstart_keeps_pages_before_any_library_starts_threads(tmp_path, monkeypatch):
+    """Later is too late: heaps of SentencePiece's threads, which JAX's inherit, are given back at each step."""
+    order = []
+
+    def trained(*_):
+        order.append("text")
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(memory, "keep_pages", lambda: order.append("pages"))
+    monkeypatch.setattr(text, "train", trained)
+    with pytest.raises(RuntimeError, match="far enough"):
+        mmgen("quickstart", "--config", "quickstart:tiny", "--workdir", tmp_path)
+    assert order == ["pages", "text"]
 
 
 def test_quickstart_end_to_end(tmp_path, compiled, capsys):

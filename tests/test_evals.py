@@ -7,7 +7,7 @@ import pytest
 from conftest import mmgen
 
 from mmgen.document import Document, Image, Text, Turn
-from mmgen.evals import probe
+from mmgen.evals import probe, suites
 
 
 def test_nats_are_those_of_the_codes_alone(sampler):
@@ -42,6 +42,11 @@ def test_the_probe_of_a_model_that_knows_all_and_of_one_that_knows_nothing(sampl
         assert known[name] == pytest.approx(1.0 if knows else 1 / options)
 
 
+def test_settings_are_chosen_on_other_prompts_than_those_that_measure():
+    asked = {split: {case.item.prompt for case in suites.cases(1, 20, 0, split=split)} for split in ("valid", "test")}
+    assert asked["test"] == {case.item.prompt for case in suites.cases(1, 20, 0)} != asked["valid"]
+
+
 def test_evaluate_reports_scores_and_the_probe(space, tmp_path, capsys):
     flags = [
         "--seen",
@@ -55,12 +60,14 @@ def test_evaluate_reports_scores_and_the_probe(space, tmp_path, capsys):
         "--no-keep-mode",
         "--temperature",
         0.5,
+        "--split",
+        "valid",
     ]
     assert mmgen("evaluate", "--checkpoint", space.transformer, "--out", tmp_path / "report", *flags) == 0
     said = capsys.readouterr().out
     assert "probe: shape" in said and "counting" in said
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert set(report["metrics"]) == {"probe_shape", "probe_color", "probe_attribution", "probe_nats"}
-    assert report["config"]["keep_mode"] is False
+    assert report["config"]["keep_mode"] is False and report["config"]["split"] == "valid"
     assert mmgen("evaluate", "--checkpoint", space.transformer, "--out", tmp_path / "r", "--probe", -1) != 0
     assert "--probe" in capsys.readouterr().err

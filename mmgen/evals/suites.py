@@ -29,11 +29,11 @@ class Case:
     ceiling: bool = False  # the judge's verdict on the tokenizer's reconstruction of the true picture
 
 
-def cases(seed, seen, unseen, language="en"):
-    """`seen` and `unseen` cases of each suite, from the world's test split."""
+def cases(seed, seen, unseen, language="en", split="test"):
+    """`seen` and `unseen` cases of each suite, from the world's test split, or from `valid` to choose by."""
     return [
         Case(
-            suite, is_unseen, world.item(seed, "test", i, category=suite, language=language, unseen=is_unseen)
+            suite, is_unseen, world.item(seed, split, i, category=suite, language=language, unseen=is_unseen)
         )
         for suite in CATEGORIES
         for is_unseen, count in ((False, seen), (True, unseen))

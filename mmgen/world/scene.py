@@ -176,8 +176,6 @@ _STATED = {
     "scene": (1.0, 0.25),
 }
 _TOLD = (0.7, 0.6)  # at least so often in training: words that say what is seen teach their meaning sooner
-
-
 _RELATED = 0.5  # how often it states, of two groups, a relation that they happen to be in
 _ROWS = 8  # of reading order: things that begin at about the same height are read from the left
 
