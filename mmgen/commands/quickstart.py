@@ -9,7 +9,7 @@ import numpy as np
 
 from mmgen import text
 from mmgen.data.shards import Shards
-from mmgen.data.sources import captions, open_source
+from mmgen.data.sources import open_source, texts
 from mmgen.evals import probe, report, suites
 from mmgen.runtime import config as configs
 from mmgen.runtime import memory, metrics
@@ -49,7 +49,7 @@ def main(argv):
     source = open_source(**config.source)
     text_path = workdir / "text.model"
     if not text_path.exists():
-        text.train(captions(source, config.text.lines), config.text.pieces, text_path)
+        text.train(texts(source, config.text.lines), config.text.pieces, text_path)
     tokenizer_dir = workdir / "tokenizer"
     measured = loop.train(config.tokenizer, tokenizer_dir)
 

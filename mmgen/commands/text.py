@@ -4,7 +4,7 @@ import argparse
 
 from mmgen import text
 from mmgen.commands.common import add_source_flags, source_from
-from mmgen.data.sources import captions
+from mmgen.data.sources import texts
 
 
 def main(argv):
@@ -14,5 +14,5 @@ def main(argv):
     parser.add_argument("--pieces", type=int, default=512)
     parser.add_argument("--out", required=True, help="the .model file")
     args = parser.parse_args(argv)
-    model = text.train(captions(source_from(args)), args.pieces, args.out)
+    model = text.train(texts(source_from(args)), args.pieces, args.out)
     print(f"{args.out}: {model.size} pieces, hash {model.hash}")

@@ -1,29 +1,56 @@
 """Sources: anything that yields Documents by index, named on the command line as `kind:where`.
 
-    world:SPLIT   rendered scenes and their captions (mmgen/world)
-    tars:GLOB     img2dataset/webdataset shards: key.jpg|jpeg|png|webp, key.txt, key.json
+    world:SPLIT       rendered scenes and their captions (mmgen/world)
+    tars:GLOB         img2dataset/webdataset shards: key.jpg|jpeg|png|webp, key.txt, key.json
+    folder:DIR        images with metadata.jsonl, metadata.csv, or name.txt beside them
+    jsonl:GLOB        documents in the native format, one a line; jsonl:sample is a small one of ours
+    records:GLOB      ArrayRecord of native documents that carry their images
+    tfds:NAME/SPLIT   images with captions or labels, prepared as array_record
+    text:GLOB         plain text
 
-A source has `len(source)`, `source[i] -> Document` at `source.size`, `source.pixels(i)` -> uint8
-[H, W, 3] at the size that the image has, `source.spec`, and `source.skipped`, a Counter by reason of
-what was left out. `source[i]` and `source.pixels(i)` raise BadImage; `documents_of` skips and counts.
+docs/sources.md has the layout of each. A source is random-access and never changes:
+
+    len(source); source[i]       Document i, its images at source.size: (width, height) or images.Buckets
+    source.alternatives(i, n)    1 to n Documents with the same images and other words; the first is source[i]
+    source.pixels(i, which=0)    uint8 [H, W, 3]: image `which`, modulo their number, at the size that it has
+    source.texts(i)              all texts of document i, in every phrasing that is written; reads no image
+    source.fields(i)             what the filters see
+    source.spec, source.name     what it was opened as, and what to call it
+    source.parts                 [(name, start, stop), ...]: the sources it is made of, itself if it is one
+    source.skipped               Counter by reason of what was left out
+    source.fingerprint           16 hex digits; others where index i may mean something else
+
+It can be pickled, and used by several threads. All that reads a document raises BadImage for a bad one;
+`documents_of` skips those and counts them.
 """
 
+import bisect
 import collections
-import dataclasses
+import contextlib
 import difflib
 import functools
-import glob
 import hashlib
 import json
-import os
+import pathlib
+import re
 
 import numpy as np
 
-from mmgen.data import images
+from mmgen import __version__
+from mmgen.data import images, readers, tars
 from mmgen.data.images import BadImage
-from mmgen.document import Image, caption_to_image
+from mmgen.document import Document, Image, Text, Turn, caption_to_image
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+KINDS = {
+    "world": "world:SPLIT",
+    "tars": "tars:GLOB",
+    "folder": "folder:DIR",
+    "jsonl": "jsonl:GLOB",
+    "records": "records:GLOB",
+    "tfds": "tfds:NAME/SPLIT",
+    "text": "text:GLOB",
+}
+SAMPLE = pathlib.Path(__file__).parent / "sample" / "documents.jsonl"
 
 
 class TooManyBad(RuntimeError):
@@ -35,6 +62,7 @@ def open_source(
     size=(64, 64),
     seed=0,
     *,
+    name=None,
     documents=None,
     languages=("en",),
     category=None,
@@ -45,25 +73,69 @@ def open_source(
     exclude=None,
     limits=images.Limits(),
     background=(255, 255, 255),
+    max_chars=2000,
+    data_dir=None,
 ):
-    """Opens the source named `spec`; images come at `size` (width, height).
+    """Opens the source named `spec`, written `kind:where` or `name=kind:where`; a source without a name is
+    called by its kind. Images come at `size`: (width, height) or images.Buckets.
 
-    world: `documents` is its length; `languages` is a list, or a dict of weights, from which each
-    document draws one by (seed, i); `category` gives only its kind of scene.
-    tars: `split` "train" or "test" takes one side of a stable split, in which documents of equal JSON
-    field `split_by` stay together and a share `holdout` of its values is test. `only` and `exclude`
-    map JSON fields to a value or a list of values. `documents` keeps the first so many.
+    `documents` keeps the first so many. `split` "train" or "test" takes one side of a stable split, in
+    which documents of equal field `split_by` stay together and a share `holdout` of its values is test;
+    "key" is the tar's or folder's own key, and elsewhere the field of that name or, without it, the
+    contents. `only` and `exclude` map fields to a value or a list of values.
+    world: `documents` is its length; `languages` is a list, or a dict of weights, from which each document
+    draws one by (seed, i); `category` gives only its kind of scene. text: at most `max_chars` characters
+    a document. tfds: `data_dir` is the folder of its data sets.
     """
+    given, spec = _name_and_spec(spec)
     kind, _, where = spec.partition(":")
-    if kind == "world" and where:
-        return World(spec, where, size, seed, documents, languages, category)
-    if kind == "tars" and where:
-        keep = Filter(split, split_by, holdout, _lists(only), _lists(exclude))
-        return Tars(spec, where, size, documents, keep, limits, background)
-    known = ("world:SPLIT", "tars:GLOB")
-    near = difflib.get_close_matches(kind, ("world", "tars"), 1, 0.4)
-    hint = f"; did you mean {near[0]}:{where or '...'}?" if near and near[0] != kind else ""
-    raise ValueError(f"unknown source {spec!r}: expected one of {', '.join(known)}{hint}")
+    if kind not in KINDS or not where:
+        near = difflib.get_close_matches(kind, KINDS, 1, 0.4)
+        hint = f"; did you mean {near[0]}:{where or '...'}?" if near and near[0] != kind else ""
+        raise ValueError(f"unknown source {spec!r}: expected one of {', '.join(KINDS.values())}{hint}")
+    name = name or given or kind
+    size = tuple(size)
+    keep = readers.Filter(split, split_by, holdout, _lists(only), _lists(exclude))
+    if documents is not None and documents < 1:
+        raise ValueError(f"{spec}: documents is at least 1, not {documents}")
+    if kind == "world":
+        if keep.active:
+            raise ValueError(f"{spec} has no fields: split, only and exclude do not apply to a world")
+        return World(spec, name, where, size, seed, documents, languages, category)
+    if category:
+        raise ValueError(f"{spec} has no categories: only a world has")
+
+    skipped = collections.Counter()
+    match kind:
+        case "tars":
+            reader = tars.Tars(where, keep, skipped, limits)
+        case "folder":
+            reader = readers.Folder(where, keep, skipped, limits)
+        case "jsonl":
+            reader = readers.Jsonl(str(SAMPLE) if where == "sample" else where, keep, skipped, limits)
+        case "records":
+            reader = readers.Records(where, keep, skipped, limits)
+        case "tfds":
+            reader = readers.Tfds(where, keep, skipped, limits, data_dir)
+        case "text":
+            reader = readers.Text(where, keep, skipped, max_chars)
+    if keep.found or len(reader):
+        keep.check(spec)
+    if not len(reader):
+        raise ValueError(f"{spec}: no document is left after the filters ({dict(skipped) or 'nothing was skipped'})")
+    return Source(spec, name, reader, size, documents, skipped, limits, background, [max_chars, keep.rules()])
+
+
+def _name_and_spec(spec):
+    """"photos=tars:x" -> ("photos", "tars:x"); a name stands before the kind only, so a path may have a "="."""
+    found = re.fullmatch(r"([\w.-]+)=(\w+:.*)", spec, re.DOTALL)
+    return found.groups() if found else (None, spec)
+
+
+def _lists(rules):
+    """{field: value or values} -> {field: values}"""
+    rules = rules or {}
+    return {field: list(value) if isinstance(value, (list, tuple)) else [value] for field, value in rules.items()}
 
 
 def documents_of(source, indices=None, max_bad=0.1):
@@ -108,263 +180,206 @@ class Bad:
         )
 
 
-class World:
-    """Document i of a split of the world: a prompt by the user, its picture by the assistant."""
+def texts(source, limit=None):
+    """The texts of the first `limit` documents of a source, without reading images; bad ones are left out,
+    not counted."""
+    for i in range(min(len(source), limit or len(source))):
+        with contextlib.suppress(BadImage):
+            yield from source.texts(i)
 
-    def __init__(self, spec, split, size, seed, documents, languages, category):
-        if not documents:
-            raise ValueError(f"{spec} has no end: say how many documents to take from it, documents=N")
-        weights = languages if isinstance(languages, dict) else dict.fromkeys(languages, 1.0)
-        self.spec, self.size, self.documents = spec, tuple(size), documents
-        self.split, self.seed, self.category = split, seed, category
-        self.languages = list(weights)
-        self.shares = np.array(list(weights.values()), float) / sum(weights.values())
-        self.skipped = collections.Counter()
-        self.item = functools.lru_cache(256)(
-            self._item
-        )  # a picture, its caption and its colours want the same
+
+captions = texts  # its name until now
+
+
+class Source:
+    """Documents made of what a reader reads: see mmgen/data/readers.py."""
+
+    def __init__(self, spec, name, reader, size, documents, skipped, limits, background, options):
+        self.spec, self.name, self.reader, self.size, self.skipped = spec, name, reader, size, skipped
+        self.limits, self.background = limits, background
+        self.documents = min(len(reader), documents or len(reader))
+        self.parts = [(name, 0, len(self))]
+        kind = spec.partition(":")[0]
+        self.fingerprint = _fingerprint(kind, reader.identity, len(self), size, limits, background, options)
 
     def __len__(self):
         return self.documents
 
     def __getitem__(self, i):
-        item = self.item(i)
-        return caption_to_image(item.prompt, Image(self._render(item)))
+        return self.alternatives(i, 1)[0]
 
-    def _item(self, i):
+    def alternatives(self, i, n):
+        with self._document(i):
+            turns, read = self.reader.document(i)
+            turns = readers.check_turns(turns)
+            kinds = [part for _, parts in turns for part in parts]
+            pictures = {ref: Image(self._pixels(ref, read, self.size)) for kind, ref in kinds if kind == "image"}
+            phrasings = max([len(words) for kind, words in kinds if kind == "text"], default=1)
+
+        def part(kind, value, k):
+            return pictures[value] if kind == "image" else Text(value[k % len(value)])
+
+        return [
+            Document([Turn(role, [part(*known, k) for known in parts]) for role, parts in turns])
+            for k in range(min(n, phrasings))
+        ]
+
+    def pixels(self, i, which=0):
+        with self._document(i):
+            references, read = self.reader.images(i)
+            if not references:
+                raise BadImage("no_image", "the document has none")
+            return self._pixels(references[which % len(references)], read)
+
+    def texts(self, i):
+        with self._document(i):
+            turns = readers.check_turns(self.reader.document(i)[0])
+        return [text for _, parts in turns for kind, words in parts if kind == "text" for text in words]
+
+    def fields(self, i):
+        with self._document(i):
+            return self.reader.fields(i)
+
+    def _pixels(self, reference, read, size=None):
+        pixels = images.read(read(reference), self.limits, self.background)
+        return pixels if size is None else images.fit(pixels, *size)
+
+    @contextlib.contextmanager
+    def _document(self, i):
+        """Says in a BadImage which document it is about."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)} in {self.spec}")
+        try:
+            yield
+        except BadImage as error:
+            reason = error.reason
+            detail = str(error).removeprefix(reason).removeprefix(": ")
+            raise BadImage(reason, f"{self.reader.where(i)}: {detail}") from error
+
+
+class World:
+    """Document i of a split of the world: a prompt by the user, its picture by the assistant."""
+
+    def __init__(self, spec, name, split, size, seed, documents, languages, category):
+        if not documents:
+            raise ValueError(f"{spec} has no end: say how many documents to take from it, documents=N")
+        weights = dict(languages) if hasattr(languages, "items") else dict.fromkeys(languages, 1.0)
+        self.spec, self.name, self.size, self.documents = spec, name, size, documents
+        self.split, self.seed, self.category = split, seed, category
+        self.languages = tuple(weights.items())
+        self.skipped = collections.Counter()
+        self.parts = [(name, 0, documents)]
+        options = [split, seed, self.languages, category, documents, size, __version__]
+        self.fingerprint = _fingerprint("world", options)
+
+    def __len__(self):
+        return self.documents
+
+    def __getitem__(self, i):
+        return caption_to_image(self.item(i).prompt, Image(self.pixels(i)))
+
+    def item(self, i):
         """The world's Item i: prompt, claim and scene, in the language drawn for (seed, i)."""
-        from mmgen import world
-
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents} in {self.spec}")
-        drawn = np.random.default_rng([self.seed, i]).choice(len(self.shares), p=self.shares)
-        return world.item(self.seed, self.split, i, self.category, language=self.languages[drawn])
+        return _world_item(self.seed, self.split, int(i), self.category, self.languages)[0]
 
-    def caption(self, i):
-        return self.item(i).prompt
+    def alternatives(self, i, n):
+        from mmgen import world
 
-    def pixels(self, i):
-        return self._render(self.item(i))
+        first, image = self.item(i), Image(self.pixels(i))
+        language = _world_item(self.seed, self.split, int(i), self.category, self.languages)[1]
+        streams = [[self.seed, world.SPLITS.index(self.split), i, k] for k in range(1, n)]
+        others = [world.say(first.claim, language, np.random.default_rng(stream)) for stream in streams]
+        return [caption_to_image(prompt, image) for prompt in dict.fromkeys([first.prompt, *others])]
+
+    def pixels(self, i, which=0):
+        return self._render(self.item(i).scene)
+
+    def texts(self, i):
+        return [self.item(i).prompt]
+
+    def fields(self, i):
+        return {}
 
     def recolored(self, i):
         """The picture of document i with other colours, drawn from (seed, i)."""
-        from mmgen.world import recolor, render
+        from mmgen.world import recolor
 
-        scene = recolor(np.random.default_rng([self.seed, i, 1]), self.item(i).scene)
-        return render.render(scene, *self.size)
+        return self._render(recolor(np.random.default_rng([self.seed, i, 1]), self.item(i).scene))
 
-    def _render(self, item):
+    def _render(self, scene):
         from mmgen.world import render
 
-        return render.render(item.scene, *self.size)
+        return render.render(scene, *self.size)
 
 
-class Tars:
-    """Captioned images in tar shards, in sorted order of the shards, by offset into them.
+@functools.lru_cache(256)  # a picture, its caption and its colours want the same
+def _world_item(seed, split, i, category, languages):
+    """-> (Item i, its language): what a World keeps must not be in it, or it could not be pickled."""
+    from mmgen import world
 
-    Each tar is scanned once, headers only, when the source is opened. A broken or truncated tar gives
-    what is whole before the break, and counts tar_truncated or tar_corrupt.
-    """
+    names, weights = zip(*languages)
+    language = np.random.default_rng([seed, i]).choice(len(names), p=np.array(weights, float) / sum(weights))
+    return world.item(seed, split, i, category, language=names[language]), names[language]
 
-    def __init__(self, spec, pattern, size, documents, keep, limits, background):
-        self.spec, self.size, self.limits, self.background = spec, tuple(size), limits, background
-        self.skipped = collections.Counter()
-        self.paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not self.paths:
-            raise FileNotFoundError(f"{spec}: no file matches {pattern} (from {os.getcwd()})")
-        self.records = []  # (path number, key, {suffix: (offset, bytes)})
-        for number, path in enumerate(self.paths):
-            self._scan(number, path, keep)
-        self.records = self.records[:documents]
-        if not self.records:
-            counts = dict(self.skipped) or "nothing was skipped"
+
+class Several:
+    """Sources one after the other. Each has its name, and `parts` says where it begins and ends."""
+
+    def __init__(self, sources):
+        self.sources = list(sources)
+        if not self.sources:
+            raise ValueError("Several needs one source at least")
+        names = [name for source in self.sources for name, _, _ in source.parts]
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        if twice:
             raise ValueError(
-                f"{spec}: no image is left of {len(self.paths)} tars after the filters ({counts})"
+                f"two sources are called {twice[0]!r}: name them, as in photos={self.sources[-1].spec} "
+                "(name= in open_source)"
             )
+        self.spec = " ".join(f"{source.name}={source.spec}" for source in self.sources)
+        self.name, self.size = "+".join(names), self.sources[0].size
+        self.stops = np.cumsum([len(source) for source in self.sources]).tolist()
+        self.starts = [0, *self.stops[:-1]]
+        self.parts = [
+            (name, start + base, stop + base)
+            for base, source in zip(self.starts, self.sources)
+            for name, start, stop in source.parts
+        ]
+        self.skipped = sum((source.skipped for source in self.sources), collections.Counter())
+        self.fingerprint = _fingerprint([(source.name, source.fingerprint) for source in self.sources])
 
     def __len__(self):
-        return len(self.records)
+        return self.stops[-1]
 
     def __getitem__(self, i):
-        caption = self.caption(i)
-        return caption_to_image(caption, Image(images.fit(self.pixels(i), *self.size)))
+        source, i = self._find(i)
+        return source[i]
 
-    def pixels(self, i):
-        number, key, members = self.records[i]
-        suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in members)
-        try:
-            return images.read(self._bytes(i, suffix), self.limits, self.background)
-        except BadImage as error:
-            raise BadImage(error.reason, f"{self.paths[number]} {key}.{suffix}: {error}") from error
+    def alternatives(self, i, n):
+        source, i = self._find(i)
+        return source.alternatives(i, n)
+
+    def pixels(self, i, which=0):
+        source, i = self._find(i)
+        return source.pixels(i, which)
+
+    def texts(self, i):
+        source, i = self._find(i)
+        return source.texts(i)
 
     def fields(self, i):
-        """The JSON of record i; {} where it has none. Broken JSON is BadImage("bad_json")."""
-        number, key, members = self.records[i]
-        if "json" not in members:
-            return {}
-        return _fields(self._bytes(i, "json"), f"{self.paths[number]} {key}.json")
+        source, i = self._find(i)
+        return source.fields(i)
 
-    def caption(self, i):
-        number, key, members = self.records[i]
-        where = f"{self.paths[number]} {key}"
-        try:
-            caption = self._bytes(i, "txt").decode() if "txt" in members else self.fields(i).get("caption")
-            caption = caption.strip() if isinstance(caption, str) else ""
-            caption.encode()  # refuses half of a surrogate pair, which JSON can spell
-        except UnicodeError as error:
-            raise BadImage("bad_caption", f"{where}: {error}") from error
-        if not caption:
-            raise BadImage("no_caption", f"{where} has no .txt and no caption in its .json, or an empty one")
-        return caption
-
-    def _bytes(self, i, suffix):
-        number, _, members = self.records[i]
-        offset, count = members[suffix]
-        if suffix in IMAGE_SUFFIXES and count > self.limits.max_bytes:
-            raise BadImage("too_many_bytes", f"{count} bytes, at most {self.limits.max_bytes} are read")
-        # Opened anew each time: thousands of shards would not fit in a process's open files.
-        with open(self.paths[number], "rb", buffering=0) as file:
-            return os.pread(file.fileno(), count, offset)
-
-    def _scan(self, number, path, keep):
-        found = collections.defaultdict(dict)
-        with open(path, "rb") as file:
-            for name, offset, count in tar_members(file, self.skipped):
-                folder, base = os.path.split(name)
-                stem, _, suffix = base.partition(".")  # webdataset's rule: the key ends at the first dot
-                found[os.path.join(folder, stem)].setdefault(suffix.lower(), (offset, count))
-            for key, members in found.items():
-                if not any(suffix in members for suffix in IMAGE_SUFFIXES):
-                    self.skipped["no_image"] += 1
-                    continue
-                try:
-                    fields = {}
-                    if keep.needs_fields and "json" in members:
-                        offset, count = members["json"]
-                        fields = _fields(os.pread(file.fileno(), count, offset), f"{path} {key}.json")
-                    if keep.keeps(key, fields):
-                        self.records.append((number, key, members))
-                except BadImage as error:
-                    self.skipped[error.reason] += 1
+    def _find(self, i):
+        """-> (source, index in it)"""
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)} in {self.spec}")
+        number = bisect.bisect_right(self.stops, i)
+        return self.sources[number], i - self.starts[number]
 
 
-@dataclasses.dataclass(frozen=True)
-class Filter:
-    """Which records of a data set to take, by their key and their JSON fields: see `open_source`."""
-
-    split: str | None
-    split_by: str
-    holdout: float
-    only: dict
-    exclude: dict
-
-    def __post_init__(self):
-        if self.split not in (None, "train", "test"):
-            raise ValueError(f'split is "train", "test" or None (everything), not {self.split!r}')
-
-    @property
-    def needs_fields(self):
-        return bool(self.only or self.exclude or (self.split and self.split_by != "key"))
-
-    def keeps(self, key, fields):
-        if any(fields.get(field) not in allowed for field, allowed in self.only.items()):
-            return False
-        if any(fields.get(field) in refused for field, refused in self.exclude.items()):
-            return False
-        if self.split is None:
-            return True
-        if self.split_by != "key" and self.split_by not in fields:
-            raise BadImage(f"no_{self.split_by}", f"{key} has no {self.split_by!r} to split by")
-        value = key if self.split_by == "key" else fields[self.split_by]
-        return held_out(value, self.holdout) == (self.split == "test")
-
-
-def held_out(value, share):
-    """Whether a value belongs to the test side: a hash, so it never changes as a data set grows."""
-    digest = hashlib.sha256(str(value).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def _lists(rules):
-    """{field: value or values} -> {field: values}"""
-    rules = rules or {}
-    return {field: value if isinstance(value, (list, tuple)) else [value] for field, value in rules.items()}
-
-
-def tar_members(file, skipped):
-    """Yields (name, offset, bytes) of the regular files of a tar open for reading.
-
-    Knows ustar, GNU long names and pax headers. tarfile takes a damaged header in the middle for the
-    end of the archive; here what ends the scan early is counted in `skipped`.
-    """
-    end = os.fstat(file.fileno()).st_size
-    position, long_name, pax = 0, None, {}
-    while True:
-        file.seek(position)
-        header = file.read(512)
-        if len(header) < 512:
-            skipped["tar_truncated"] += 1  # a whole tar ends with a block of zeros
-            return
-        if header == bytes(512):
-            return
-        try:
-            stated = int(header[148:156].strip(b" \0"), 8)
-            count = int(pax["size"]) if "size" in pax else _tar_number(header[124:136])
-        except ValueError:
-            stated, count = -1, -1
-        if stated != sum(header) - sum(header[148:156]) + 8 * 32 or count < 0:
-            skipped["tar_corrupt"] += 1
-            return
-        kind, offset = header[156:157], position + 512
-        if offset + count > end:
-            skipped["tar_truncated"] += 1
-            return
-        position = offset + (count + 511) // 512 * 512
-        if kind == b"L":
-            long_name = file.read(count).rstrip(b"\0").decode(errors="replace")
-        elif kind == b"x":
-            pax = _pax(file.read(count))
-        elif kind != b"g":
-            name = header[:100].split(b"\0")[0].decode(errors="replace")
-            prefix = header[345:500].split(b"\0")[0].decode(errors="replace")
-            if header[257:263] == b"ustar\0" and prefix:
-                name = f"{prefix}/{name}"
-            if kind in (b"0", b"\0"):
-                yield pax.get("path") or long_name or name, offset, count
-            long_name, pax = None, {}
-
-
-def _tar_number(field):
-    """Octal, or base 256 where the first bit is set (files over 8 GiB)."""
-    if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
-
-
-def _pax(data):
-    """Records of "<length> <key>=<value>\\n" -> dict; what is malformed ends it."""
-    fields = {}
-    while data:
-        length, _, rest = data.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(data):
-            break
-        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-        fields[key.decode(errors="replace")] = value.decode(errors="replace")
-        data = data[int(length) :]
-    return fields
-
-
-def _fields(data, where):
-    try:
-        fields = json.loads(data)
-    except ValueError as error:
-        raise BadImage("bad_json", f"{where}: {error}") from error
-    if not isinstance(fields, dict):
-        raise BadImage("bad_json", f"{where}: expected an object, found {type(fields).__name__}")
-    return fields
-
-
-def captions(source, limit=None):
-    """The texts of the first `limit` documents of a source, one a document, without reading images."""
-    for i in range(min(len(source), limit or len(source))):
-        yield source.caption(i)
+def _fingerprint(*parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]

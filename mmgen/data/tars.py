@@ -1,0 +1,168 @@
+"""Tar shards as img2dataset and webdataset write them: key.jpg|jpeg|png|webp, key.txt, key.json.
+
+A tar is scanned once, headers only, when it is opened, and read by offset from then on. A broken or
+truncated one gives what is whole before the break, and is counted as tar_truncated or tar_corrupt.
+"""
+
+import collections
+import os
+
+import numpy as np
+
+from mmgen.data import files
+from mmgen.data.images import BadImage
+from mmgen.data.readers import IMAGE_SUFFIXES, captioned, captions, parse
+
+MEMBERS = ("image", "txt", "json")
+NEAR = 4096  # bytes between two members (a header, padding) that are rather read than stepped over
+# 40 bytes a record, so that ten million fit in 0.4 GB. A start of 0 is a member that is not there.
+RECORD = np.dtype([("tar", "<i4"), ("start", "<i8", 3), ("count", "<u4", 3)])
+
+
+class Tars:
+    """Captioned images in tar shards, in sorted order of the shards, by offset into them."""
+
+    def __init__(self, pattern, keep, skipped, limits):
+        self.limits = limits
+        found = files.expand(pattern)
+        if not found:
+            raise FileNotFoundError(f"tars:{pattern}: no file matches {pattern} (from {os.getcwd()})")
+        self.paths = list(found)
+        self.identity = list(zip(files.relative_names(found), found.values()))
+        records = [self._scan(number, path, found[path], keep, skipped) for number, path in enumerate(found)]
+        self.records = np.concatenate(records)
+
+    def _scan(self, number, path, size, keep, skipped):
+        """-> the records of a tar [N]"""
+        groups = collections.defaultdict(dict)  # key -> {suffix: (start, count)}
+        with files.open_file(path) as file:
+            for name, start, count in tar_members(file, size, skipped):
+                folder, base = os.path.split(name)
+                stem, _, suffix = base.partition(".")  # webdataset's rule: the key ends at the first dot
+                groups[os.path.join(folder, stem)].setdefault(suffix.lower(), (start, count))
+        records = []
+        for key, members in groups.items():
+            image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
+            starts, counts = zip(*(members.get(name, (0, 0)) for name in (image, "txt", "json")))
+            try:
+                if image is None:
+                    raise BadImage("no_image")
+                if max(counts) > np.iinfo(np.uint32).max:
+                    raise BadImage("too_many_bytes")
+                fields = {}
+                if keep.needs_fields and "json" in members:
+                    fields = parse(files.read(path, *members["json"], limit=self.limits.max_bytes))
+                if keep.keeps(key, fields):
+                    records.append((number, starts, counts))
+            except BadImage as error:
+                skipped[error.reason] += 1
+        return np.array(records, RECORD)
+
+    def __len__(self):
+        return len(self.records)
+
+    def document(self, i):
+        words = self._read(i, "txt", "json")
+        try:
+            text = words["txt"].decode() if "txt" in words else None
+        except UnicodeDecodeError as error:
+            raise BadImage("bad_caption", str(error)) from error
+        fields = parse(words["json"]) if "json" in words else {}
+        (reference,), read = self.images(i)
+        return captioned(captions(text, fields), reference), read
+
+    def images(self, i):
+        return ["image"], lambda reference: self._read(i, reference)[reference]
+
+    def fields(self, i):
+        words = self._read(i, "json")
+        return parse(words["json"]) if words else {}
+
+    def where(self, i):
+        """Such as "a.tar 011.png": the name stands in the header before the image."""
+        path = self.paths[self.records["tar"][i]]
+        try:
+            header = files.read(path, int(self.records["start"][i][0]) - 512, 512)
+        except BadImage:  # the tar is gone, which is what the message will be about
+            return f"{path} record {i}"
+        return f"{path} {header[:100].split(bytes(1))[0].decode(errors='replace')}"
+
+    def _read(self, i, *members):
+        """{member: bytes} of those that record i has, in one read where they lie side by side."""
+        number, starts, counts = self.records[i].tolist()
+        places = {name: (starts[k], counts[k]) for k, name in enumerate(MEMBERS) if name in members and starts[k]}
+        for start, count in places.values():
+            if count > self.limits.max_bytes:
+                raise BadImage("too_many_bytes", f"{count} bytes, at most {self.limits.max_bytes} are read")
+        if not places:
+            return {}
+        first = min(start for start, _ in places.values())
+        span = max(start + count for start, count in places.values()) - first
+        if span > sum(count for _, count in places.values()) + NEAR:
+            return {name: self._read(i, name)[name] for name in places}
+        data = files.read(self.paths[number], first, span)
+        if len(data) < span:
+            raise BadImage("truncated", "the tar is shorter than when it was opened")
+        return {name: data[start - first : start - first + count] for name, (start, count) in places.items()}
+
+
+def tar_members(file, end, skipped):
+    """Yields (name, offset, bytes) of the regular files of a tar of `end` bytes, open for reading.
+
+    Knows ustar, GNU long names and pax headers. tarfile takes a damaged header in the middle for the
+    end of the archive; here what ends the scan early is counted in `skipped`.
+    """
+    position, long_name, pax = 0, None, {}
+    while True:
+        file.seek(position)
+        header = file.read(512)
+        if len(header) < 512:
+            skipped["tar_truncated"] += 1  # a whole tar ends with a block of zeros
+            return
+        if header == bytes(512):
+            return
+        try:
+            stated = int(header[148:156].strip(b" \0"), 8)
+            count = int(pax["size"]) if "size" in pax else _tar_number(header[124:136])
+        except ValueError:
+            stated, count = -1, -1
+        if stated != sum(header) - sum(header[148:156]) + 8 * 32 or count < 0:
+            skipped["tar_corrupt"] += 1
+            return
+        kind, offset = header[156:157], position + 512
+        if offset + count > end:
+            skipped["tar_truncated"] += 1
+            return
+        position = offset + (count + 511) // 512 * 512
+        if kind == b"L":
+            long_name = file.read(count).rstrip(b"\0").decode(errors="replace")
+        elif kind == b"x":
+            pax = _pax(file.read(count))
+        elif kind != b"g":
+            name = header[:100].split(b"\0")[0].decode(errors="replace")
+            prefix = header[345:500].split(b"\0")[0].decode(errors="replace")
+            if header[257:263] == b"ustar\0" and prefix:
+                name = f"{prefix}/{name}"
+            if kind in (b"0", b"\0"):
+                yield pax.get("path") or long_name or name, offset, count
+            long_name, pax = None, {}
+
+
+def _tar_number(field):
+    """Octal, or base 256 where the first bit is set (files over 8 GiB)."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _pax(data):
+    """Records of "<length> <key>=<value>\\n" -> dict; what is malformed ends it."""
+    fields = {}
+    while data:
+        length, _, rest = data.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(data):
+            break
+        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        fields[key.decode(errors="replace")] = value.decode(errors="replace")
+        data = data[int(length) :]
+    return fields
