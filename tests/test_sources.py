@@ -1,179 +1,20 @@
-"""Sources: tar shards written here (whole, broken, mixed), splits, skipping and giving up; the world."""
+"""Sources: skipping and giving up, filters of every kind, several sources, the world, the command line, the docs."""
 
-import collections
-import io
+import argparse
 import json
 import pickle
-import tarfile
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from mmgen.data.images import BadImage, Limits
-from mmgen.data.readers import held_out
-from mmgen.data.sources import TooManyBad, documents_of, open_source
-from mmgen.data.tars import tar_members
-
-
-def png(color=(200, 30, 30), size=(20, 12)):
-    out = io.BytesIO()
-    Image.new("RGB", size, color).save(out, "PNG")
-    return out.getvalue()
-
-
-def write_tar(path, members, format=tarfile.USTAR_FORMAT):
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def samples(keys, **fields):
-    members = {}
-    for key in keys:
-        members[f"{key}.png"] = png((int(key) % 256, 0, 0))
-        members[f"{key}.txt"] = f" caption {key}\n".encode()
-        members[f"{key}.json"] = json.dumps({"key": key, "base": str(int(key) // 3), **fields}).encode()
-    return members
-
-
-def caption(document):
-    return document.turns[0].parts[0].text
-
-
-def test_reads_captions_and_images_in_sorted_order(tmp_path):
-    write_tar(tmp_path / "b.tar", samples(["03", "04"]))
-    write_tar(tmp_path / "a.tar", samples(["00", "01", "02"]))
-    source = open_source(f"tars:{tmp_path}/*.tar", size=(16, 8))
-    assert len(source) == 5 and not source.skipped
-    for i, document in documents_of(source):
-        user, assistant = document.turns
-        assert (user.role, assistant.role) == ("user", "assistant")
-        assert caption(document) == f"caption 0{i}"
-        assert assistant.parts[0].pixels.shape == (8, 16, 3)
-        assert (assistant.parts[0].pixels == (i, 0, 0)).all()
-    assert source.pixels(2).shape == (12, 20, 3)
-    assert len(open_source(f"tars:{tmp_path}/*.tar", documents=2)) == 2
-    assert caption(pickle.loads(pickle.dumps(source))[4]) == "caption 04"
-
-
-def test_captions_from_json_and_missing_parts(tmp_path):
-    write_tar(tmp_path / "a.tar", {
-        "dir.v1/a.jpg.png": b"not of ours",
-        "dir.v1/b.PNG": png(), "dir.v1/b.json": b'{"caption": "a red box"}',
-        "c.txt": b"no image",
-        "d.webp": b"",
-        "e.png": png(), "e.json": b'{"caption": 7}',
-        "f.png": png(), "f.txt": b"\xff\xfe",
-        "g.png": png(), "g.json": b"{",
-        "h.png": png(), "h.json": b'{"caption": "\\ud800"}',
-        "i.png": png(), "i.txt": " 红色的盒子 ".encode(),
-    })  # fmt: skip
-    source = open_source(f"tars:{tmp_path}/a.tar")
-    assert source.skipped == {"no_image": 2}
-    good = [caption(document) for _, document in documents_of(source)]
-    assert good == ["a red box", "红色的盒子"]
-    assert source.skipped == {"no_image": 2, "no_caption": 2, "bad_caption": 2, "bad_json": 1}
-    assert source.pixels(2).shape == (12, 20, 3)  # the tokenizer stage needs no caption
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_kind_of_header_as_tarfile_reads_it(tmp_path, format):
-    members = {"short.txt": b"1", f"{'deep/' * 18}name.txt": b"22", "红.txt": b"333", "empty.txt": b""}
-    if format != tarfile.USTAR_FORMAT:
-        members |= {f"{'x' * 300}.txt": b"4444"}
-    path = write_tar(tmp_path / "a.tar", members, format)
-    with tarfile.open(path, "a", format=format) as tar:
-        folder = tarfile.TarInfo("folder")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-    skipped = collections.Counter()
-    with open(path, "rb") as file, tarfile.open(path) as tar:
-        found = list(tar_members(file, path.stat().st_size, skipped))
-        assert found == [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isfile()]
-    assert len(found) == len(members) and not skipped
-
-
-def test_a_truncated_tar_gives_what_is_whole(tmp_path):
-    path = write_tar(tmp_path / "a.tar", samples([f"{k:02}" for k in range(9)]))
-    data, image = path.read_bytes(), png((5, 0, 0))
-    start = data.index(image)
-    path.write_bytes(data[: start + len(image) - 1])
-    source = open_source(f"tars:{path}")
-    assert len(source) == 5 and source.skipped == {"tar_truncated": 1}
-    assert [i for i, _ in documents_of(source)] == list(range(5))
-
-    path.write_bytes(data[: start + len(image)])
-    source = open_source(f"tars:{path}")
-    assert len(source) == 6 and source.skipped == {"tar_truncated": 1}
-    with pytest.raises(BadImage, match="no_caption"):  # its caption was in the part that is lost
-        source[5]
-
-
-def test_a_damaged_header_ends_a_tar_and_is_counted(tmp_path):
-    path = write_tar(tmp_path / "a.tar", samples(["00", "01", "02"]))
-    data = bytearray(path.read_bytes())
-    data[data.index(b"01.txt") + 2] ^= 1
-    path.write_bytes(data)
-    source = open_source(f"tars:{path}")
-    assert len(source) == 2 and source.skipped == {"tar_corrupt": 1}
-
-
-def test_mutated_tars_neither_crash_nor_hang(tmp_path):
-    path = write_tar(tmp_path / "a.tar", samples([f"{k:02}" for k in range(6)]))
-    whole = path.read_bytes()
-    rng = np.random.default_rng(0)
-    for _ in range(150):
-        data = bytearray(whole)
-        for place in rng.integers(0, len(data), 12):
-            data[place] = rng.integers(256)
-        path.write_bytes(data[: rng.integers(1, len(data) + 1)])
-        try:
-            source = open_source(f"tars:{path}")
-        except ValueError as error:
-            assert "no document is left" in str(error)
-            continue
-        try:
-            good = list(documents_of(source))
-        except TooManyBad:
-            good = []
-        assert len(good) <= len(source) <= 6
-        assert len(good) == 6 or source.skipped
-
-
-def test_splits_are_disjoint_by_base_stable_and_complete(tmp_path):
-    write_tar(tmp_path / "a.tar", samples([f"{k:03}" for k in range(300)]))
-    spec = f"tars:{tmp_path}/a.tar"
-    sides = {
-        split: open_source(spec, split=split, split_by="base", holdout=0.2) for split in ("train", "test")
-    }
-    bases = {split: {source.fields(i)["base"] for i in range(len(source))} for split, source in sides.items()}
-    assert not bases["train"] & bases["test"]
-    assert len(sides["train"]) + len(sides["test"]) == len(open_source(spec)) == 300
-    assert 0.1 < len(sides["test"]) / 300 < 0.3
-    # A value stays on its side for ever, and a smaller holdout is part of a larger one.
-    assert [n for n in range(30) if held_out(str(n), 0.1)] == [9]
-    assert 900 < sum(held_out(n, 0.1) for n in range(10_000)) < 1100
-    assert all(held_out(n, 0.2) for n in range(1000) if held_out(n, 0.1))
-
-
-def test_filters(tmp_path):
-    flags, food = samples("01", group="Flags", tone=None), samples("234", group="Food", tone="dark")
-    write_tar(tmp_path / "a.tar", flags | food)
-    spec = f"tars:{tmp_path}/a.tar"
-    captions = lambda **options: [caption(d)[-1] for _, d in documents_of(open_source(spec, **options))]
-    assert captions(only={"group": "Food"}) == ["2", "3", "4"]
-    assert captions(only={"group": ["Food", "Flags"]}, exclude={"key": ["1", "3"]}) == ["0", "2", "4"]
-    assert captions(only={"tone": None}) == ["0", "1"]
-    with pytest.raises(ValueError, match="no document is left"):
-        captions(only={"group": "Food"}, exclude={"tone": "dark"})
-    with pytest.raises(ValueError, match="no_missing"):
-        captions(split="train", split_by="missing")
-    with pytest.raises(ValueError, match="holdout|train"):
-        captions(split="validation")
+from mmgen.commands.common import add_source_flags, source_from
+from mmgen.data.images import BadImage
+from mmgen.data.readers import write_records
+from mmgen.data.sources import Several, TooManyBad, documents_of, open_source, texts
+from tests.test_readers import all_texts, edit, jsonl, page, tfds_folder
+from tests.test_tars import caption, png, samples, write_tar
 
 
 def with_bad(tmp_path, count, bad):
@@ -225,12 +66,6 @@ def test_errors_say_what_to_do(tmp_path):
         open_source(f"tars:{tmp_path}/a.tar")
 
 
-def test_an_image_too_large_is_not_even_read(tmp_path):
-    path = write_tar(tmp_path / "a.tar", samples(["0"]))
-    with pytest.raises(BadImage, match="too_many_bytes"):
-        open_source(f"tars:{path}", limits=Limits(max_bytes=10)).pixels(0)
-
-
 def test_the_world_is_a_source():
     options = dict(size=(32, 24), documents=40, languages={"en": 1, "zh": 3})
     source, again = (
@@ -247,3 +82,251 @@ def test_the_world_is_a_source():
     assert open_source("world:train", seed=6, **options)[0] != documents[0]
     with pytest.raises(IndexError):
         source[40]
+
+
+def test_the_world_says_the_same_in_other_words():
+    source = open_source("world:train", size=(32, 24), documents=40, languages=("en", "zh"))
+    several = 0
+    for i in range(40):
+        phrased = source.alternatives(i, 6)
+        said = [caption(document) for document in phrased]
+        assert phrased[0] == source[i] and source.alternatives(i, 6) == phrased
+        assert len(set(said)) == len(said) <= 6 and len({text.isascii() for text in said}) == 1
+        assert all(document.images()[0] is phrased[0].images()[0] for document in phrased)
+        if said[0].isascii():
+            names = {group.shape for group in source.item(i).claim.groups}
+            assert all(name in text for name in names for text in said)
+        several += len(said) > 2
+    assert several > 20
+    with pytest.raises(ValueError, match="has no fields"):
+        open_source("world:train", documents=3, split="test")
+
+
+# Filters
+
+
+FIELDS = [{"group": "Food", "n": 1}, {"group": "Flags", "n": 2}, {"group": "Food", "n": 3, "key": "k"}]
+
+
+def with_fields(kind, folder):
+    """A spec whose three documents have FIELDS."""
+    if kind == "tars":
+        members = {}
+        for k, fields in enumerate(FIELDS):
+            members |= {f"{k}.png": png(), f"{k}.txt": b"x", f"{k}.json": json.dumps(fields).encode()}
+        write_tar(folder / "a.tar", members)
+        return f"tars:{folder}/a.tar"
+    if kind == "folder":
+        for k in range(3):
+            (folder / f"{k}.png").write_bytes(png())
+        jsonl(folder / "metadata.jsonl", [{"file_name": f"{k}.png", "text": "x", **f} for k, f in enumerate(FIELDS)])
+        return f"folder:{folder}"
+    documents = [page(f"text {k}", **fields) for k, fields in enumerate(FIELDS)]
+    if kind == "jsonl":
+        return f"jsonl:{jsonl(folder / 'a.jsonl', documents)}"
+    write_records(folder / "a.records", documents)
+    return f"records:{folder}/a.records"
+
+
+@pytest.mark.parametrize("kind", ["tars", "folder", "jsonl", "records"])
+def test_filters_of_every_kind_with_fields(tmp_path, kind):
+    spec = with_fields(kind, tmp_path)
+    found = lambda **options: [source.fields(i)["n"] for source in [open_source(spec, **options)] for i in range(len(source))]
+    assert found(only={"group": "Food"}) == [1, 3] and found(exclude={"n": [1, 2]}) == [3]
+    assert found(only={"group": "Food"}, documents=1) == [1]
+    for unknown in ({"only": {"shade": "dark"}}, {"exclude": {"shade": "dark"}}):
+        with pytest.raises(ValueError, match="no document has a field 'shade'; the fields are: .*group"):
+            found(**unknown)
+    with pytest.raises(ValueError, match="no_shade"):
+        found(split="train", split_by="shade")
+
+
+@pytest.mark.parametrize("kind", ["tars", "folder", "jsonl", "records", "tfds", "text"])
+@pytest.mark.parametrize("by", ["key", "group"])
+def test_the_two_sides_of_a_split_are_all_and_disjoint(tmp_path, kind, by):
+    documents = [page(f"text {k}", group=k // 2) for k in range(60)]
+    options = {"split_by": by, "holdout": 0.3}
+    if kind == "tars":
+        members = {}
+        for k in range(60):
+            members |= {f"{k}.png": png(), f"{k}.txt": f"text {k}".encode(), f"{k}.json": b'{"group": %d}' % (k // 2)}
+        spec = f"tars:{write_tar(tmp_path / 'a.tar', members)}"
+    elif kind == "folder":
+        spec = f"folder:{tmp_path}"
+        rows = [{"file_name": f"{k}.png", "text": f"text {k}", "group": k // 2} for k in range(60)]
+        jsonl(tmp_path / "metadata.jsonl", rows)
+        for k in range(60):
+            (tmp_path / f"{k}.png").write_bytes(png())
+    elif kind == "text":
+        spec, options["max_chars"] = f"text:{tmp_path}/*.txt", 9
+        for k in range(30):
+            (tmp_path / f"{k}.txt").write_text(f"text {2 * k}\n\ntext {2 * k + 1}\n")
+        options["split_by"] = "file" if by == "group" else by
+    elif kind == "tfds":
+        tfds_folder(tmp_path, count=60)
+        spec, options["data_dir"] = "tfds:mini/train", tmp_path
+        options["split_by"] = "name" if by == "group" else by
+    elif kind == "jsonl":
+        spec = f"jsonl:{jsonl(tmp_path / 'a.jsonl', documents)}"
+    else:
+        write_records(tmp_path / "a.records", documents)
+        spec = f"records:{tmp_path}/a.records"
+    whole = set(all_texts(open_source(spec, **options)))
+    sides = [set(all_texts(open_source(spec, split=split, **options))) - {"红"} for split in ("train", "test")]
+    assert sides[0] | sides[1] == whole - {"红"} and not sides[0] & sides[1] and len(whole - {"红"}) == 60
+    assert 5 <= len(sides[1]) <= 30
+    if by == "group" and kind != "tfds":
+        numbers = [{int(text.split()[1]) // 2 for text in side} for side in sides]
+        assert not numbers[0] & numbers[1]
+
+
+def test_a_kind_that_cannot_filter_says_so(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="no document has a field 'lang'; the fields are: file"):
+        open_source(f"text:{tmp_path}/a.txt", exclude={"lang": "en"})
+    with pytest.raises(ValueError, match="has no fields"):
+        open_source("world:train", documents=1, only={"lang": "en"})
+    with pytest.raises(ValueError, match="has no categories"):
+        open_source("jsonl:sample", category="colors")
+    for options in ({"documents": 0}, {"holdout": 2, "split": "test"}):
+        with pytest.raises(ValueError, match="documents is at least 1|holdout is"):
+            open_source("jsonl:sample", **options)
+    assert len(open_source("jsonl:sample", documents=2)) == 2
+
+
+# Several
+
+
+def test_several_sources_are_one_after_the_other(tmp_path):
+    first = open_source("world:train", size=(8, 8), documents=3)
+    second = open_source(f"more=jsonl:{jsonl(tmp_path / 'a=b.jsonl', [b'{', page('x'), edit(tmp_path)])}", size=(8, 8))
+    both = Several([first, second])
+    assert both.parts == [("world", 0, 3), ("more", 3, 6)] and len(both) == 6 and both.size == (8, 8)
+    assert [i for i, _ in documents_of(both, max_bad=1)] == [0, 1, 2, 4, 5]
+    assert both.skipped == {"bad_json": 1}
+    assert both[4] == second[1] and both[0] == first[0] and both.texts(5) == second.texts(2)
+    assert both.alternatives(5, 2) == second.alternatives(2, 2) and both.fields(5) == {"group": 0}
+    assert (both.pixels(5, 1) == second.pixels(2, 1)).all()
+    assert pickle.loads(pickle.dumps(both))[5] == second[2]
+    for i in (-1, 6):
+        with pytest.raises(IndexError):
+            both[i]
+    with pytest.raises(ValueError, match="two sources are called 'world': name them, as in"):
+        Several([first, first])
+    other = open_source("other=world:train", size=(8, 8), documents=3)
+    assert Several([other, second]).fingerprint != both.fingerprint == Several([first, second]).fingerprint
+    assert Several([both, other]).parts == [("world", 0, 3), ("more", 3, 6), ("other", 6, 9)]
+    assert len(list(texts(both))) == 3 + 1 + len(second.texts(2)) and len(list(texts(both, 2))) == 2
+
+
+# The command line
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    add_source_flags(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_flags_name_one_source_or_several(tmp_path):
+    source = source_from(parsed("--source", "jsonl:sample", "--size", "24x16"))
+    assert source.size == (24, 16) and source.parts == [("jsonl", 0, 6)]
+    args = parsed("--source", "w=world:valid", "--source", "jsonl:sample", "--documents", 2)
+    assert source_from(args).parts == [("w", 0, 2), ("jsonl", 2, 4)] and args.max_bad == 0.1
+    spec = with_fields("jsonl", tmp_path)
+    numbers = lambda *flags: [source.fields(i)["n"] for source in [source_from(parsed("--source", spec, *flags))] for i in range(len(source))]
+    assert numbers("--only", "group=Food") == [1, 3]
+    assert numbers("--only", "n=1", "--only", "n=2", "--exclude", "group=Flags") == [1]
+    sides = [len(source_from(parsed("--source", "jsonl:sample", "--split", side, "--holdout", "0.5"))) for side in ("train", "test")]
+    assert sum(sides) == 6
+    for flags in (["--size", "3"], ["--only", "x"], ["--holdout", "2"], ["--max-bad", "x"],
+                  ["--size", "8x8", "--buckets", "8x8"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            parsed("--source", "jsonl:sample", *flags)
+
+
+# Anything anybody could have written
+
+
+def mutated(data, rng):
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 9)):
+        start, stop = sorted(rng.integers(0, len(data) + 1, 2))
+        stop = min(stop, start + 20)
+        match rng.integers(4):
+            case 0:
+                data[start:stop] = b""
+            case 1:
+                data[start:start] = bytes(rng.choice(list(b'{}[]",:\n\xff\x00 0123'), 3).tolist())
+            case 2:
+                data[start:start] = data[stop : stop + 40]
+            case 3:
+                data[start:stop] = rng.integers(0, 256, stop - start, np.uint8).tobytes()
+        data = data or bytearray(b"x")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tars", "folder", "records"])
+def test_mutated_inputs_never_crash_and_are_counted(tmp_path, kind):
+    rng = np.random.default_rng(7)
+    if kind == "jsonl":
+        spec, target = f"jsonl:{tmp_path}/a.jsonl", jsonl(tmp_path / "a.jsonl", [edit(tmp_path), page("x"), page(["y", "z"])])
+    elif kind == "tars":
+        spec, target = f"tars:{tmp_path}/a.tar", write_tar(tmp_path / "a.tar", samples(["00", "01", "02"]))
+    elif kind == "records":
+        write_records(tmp_path / "a.records", [page("x"), page("y")])
+        spec, target = f"records:{tmp_path}/a.records", tmp_path / "a.records"
+    else:
+        spec = f"folder:{tmp_path}"
+        for name in ("a.png", "b.png", "c.png"):
+            (tmp_path / name).write_bytes(png())
+        rows = [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "captions": ["y", "z"]}]
+        target = jsonl(tmp_path / "metadata.jsonl", rows)
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub/d.png").write_bytes(png())
+        (tmp_path / "c.txt").write_text("see")
+    original, csv = target.read_bytes(), tmp_path / "sub/metadata.csv"
+    opened = 0
+    for k in range(70 if kind != "records" else 20):
+        target.write_bytes(mutated(original, rng))
+        if kind == "folder":
+            csv.write_bytes(mutated(b'file_name,text,n\nd.png,"dee, e",1\n', rng))
+        try:
+            source = open_source(spec, size=(8, 8), only={"n": "1"} if kind == "folder" and k % 5 == 0 else None)
+        except ValueError as error:
+            assert "no document is left" in str(error) or "no document has a field" in str(error)
+            continue
+        opened += 1
+        before = sum(source.skipped.values())
+        bad = 0
+        for i in range(len(source)):
+            for use in (source.texts, source.pixels, source.fields):
+                try:
+                    use(i)
+                except BadImage as error:
+                    assert re.fullmatch(r"\w{3,20}", error.reason), error
+            try:
+                source.alternatives(i, 3)
+            except BadImage:
+                bad += 1
+        try:
+            good = sum(1 for _ in documents_of(source, max_bad=1))
+        except TooManyBad:
+            good = 0
+        assert good + bad == len(source) and sum(source.skipped.values()) == before + bad
+    assert opened > 10 or kind == "records"
+
+
+# The docs
+
+
+def test_the_writer_in_the_docs_writes_what_opens(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/sources.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "jsonl" in block]
+    assert len(code.strip().splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/sources.md", "exec"), {})
+    source = open_source("jsonl:documents.jsonl", size=(16, 16))
+    documents = dict(documents_of(source, max_bad=0))
+    assert len(documents) == len(source) > 1 and not source.skipped
+    assert any(document.images() for document in documents.values())

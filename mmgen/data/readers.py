@@ -106,7 +106,10 @@ def check_turns(turns):
     with the reference. Raises BadImage: bad_turns, bad_role, bad_part, no_text, bad_text."""
     if not isinstance(turns, list) or not turns:
         raise BadImage("bad_turns", f'"turns" is a list of one or more, not {_short(turns)}')
-    return [_check_turn(turn) for turn in turns]
+    turns = [_check_turn(turn) for turn in turns]
+    if not any(parts for _, parts in turns):
+        raise BadImage("bad_turns", "no turn has a part")
+    return turns
 
 
 def _check_turn(turn):
@@ -355,18 +358,21 @@ def _pages(path, max_chars):
     longer ones; the places are bytes of the file."""
     run, start, stop, chars = [], 0, 0, 0
     for place, paragraph in _paragraphs(path):
-        added = place - stop + len(paragraph.decode(errors="surrogateescape"))  # with the blank lines before
+        text = paragraph.decode(errors="surrogateescape")
+        if not text.strip():  # white space that ASCII does not know
+            continue
+        added = place - stop + len(text)  # with the blank lines before
         if run and chars + added <= max_chars:
             run.append(paragraph)
             stop, chars = place + len(paragraph), chars + added
             continue
         if run:
             yield start, stop, run
-        *parts, (start, last) = _split(place, paragraph, max_chars)
+        *parts, (start, last) = _split(place, text, max_chars) if len(text) > max_chars else [(place, paragraph)]
         for begin, part in parts:
             yield begin, begin + len(part), [part]
         # The end of a split paragraph stands alone too: a run is of whole ones.
-        run, stop, chars = [last], start + len(last), max_chars if parts else added - (place - stop)
+        run, stop, chars = [last], start + len(last), max_chars if parts else len(text)
     if run:
         yield start, stop, run
 
@@ -389,21 +395,20 @@ def _paragraphs(path):
         yield place, b"".join(lines).rstrip()
 
 
-def _split(place, paragraph, max_chars):
+def _split(place, text, max_chars):
     """A paragraph -> [(place, bytes), ...] of at most `max_chars` characters, cut at white space if there is any."""
-    text, parts, start = paragraph.decode(errors="surrogateescape"), [], 0
-    while start < len(text):
+    parts, start = [], 0
+    encoded = lambda a, b: text[a:b].encode(errors="surrogateescape")
+    while True:
+        first = next((k for k in range(start, len(text)) if not text[k].isspace()), len(text))
+        place, start = place + len(encoded(start, first)), first
+        if start == len(text):
+            return parts
         stop = start + max_chars
         if stop < len(text):
-            spaces = (k for k in range(stop, start, -1) if text[k].isspace())
-            stop = next(spaces, stop)
-        part = text[start:stop].encode(errors="surrogateescape")
-        parts.append((place, part))
-        start, place = stop, place + len(part)
-        while start < len(text) and text[start].isspace():
-            place += len(text[start].encode(errors="surrogateescape"))
-            start += 1
-    return parts
+            stop = next((k for k in range(stop, start, -1) if text[k].isspace()), stop)
+        parts.append((place, encoded(start, stop)))
+        start, place = stop, place + len(parts[-1][1])
 
 
 # Kinds whose documents are records or files of their own
@@ -465,7 +470,7 @@ class Records:
             raise BadImage("bad_record", str(error)) from error
         count = int.from_bytes(record[:4], "little")
         whole = 0 < count and 4 + 4 * count <= len(record)
-        lengths = np.frombuffer(record, "<u4", count if whole else 0, 4).astype(np.int64)
+        lengths = np.frombuffer(record[4:], "<u4", count if whole else 0).astype(np.int64)
         ends = 4 + 4 * count + np.cumsum(lengths)
         if not whole or ends[-1] != len(record):
             raise BadImage("bad_record", f"{len(record)} bytes are not what write_records writes")

@@ -300,6 +300,7 @@ class World:
         return [self.item(i).prompt]
 
     def fields(self, i):
+        self.item(i)
         return {}
 
     def recolored(self, i):
