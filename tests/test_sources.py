@@ -245,6 +245,19 @@ def test_flags_name_one_source_or_several(tmp_path):
             parsed("--source", "jsonl:sample", *flags)
 
 
+def test_sizes_keep_to_the_patch():
+    source = source_from(parsed("--source", "jsonl:sample", "--buckets", "32x32"), multiple=8, max_side=64)
+    shapes = {image.pixels.shape[:2] for document in source for image in document.images()}
+    assert all(h % 8 == w % 8 == 0 and h * w <= 1024 and w > h for h, w in shapes)  # as the 48x32 they are
+    world = source_from(parsed("--source", "world:train", "--documents", "40", "--buckets", "32x32"), multiple=8)
+    shapes = {world.pixels(i).shape[:2] for i in range(40)}
+    assert len(shapes) > 3 and all(h % 8 == w % 8 == 0 and h * w <= 1024 for h, w in shapes)
+    assert all((world[i].images()[0].pixels == world.pixels(i)).all() for i in range(5))
+    for size, most in (("30x32", None), ("32x128", 64)):
+        with pytest.raises(ValueError, match="multiples of 8"):
+            source_from(parsed("--source", "jsonl:sample", "--size", size), multiple=8, max_side=most)
+
+
 # Anything anybody could have written
 
 

@@ -94,7 +94,7 @@ def open_source(
         hint = f"; did you mean {near[0]}:{where or '...'}?" if near and near[0] != kind else ""
         raise ValueError(f"unknown source {spec!r}: expected one of {', '.join(KINDS.values())}{hint}")
     name = name or given or kind
-    size = tuple(size)
+    size = size if isinstance(size, images.Buckets) else tuple(size)
     keep = readers.Filter(split, split_by, holdout, _lists(only), _lists(exclude))
     if documents is not None and documents < 1:
         raise ValueError(f"{spec}: documents is at least 1, not {documents}")
@@ -213,7 +213,8 @@ class Source:
             turns, read = self.reader.document(i)
             turns = readers.check_turns(turns)
             kinds = [part for _, parts in turns for part in parts]
-            pictures = {ref: Image(self._pixels(ref, read, self.size)) for kind, ref in kinds if kind == "image"}
+            references = dict.fromkeys(ref for kind, ref in kinds if kind == "image")  # each is decoded once
+            pictures = {ref: Image(self._pixels(ref, read, self.size)) for ref in references}
             phrasings = max([len(words) for kind, words in kinds if kind == "text"], default=1)
 
         def part(kind, value, k):
@@ -241,8 +242,7 @@ class Source:
             return self.reader.fields(i)
 
     def _pixels(self, reference, read, size=None):
-        pixels = images.read(read(reference), self.limits, self.background)
-        return pixels if size is None else images.fit(pixels, *size)
+        return images.read(read(reference), self.limits, self.background, size)
 
     @contextlib.contextmanager
     def _document(self, i):
@@ -294,7 +294,7 @@ class World:
         return [caption_to_image(prompt, image) for prompt in dict.fromkeys([first.prompt, *others])]
 
     def pixels(self, i, which=0):
-        return self._render(self.item(i).scene)
+        return self._render(i, self.item(i).scene)
 
     def texts(self, i):
         return [self.item(i).prompt]
@@ -307,12 +307,16 @@ class World:
         """The picture of document i with other colours, drawn from (seed, i)."""
         from mmgen.world import recolor
 
-        return self._render(recolor(np.random.default_rng([self.seed, i, 1]), self.item(i).scene))
+        return self._render(i, recolor(np.random.default_rng([self.seed, i, 1]), self.item(i).scene))
 
-    def _render(self, scene):
+    def _render(self, i, scene):
+        """At self.size; of Buckets, at a shape drawn from (seed, i)."""
         from mmgen.world import render
 
-        return render.render(scene, *self.size)
+        size = self.size
+        if isinstance(size, images.Buckets):
+            size = size.shapes[np.random.default_rng([self.seed, i, 2]).integers(len(size.shapes))]
+        return render.render(scene, *size)
 
 
 @functools.lru_cache(256)  # a picture, its caption and its colours want the same
