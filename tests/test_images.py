@@ -238,10 +238,13 @@ def test_broken_exif_is_no_reason_to_lose_an_image():
 
 def test_colour_profiles_become_srgb():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert_close(read(encoded(picture(), icc_profile=srgb)), picture(), 1)
+    assert_close(read(encoded(picture(), icc_profile=srgb)), picture(), 0)
     # A profile with red and blue primaries exchanged, made from sRGB's own tags.
     swapped = srgb.replace(b"rXYZ", b"tXYZ").replace(b"bXYZ", b"rXYZ").replace(b"tXYZ", b"bXYZ")
     assert_close(read(encoded(picture(), icc_profile=swapped)), picture()[..., ::-1], 8)
+    jpeg = encoded(picture(), "JPEG", quality=95, icc_profile=swapped)
+    assert_close(read(jpeg), picture()[..., ::-1], 9)
+    assert_close(read(jpeg, size=(16, 16)), fit(picture()[..., ::-1], 16, 16), 9)
     for wrong in (b"not a profile", srgb[:200]):
         assert_close(read(encoded(picture(), icc_profile=wrong)), picture(), 0)
     # A profile of three colours on a grey image does not apply.

@@ -302,7 +302,7 @@ def _jpeg(data, image, scale):
         min_factor=factor,
     )
     profile = image.info.get("icc_profile")
-    if image.mode == "RGB" and not profile:
+    if image.mode == "RGB" and not (profile and _to_srgb(profile, "RGB")):
         return pixels
     pixels = 255 - pixels if image.mode == "CMYK" else pixels  # stored as light, not ink
     image = Image.frombytes(image.mode, pixels.shape[1::-1], pixels)
@@ -322,7 +322,8 @@ def _flat(image, background):
         image = image.convert("L")
     elif image.mode != "CMYK":
         image = image.convert("RGB")
-    image = (_to_srgb(image, profile) if profile else image).convert("RGB")
+    transform = profile and _to_srgb(profile, image.mode)
+    image = (ImageCms.applyTransform(image, transform) if transform else image).convert("RGB")
     if alpha is not None and alpha.getextrema()[0] < 255:
         if background is None:
             raise BadImage("alpha", "parts are transparent, and no background is given")
@@ -330,15 +331,24 @@ def _flat(image, background):
     return np.asarray(image)
 
 
-def _to_srgb(image, profile):
-    """Applies an embedded ICC profile; a broken or foreign one is ignored, as browsers do."""
+@functools.lru_cache(64)
+def _to_srgb(profile, mode):
+    """What turns the colours of an embedded ICC profile into sRGB; None where nothing would change. A
+    broken or foreign profile is ignored, as browsers do."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if profile.profile.xcolor_space.strip() != COLOR_SPACES[image.mode]:
-            return image
-        return ImageCms.profileToProfile(image, profile, SRGB, outputMode="RGB")
+        if profile.profile.xcolor_space.strip() != COLOR_SPACES[mode]:
+            return None
+        transform = ImageCms.buildTransform(profile, SRGB, mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return image
+        return None
+    # Most are sRGB itself, for which the work would be several times that of decoding.
+    colors = np.mgrid[0:256:15, 0:256:15, 0:256:15].reshape(3, -1, 18).transpose(1, 2, 0).astype(np.uint8)
+    if mode == "RGB":
+        changed = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
+        if np.abs(changed.astype(int) - colors).max() <= 1:
+            return None
+    return transform
 
 
 def _orientation(image):
