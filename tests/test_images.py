@@ -137,6 +137,11 @@ def test_what_libjpeg_only_warns_of_is_an_error():
     assert (read(data + b"what follows the end") == read(data)).all()
 
 
+def test_a_webp_is_as_long_as_it_says():
+    data = encoded(landscape(64, 64), "WEBP", quality=90)
+    assert reason(data[:-2]) == "truncated" and reason(data + b"ab") == "unreadable"
+
+
 def test_a_bomb_of_34_bytes():
     webp = bytes.fromhex("524946461a000000574542505650384c0e0000002ffebfff0f071011fd0f4444ff03")
     with pytest.raises(BadImage, match="too_large.*(268402689|16383x16383)"):

@@ -252,8 +252,9 @@ def _kind(data):
         return "PNG"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         stated = 8 + int.from_bytes(data[4:8], "little")
-        if len(data) < stated:
-            raise BadImage("truncated", f"{len(data)} bytes of a WebP of {stated}")
+        if not stated <= len(data) <= stated + 1:  # it has no checksum; its size is all that can be checked
+            reason = "truncated" if len(data) < stated else "unreadable"
+            raise BadImage(reason, f"{len(data)} bytes in a WebP that says {stated}")
         return "WEBP"
     raise BadImage("bad_format", f"expected JPEG, PNG or WebP; the file starts with {bytes(data[:8])!r}")
 
