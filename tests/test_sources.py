@@ -1,4 +1,4 @@
-"""Sources: skipping and giving up, filters of every kind, several sources, the world, the command line, the docs."""
+"""Sources: skipping and giving up, the world, filters, several sources, the flags, mutations, the docs."""
 
 import argparse
 import json
@@ -119,7 +119,10 @@ def with_fields(kind, folder):
     if kind == "folder":
         for k in range(3):
             (folder / f"{k}.png").write_bytes(png())
-        jsonl(folder / "metadata.jsonl", [{"file_name": f"{k}.png", "text": "x", **f} for k, f in enumerate(FIELDS)])
+        jsonl(
+            folder / "metadata.jsonl",
+            [{"file_name": f"{k}.png", "text": "x", **f} for k, f in enumerate(FIELDS)],
+        )
         return f"folder:{folder}"
     documents = [page(f"text {k}", **fields) for k, fields in enumerate(FIELDS)]
     if kind == "jsonl":
@@ -131,7 +134,11 @@ def with_fields(kind, folder):
 @pytest.mark.parametrize("kind", ["tars", "folder", "jsonl", "records"])
 def test_filters_of_every_kind_with_fields(tmp_path, kind):
     spec = with_fields(kind, tmp_path)
-    found = lambda **options: [source.fields(i)["n"] for source in [open_source(spec, **options)] for i in range(len(source))]
+
+    def found(**options):
+        source = open_source(spec, **options)
+        return [source.fields(i)["n"] for i in range(len(source))]
+
     assert found(only={"group": "Food"}) == [1, 3] and found(exclude={"n": [1, 2]}) == [3]
     assert found(only={"group": "Food"}, documents=1) == [1]
     for unknown in ({"only": {"shade": "dark"}}, {"exclude": {"shade": "dark"}}):
@@ -149,7 +156,11 @@ def test_the_two_sides_of_a_split_are_all_and_disjoint(tmp_path, kind, by):
     if kind == "tars":
         members = {}
         for k in range(60):
-            members |= {f"{k}.png": png(), f"{k}.txt": f"text {k}".encode(), f"{k}.json": b'{"group": %d}' % (k // 2)}
+            members |= {
+                f"{k}.png": png(),
+                f"{k}.txt": f"text {k}".encode(),
+                f"{k}.json": b'{"group": %d}' % (k // 2),
+            }
         spec = f"tars:{write_tar(tmp_path / 'a.tar', members)}"
     elif kind == "folder":
         spec = f"folder:{tmp_path}"
@@ -172,7 +183,9 @@ def test_the_two_sides_of_a_split_are_all_and_disjoint(tmp_path, kind, by):
         write_records(tmp_path / "a.records", documents)
         spec = f"records:{tmp_path}/a.records"
     whole = set(all_texts(open_source(spec, **options)))
-    sides = [set(all_texts(open_source(spec, split=split, **options))) - {"红"} for split in ("train", "test")]
+    sides = [
+        set(all_texts(open_source(spec, split=split, **options))) - {"红"} for split in ("train", "test")
+    ]
     assert sides[0] | sides[1] == whole - {"红"} and not sides[0] & sides[1] and len(whole - {"红"}) == 60
     assert 5 <= len(sides[1]) <= 30
     if by == "group" and kind != "tfds":
@@ -199,7 +212,9 @@ def test_a_kind_that_cannot_filter_says_so(tmp_path):
 
 def test_several_sources_are_one_after_the_other(tmp_path):
     first = open_source("world:train", size=(8, 8), documents=3)
-    second = open_source(f"more=jsonl:{jsonl(tmp_path / 'a=b.jsonl', [b'{', page('x'), edit(tmp_path)])}", size=(8, 8))
+    second = open_source(
+        f"more=jsonl:{jsonl(tmp_path / 'a=b.jsonl', [b'{', page('x'), edit(tmp_path)])}", size=(8, 8)
+    )
     both = Several([first, second])
     assert both.parts == [("world", 0, 3), ("more", 3, 6)] and len(both) == 6 and both.size == (8, 8)
     assert [i for i, _ in documents_of(both, max_bad=1)] == [0, 1, 2, 4, 5]
@@ -234,10 +249,15 @@ def test_flags_name_one_source_or_several(tmp_path):
     args = parsed("--source", "w=world:valid", "--source", "jsonl:sample", "--documents", 2)
     assert source_from(args).parts == [("w", 0, 2), ("jsonl", 2, 4)] and args.max_bad == 0.1
     spec = with_fields("jsonl", tmp_path)
-    numbers = lambda *flags: [source.fields(i)["n"] for source in [source_from(parsed("--source", spec, *flags))] for i in range(len(source))]
+
+    def numbers(*flags):
+        source = source_from(parsed("--source", spec, *flags))
+        return [source.fields(i)["n"] for i in range(len(source))]
+
     assert numbers("--only", "group=Food") == [1, 3]
     assert numbers("--only", "n=1", "--only", "n=2", "--exclude", "group=Flags") == [1]
-    sides = [len(source_from(parsed("--source", "jsonl:sample", "--split", side, "--holdout", "0.5"))) for side in ("train", "test")]
+    half = ("--source", "jsonl:sample", "--holdout", "0.5", "--split")
+    sides = [len(source_from(parsed(*half, side))) for side in ("train", "test")]
     assert sum(sides) == 6
     for flags in (["--size", "3"], ["--only", "x"], ["--holdout", "2"], ["--max-bad", "x"],
                   ["--size", "8x8", "--buckets", "8x8"]):  # fmt: skip
@@ -249,7 +269,9 @@ def test_sizes_keep_to_the_patch():
     source = source_from(parsed("--source", "jsonl:sample", "--buckets", "32x32"), multiple=8, max_side=64)
     shapes = {image.pixels.shape[:2] for document in source for image in document.images()}
     assert all(h % 8 == w % 8 == 0 and h * w <= 1024 and w > h for h, w in shapes)  # as the 48x32 they are
-    world = source_from(parsed("--source", "world:train", "--documents", "40", "--buckets", "32x32"), multiple=8)
+    world = source_from(
+        parsed("--source", "world:train", "--documents", "40", "--buckets", "32x32"), multiple=8
+    )
     shapes = {world.pixels(i).shape[:2] for i in range(40)}
     assert len(shapes) > 3 and all(h % 8 == w % 8 == 0 and h * w <= 1024 for h, w in shapes)
     assert all((world[i].images()[0].pixels == world.pixels(i)).all() for i in range(5))
@@ -283,7 +305,10 @@ def mutated(data, rng):
 def test_mutated_inputs_never_crash_and_are_counted(tmp_path, kind):
     rng = np.random.default_rng(7)
     if kind == "jsonl":
-        spec, target = f"jsonl:{tmp_path}/a.jsonl", jsonl(tmp_path / "a.jsonl", [edit(tmp_path), page("x"), page(["y", "z"])])
+        spec, target = (
+            f"jsonl:{tmp_path}/a.jsonl",
+            jsonl(tmp_path / "a.jsonl", [edit(tmp_path), page("x"), page(["y", "z"])]),
+        )
     elif kind == "tars":
         spec, target = f"tars:{tmp_path}/a.tar", write_tar(tmp_path / "a.tar", samples(["00", "01", "02"]))
     elif kind == "records":
@@ -305,7 +330,9 @@ def test_mutated_inputs_never_crash_and_are_counted(tmp_path, kind):
         if kind == "folder":
             csv.write_bytes(mutated(b'file_name,text,n\nd.png,"dee, e",1\n', rng))
         try:
-            source = open_source(spec, size=(8, 8), only={"n": "1"} if kind == "folder" and k % 5 == 0 else None)
+            source = open_source(
+                spec, size=(8, 8), only={"n": "1"} if kind == "folder" and k % 5 == 0 else None
+            )
         except ValueError as error:
             assert "no document is left" in str(error) or "no document has a field" in str(error)
             continue

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmgen.data.filters import held_out
 from mmgen.data.images import BadImage, Limits
-from mmgen.data.readers import held_out
 from mmgen.data.sources import TooManyBad, documents_of, open_source
 from mmgen.data.tars import tar_members
 

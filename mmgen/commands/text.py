@@ -14,5 +14,6 @@ def main(argv):
     parser.add_argument("--pieces", type=int, default=512)
     parser.add_argument("--out", required=True, help="the .model file")
     args = parser.parse_args(argv)
-    model = text.train(texts(source_from(args)), args.pieces, args.out)
-    print(f"{args.out}: {model.size} pieces, hash {model.hash}")
+    source = source_from(args)
+    model = text.train(texts(source, max_bad=args.max_bad), args.pieces, args.out)
+    print(f"{args.out}: {model.size} pieces, hash {model.hash}; skipped {dict(source.skipped)}")

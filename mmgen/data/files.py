@@ -41,7 +41,7 @@ def expand(pattern):
 
 
 def walk(folder):
-    """Every file under a folder -> {path: bytes}, sorted by path; names that begin with a dot are left out."""
+    """Every file under a folder -> {path: bytes}, sorted by path, but those whose names begin with a dot."""
     if is_remote(folder):
         system, path = _remote(folder)
         found = _sized(system, system.find(path, detail=True))
@@ -75,14 +75,17 @@ def normal(path):
 def read(path, start=0, count=None, limit=None):
     """Bytes [start, start + count) of a file, to its end without `count`; fewer where it is shorter.
 
-    Raises BadImage: no_file, too_many_bytes (more than `limit`, and then nothing is read), not_read.
+    Raises BadImage: no_file, too_many_bytes (more than `limit`), not_read.
     """
     try:
         if is_remote(path):
             system, inside = _remote(path)
-            count = system.size(inside) - start if count is None else count
-            _check(path, count, limit)
-            return system.cat_file(inside, start=start, end=start + count)
+            _check(path, count or 0, limit)
+            # To ask for the size would be another request: one byte too many tells as much.
+            most = count if count is not None else None if limit is None else limit + 1
+            data = system.cat_file(inside, start=start, end=None if most is None else start + most)
+            _check(path, len(data), limit)
+            return data
         # Not blocking: a named pipe in a folder must not stop the run.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:

@@ -4,17 +4,9 @@ A reader has `len(reader)`; `document(i)` -> (turns, read): turns in the native 
 bytes of an image; `images(i)` -> (references, read), the same without the words; `fields(i)` for the
 filters; `where(i)` for messages; and `identity`, names and sizes of its files. It is given `keep`, a
 Filter, and `skipped`, a Counter by reason, when it is opened. BadImage is one document's fault.
-
-The native format is a JSON object:
-
-    {"turns": [{"role": "user", "parts": [{"image": "cat.png"}, {"text": "make it red"}]}, ...], ...}
-
-A text may be a list of phrasings of the same. All keys but "turns" are fields.
 """
 
 import csv
-import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -26,154 +18,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from mmgen.data import files
 from mmgen.data.images import BadImage
-from mmgen.document import ROLES
+from mmgen.data.native import captioned, captions, check_turns, fields_of, parse, references, short
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 16 << 20  # bytes of a file in memory at once while it is scanned
-
-
-# What to keep, and what is well formed
-
-
-@dataclasses.dataclass(frozen=True)
-class Filter:
-    """Which documents of a source to take, by their key and their fields: see `sources.open_source`."""
-
-    split: str | None = None
-    split_by: str = "key"
-    holdout: float = 0.1
-    only: dict = dataclasses.field(default_factory=dict)
-    exclude: dict = dataclasses.field(default_factory=dict)
-    found: set = dataclasses.field(default_factory=set, compare=False)  # the fields that any document had
-
-    def __post_init__(self):
-        if self.split not in (None, "train", "test"):
-            raise ValueError(f'split is "train", "test" or None (everything), not {self.split!r}')
-        if not 0 <= self.holdout <= 1:
-            raise ValueError(f"holdout is the share of the test side, from 0 to 1, not {self.holdout}")
-
-    @property
-    def active(self):
-        return self.needs_fields or self.split is not None
-
-    @property
-    def needs_fields(self):
-        return bool(self.only or self.exclude or (self.split and self.split_by != "key"))
-
-    def rules(self):
-        return [self.split, self.split_by, self.holdout, self.only, self.exclude] if self.active else []
-
-    def keeps(self, key, fields):
-        self.found.update(fields)
-        if any(fields.get(field) not in allowed for field, allowed in self.only.items()):
-            return False
-        if any(fields.get(field) in refused for field, refused in self.exclude.items()):
-            return False
-        if self.split is None:
-            return True
-        if self.split_by != "key" and self.split_by not in fields:
-            raise BadImage(f"no_{self.split_by}", f"{key} has no {self.split_by!r} to split by")
-        value = key if self.split_by == "key" else fields[self.split_by]
-        return held_out(value, self.holdout) == (self.split == "test")
-
-    def check(self, spec):
-        """Raises ValueError where a field was asked for that no document has: a filter must not do nothing."""
-        for field in (*self.only, *self.exclude):
-            if field not in self.found:
-                known = ", ".join(sorted(map(str, self.found))) or "none at all"
-                raise ValueError(f"{spec}: no document has a field {field!r}; the fields are: {known}")
-
-
-def held_out(value, share):
-    """Whether a value belongs to the test side: a hash, so it never changes as a data set grows."""
-    digest = hashlib.sha256(str(value).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def parse(data):
-    """Bytes of a JSON object -> dict. Raises BadImage("bad_json")."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadImage("bad_json", str(error)) from error
-    if not isinstance(found, dict):
-        raise BadImage("bad_json", f"expected an object, found {type(found).__name__}")
-    return found
-
-
-def check_turns(turns):
-    """Native turns -> [(role, [(kind, value), ...]), ...]: kind "text" with a list of phrasings, or "image"
-    with the reference. Raises BadImage: bad_turns, bad_role, bad_part, no_text, bad_text."""
-    if not isinstance(turns, list) or not turns:
-        raise BadImage("bad_turns", f'"turns" is a list of one or more, not {_short(turns)}')
-    turns = [_check_turn(turn) for turn in turns]
-    if not any(parts for _, parts in turns):
-        raise BadImage("bad_turns", "no turn has a part")
-    return turns
-
-
-def _check_turn(turn):
-    if not isinstance(turn, dict) or turn.keys() != {"role", "parts"} or not isinstance(turn["parts"], list):
-        raise BadImage("bad_turns", f'a turn is {{"role": ..., "parts": [...]}}, not {_short(turn)}')
-    if turn["role"] not in ROLES:
-        raise BadImage("bad_role", f"expected one of {', '.join(ROLES)}, not {_short(turn['role'])}")
-    return turn["role"], [_check_part(part) for part in turn["parts"]]
-
-
-def _check_part(part):
-    if not isinstance(part, dict) or len(part) != 1 or not part.keys() <= {"text", "image"}:
-        raise BadImage("bad_part", f'a part is {{"text": ...}} or {{"image": ...}}, not {_short(part)}')
-    ((kind, value),) = part.items()
-    if kind == "image":
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise BadImage("bad_part", f"an image is a path or a number, not {_short(value)}")
-        return kind, value
-    texts = value if isinstance(value, list) else [value]
-    if not texts or "" in texts:
-        raise BadImage("no_text", f"a text part is empty")
-    for text in texts:
-        if not isinstance(text, str):
-            raise BadImage("bad_text", f"a text is a string or a list of strings, not {_short(value)}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-            raise BadImage("bad_text", f"{error}") from error
-    return kind, texts
-
-
-def references(turns):
-    """The image references of native turns, in order."""
-    return [value for _, parts in check_turns(turns) for kind, value in parts if kind == "image"]
-
-
-def captioned(texts, image):
-    """Native turns of an image and its caption, given in one or more phrasings: asked for, then drawn."""
-    return [{"role": "user", "parts": [{"text": texts}]}, {"role": "assistant", "parts": [{"image": image}]}]
-
-
-def captions(first, fields):
-    """The phrasings of a caption: `first` (or the field caption, or text), then those of the field captions.
-
-    Raises BadImage: no_caption, bad_caption.
-    """
-    texts = [first if first is not None else fields.get("caption") or fields.get("text")]
-    others = fields.get("captions") or []
-    if not isinstance(others, list) or not all(isinstance(text, str) for text in others):
-        raise BadImage("bad_caption", f"captions is a list of strings, not {_short(others)}")
-    texts = [text.strip() for text in (*texts, *others) if isinstance(text, str)]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise BadImage("bad_caption", str(error)) from error
-    texts = list(dict.fromkeys(filter(None, texts)))
-    if not texts:
-        raise BadImage("no_caption", "there is none, or an empty one")
-    return texts
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _matching(pattern, what):
@@ -224,7 +72,7 @@ class Spans:
 
 
 class Jsonl:
-    """Documents in the native format, one a line. Images are files: relative to the JSONL file, absolute, or URLs.
+    """Documents in the native format, one a line. Images are paths from the JSONL file on, or URLs.
 
     The file is scanned once, for the ends of its lines. A line that the file's end cuts off is left out
     and counted as jsonl_truncated; blank lines are nothing.
@@ -246,7 +94,7 @@ class Jsonl:
 
     def _kept(self, line, keep, skipped):
         try:
-            fields = _fields_of(parse(line))
+            fields = fields_of(parse(line))
             return keep.keeps(fields.get("key", line.strip()), fields)
         except BadImage as error:
             skipped[error.reason] += 1
@@ -263,7 +111,7 @@ class Jsonl:
 
         def read(reference):
             if not isinstance(reference, str):
-                raise BadImage("bad_part", f"an image is a path, not {_short(reference)}")
+                raise BadImage("bad_part", f"an image is a path, not {short(reference)}")
             return files.read(files.join(folder, reference), limit=self.limits.max_bytes)
 
         return self._record(i).get("turns"), read
@@ -273,14 +121,10 @@ class Jsonl:
         return references(turns), read
 
     def fields(self, i):
-        return _fields_of(self._record(i))
+        return fields_of(self._record(i))
 
     def where(self, i):
         return self.spans.where(i)
-
-
-def _fields_of(record):
-    return {name: value for name, value in record.items() if name != "turns"}
 
 
 def _is_cut(line, skipped):
@@ -311,7 +155,7 @@ def _lines(path):
 
 
 class Text:
-    """Plain text: each document is one page turn, a run of whole paragraphs of at most `max_chars` characters.
+    """Plain text: a document is one page turn, a run of whole paragraphs of at most `max_chars` characters.
 
     Blank lines part paragraphs. A longer paragraph is split at white space, or where there is none,
     between characters. Its one field is `file`, the name of the file. A document that is not
@@ -354,8 +198,8 @@ class Text:
 
 
 def _pages(path, max_chars):
-    """Yields (start, stop, paragraphs) of runs of whole paragraphs of at most `max_chars`, and of the parts of
-    longer ones; the places are bytes of the file."""
+    """Yields (start, stop, paragraphs) of runs of whole paragraphs of at most `max_chars` characters, and of
+    the parts of longer ones; start and stop are bytes of the file."""
     run, start, stop, chars = [], 0, 0, 0
     for place, paragraph in _paragraphs(path):
         text = paragraph.decode(errors="surrogateescape")
@@ -368,7 +212,9 @@ def _pages(path, max_chars):
             continue
         if run:
             yield start, stop, run
-        *parts, (start, last) = _split(place, text, max_chars) if len(text) > max_chars else [(place, paragraph)]
+        *parts, (start, last) = (
+            _split(place, text, max_chars) if len(text) > max_chars else [(place, paragraph)]
+        )
         for begin, part in parts:
             yield begin, begin + len(part), [part]
         # The end of a split paragraph stands alone too: a run is of whole ones.
@@ -396,7 +242,7 @@ def _paragraphs(path):
 
 
 def _split(place, text, max_chars):
-    """A paragraph -> [(place, bytes), ...] of at most `max_chars` characters, cut at white space if there is any."""
+    """A paragraph -> [(place, bytes), ...] of at most `max_chars`, cut at white space if there is any."""
     parts, start = [], 0
     encoded = lambda a, b: text[a:b].encode(errors="surrogateescape")
     while True:
@@ -439,7 +285,7 @@ class Records:
     def _kept(self, number, place, keep, skipped):
         try:
             record, _ = self._read(number, place)
-            fields = _fields_of(record)
+            fields = fields_of(record)
             return keep.keeps(fields.get("key", json.dumps(record)), fields)
         except BadImage as error:
             skipped[error.reason] += 1
@@ -458,7 +304,7 @@ class Records:
         with self._lock:
             if number not in self._readers:
                 # Documents are read from all over the file, so nothing is read ahead.
-                options = dict(options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
+                options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
                 self._readers[number] = ArrayRecordReader(files.local(self.paths[number]), **options)
             return self._readers[number]
 
@@ -482,7 +328,7 @@ class Records:
 
         def read(reference):
             if not isinstance(reference, int) or not 0 <= reference < len(blobs):
-                raise BadImage("no_file", f"no image {_short(reference)} among {len(blobs)}")
+                raise BadImage("no_file", f"no image {short(reference)} among {len(blobs)}")
             if len(blobs[reference]) > self.limits.max_bytes:
                 raise BadImage("too_many_bytes", f"at most {self.limits.max_bytes} bytes are read")
             return blobs[reference]
@@ -494,7 +340,7 @@ class Records:
         return references(turns), read
 
     def fields(self, i):
-        return _fields_of(self._read(self.numbers[i], self.places[i])[0])
+        return fields_of(self._read(self.numbers[i], self.places[i])[0])
 
     def where(self, i):
         return f"{self.paths[self.numbers[i]]} record {self.places[i]}"
@@ -507,11 +353,15 @@ def write_records(path, documents):
     are kept as PNG. A record is a number of blobs: uint32 count, uint32 length of each, then their bytes,
     all little-endian. The first blob is the JSON, in which {"image": k} is blob k + 1.
     """
+    if files.is_remote(str(path)):
+        raise ValueError(f"{path}: ArrayRecord writes local files only; write here and copy it there")
     unfinished, count = f"{path}.tmp", 0
     writer = ArrayRecordWriter(unfinished, "group_size:1")  # a batch reads documents from all over the file
     for document in documents:
         blobs = []
-        turns = [turn | {"parts": [_stored(part, blobs) for part in turn["parts"]]} for turn in document["turns"]]
+        turns = [
+            turn | {"parts": [_stored(part, blobs) for part in turn["parts"]]} for turn in document["turns"]
+        ]
         check_turns(turns)
         blobs.insert(0, json.dumps(document | {"turns": turns}).encode())
         writer.write(np.array([len(blobs), *map(len, blobs)], "<u4").tobytes() + b"".join(blobs))
@@ -535,9 +385,11 @@ def _stored(part, blobs):
 
 
 class Folder:
-    """An image folder with its subfolders. A caption is a row of a metadata.jsonl or metadata.csv in the image's
-    folder or one above it (`file_name`, relative to it; `text` or `caption`; all columns are fields), or
-    name.txt beside the image. Order: by path."""
+    """An image folder with its subfolders, by path.
+
+    A caption is in a row of a metadata.jsonl or metadata.csv in the image's folder or one above (`file_name`,
+    relative to it; `text` or `caption`; all columns are fields), or in name.txt beside the image.
+    """
 
     def __init__(self, folder, keep, skipped, limits):
         self.limits, self.folder = limits, files.normal(folder).rstrip("/")
@@ -584,7 +436,9 @@ class Folder:
         fields, first = self.metadata[i], None
         if self.has_text[i] and not fields.keys() & {"text", "caption", "captions"}:
             try:
-                first = files.read(self.paths[i].rpartition(".")[0] + ".txt", limit=self.limits.max_bytes).decode()
+                first = files.read(
+                    self.paths[i].rpartition(".")[0] + ".txt", limit=self.limits.max_bytes
+                ).decode()
             except UnicodeDecodeError as error:
                 raise BadImage("bad_caption", str(error)) from error
         (reference,), read = self.images(i)
@@ -646,7 +500,9 @@ class Tfds:
             raise ValueError(f"{self.spec}: expected tfds:NAME/SPLIT, as in tfds:mnist/train")
         try:
             # From its files alone: the code of many a data set asks for TensorFlow.
-            builder = builder_from_files(name, **({"data_dir": os.path.expanduser(data_dir)} if data_dir else {}))
+            builder = builder_from_files(
+                name, **({"data_dir": os.path.expanduser(data_dir)} if data_dir else {})
+            )
             features = builder.info.features
             of = lambda kind: [key for key, value in features.items() if isinstance(value, kind)]
             self.image = _one(of(tfds.features.Image), ("image",), f"{self.spec}: image")
@@ -655,9 +511,9 @@ class Tfds:
             self.data = builder.as_data_source(split, decoders=decoders)
         except (tfds.core.DatasetNotFoundError, NotImplementedError, ImportError) as error:
             raise FileNotFoundError(
-                f"{self.spec} is not prepared as array_record in {data_dir or 'the default folder of TFDS'}: "
-                f"where TensorFlow is installed run `tfds build {name} --file_format=array_record`, then name "
-                f"the folder that it wrote to with --data-dir (data_dir=). TFDS says: {str(error).splitlines()[0]}"
+                f"{self.spec} is not prepared as array_record in {data_dir or 'the default folder of TFDS'} "
+                f"({str(error).splitlines()[0]}). Where TensorFlow is installed, run `tfds build {name} "
+                "--file_format=array_record`, then name the folder that it wrote with --data-dir (data_dir=)"
             ) from error
         self.classes = {key: features[key].int2str for key in of(tfds.features.ClassLabel)}
         texts = of(tfds.features.Text)
@@ -696,7 +552,8 @@ class Tfds:
     def document(self, i):
         example = self._read(self._number(i))
         if self.words in self.classes:
-            texts = [str(self._fields(example)[self.words]).replace("_", " ")]
+            name = self._fields(example)[self.words]
+            texts = [name.replace("_", " ")] if name else []
         else:
             texts = example[self.words]
             texts = texts.get("text", ()) if isinstance(texts, dict) else texts
@@ -740,5 +597,7 @@ def _one(found, preferred, what):
         if key in found:
             return key
     if len(found) != 1:
-        raise ValueError(f"{what}: expected a feature named {' or '.join(preferred)}, or one only; found {found}")
+        raise ValueError(
+            f"{what}: expected a feature named {' or '.join(preferred)}, or one only; found {found}"
+        )
     return found[0]

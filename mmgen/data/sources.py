@@ -38,7 +38,9 @@ import numpy as np
 
 from mmgen import __version__
 from mmgen.data import images, readers, tars
+from mmgen.data.filters import Filter
 from mmgen.data.images import BadImage
+from mmgen.data.native import check_turns
 from mmgen.document import Document, Image, Text, Turn, caption_to_image
 
 KINDS = {
@@ -95,7 +97,7 @@ def open_source(
         raise ValueError(f"unknown source {spec!r}: expected one of {', '.join(KINDS.values())}{hint}")
     name = name or given or kind
     size = size if isinstance(size, images.Buckets) else tuple(size)
-    keep = readers.Filter(split, split_by, holdout, _lists(only), _lists(exclude))
+    keep = Filter(split, split_by, holdout, _lists(only), _lists(exclude))
     if documents is not None and documents < 1:
         raise ValueError(f"{spec}: documents is at least 1, not {documents}")
     if kind == "world":
@@ -122,12 +124,14 @@ def open_source(
     if keep.found or len(reader):
         keep.check(spec)
     if not len(reader):
-        raise ValueError(f"{spec}: no document is left after the filters ({dict(skipped) or 'nothing was skipped'})")
+        raise ValueError(
+            f"{spec}: no document is left after the filters ({dict(skipped) or 'nothing was skipped'})"
+        )
     return Source(spec, name, reader, size, documents, skipped, limits, background, [max_chars, keep.rules()])
 
 
 def _name_and_spec(spec):
-    """"photos=tars:x" -> ("photos", "tars:x"); a name stands before the kind only, so a path may have a "="."""
+    """'photos=tars:x' -> ('photos', 'tars:x'). A name stands before the kind, so a path may have a "="."""
     found = re.fullmatch(r"([\w.-]+)=(\w+:.*)", spec, re.DOTALL)
     return found.groups() if found else (None, spec)
 
@@ -135,7 +139,9 @@ def _name_and_spec(spec):
 def _lists(rules):
     """{field: value or values} -> {field: values}"""
     rules = rules or {}
-    return {field: list(value) if isinstance(value, (list, tuple)) else [value] for field, value in rules.items()}
+    return {
+        field: list(value) if isinstance(value, (list, tuple)) else [value] for field, value in rules.items()
+    }
 
 
 def documents_of(source, indices=None, max_bad=0.1):
@@ -175,20 +181,27 @@ class Bad:
     def report(self):
         reasons = ", ".join(f"{reason} {n}" for reason, n in self.source.skipped.most_common())
         return (
-            f"gave up on {self.source.spec}: {self.count} of {self.seen} documents are bad, more than the accepted "
-            f"{self.max_bad:.0%} ({reasons}); the first: {self.first}. Repair the source or raise max_bad"
+            f"gave up on {self.source.spec}: {self.count} of {self.seen} documents are bad, more than the "
+            f"accepted {self.max_bad:.0%} ({reasons}); the first: {self.first}. "
+            "Repair the source or raise max_bad"
         )
 
 
-def texts(source, limit=None):
-    """The texts of the first `limit` documents of a source, without reading images; bad ones are left out,
-    not counted."""
+def texts(source, limit=None, max_bad=0.1):
+    """Yields the texts of the first `limit` documents of a source, without reading images. Bad documents are
+    counted as `documents_of` counts them."""
+    bad = Bad(source, max_bad)
     for i in range(min(len(source), limit or len(source))):
-        with contextlib.suppress(BadImage):
-            yield from source.texts(i)
+        try:
+            found = source.texts(i)
+        except BadImage as error:
+            bad.saw(error)
+        else:
+            bad.saw()
+            yield from found
 
 
-captions = texts  # its name until now
+captions = texts  # the name that `mmgen doctor` knows
 
 
 class Source:
@@ -211,7 +224,7 @@ class Source:
     def alternatives(self, i, n):
         with self._document(i):
             turns, read = self.reader.document(i)
-            turns = readers.check_turns(turns)
+            turns = check_turns(turns)
             kinds = [part for _, parts in turns for part in parts]
             references = dict.fromkeys(ref for kind, ref in kinds if kind == "image")  # each is decoded once
             pictures = {ref: Image(self._pixels(ref, read, self.size)) for ref in references}
@@ -234,7 +247,7 @@ class Source:
 
     def texts(self, i):
         with self._document(i):
-            turns = readers.check_turns(self.reader.document(i)[0])
+            turns = check_turns(self.reader.document(i)[0])
         return [text for _, parts in turns for kind, words in parts if kind == "text" for text in words]
 
     def fields(self, i):
@@ -342,6 +355,10 @@ class Several:
             raise ValueError(
                 f"two sources are called {twice[0]!r}: name them, as in photos={self.sources[-1].spec} "
                 "(name= in open_source)"
+            )
+        if any(source.size != self.sources[0].size for source in self.sources):
+            raise ValueError(
+                f"sources differ in size: {[source.size for source in self.sources]}; open them alike"
             )
         self.spec = " ".join(f"{source.name}={source.spec}" for source in self.sources)
         self.name, self.size = "+".join(names), self.sources[0].size

@@ -12,7 +12,8 @@ import numpy as np
 
 from mmgen.data import files
 from mmgen.data.images import BadImage
-from mmgen.data.readers import IMAGE_SUFFIXES, captioned, captions, parse
+from mmgen.data.native import captioned, captions, parse
+from mmgen.data.readers import IMAGE_SUFFIXES
 
 MEMBERS = ("image", "txt", "json")
 SCANS = 8  # tars scanned at once: it is the waiting for a network that is shared
@@ -96,7 +97,9 @@ class Tars:
     def _read(self, i, *members):
         """{member: bytes} of those that record i has, in one read where they lie side by side."""
         number, starts, counts = self.records[i].tolist()
-        places = {name: (starts[k], counts[k]) for k, name in enumerate(MEMBERS) if name in members and starts[k]}
+        places = {
+            name: (starts[k], counts[k]) for k, name in enumerate(MEMBERS) if name in members and starts[k]
+        }
         for start, count in places.values():
             if count > self.limits.max_bytes:
                 raise BadImage("too_many_bytes", f"{count} bytes, at most {self.limits.max_bytes} are read")
