@@ -1,12 +1,15 @@
 """Every kind of source but tars: what is read, in which order, what is bad, what remote files change."""
 
+import io
 import json
+import multiprocessing
 import pickle
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import fsspec
 import numpy as np
+import PIL.Image
 import pytest
 
 from mmgen.data import files
@@ -91,7 +94,8 @@ def test_a_native_document_with_its_images_and_phrasings(tmp_path):
 BAD = [
     (b"{", "bad_json"), (b"[1]", "bad_json"), (b"\xff{}", "bad_json"), (b" x", "bad_json"),
     (b"[" * 100_000, "bad_json"),
-    ({}, "bad_turns"), ({"turns": []}, "bad_turns"), ({"turns": "x"}, "bad_turns"), ({"turns": [7]}, "bad_turns"),
+    ({}, "bad_turns"), ({"turns": []}, "bad_turns"),
+    ({"turns": "x"}, "bad_turns"), ({"turns": [7]}, "bad_turns"),
     ({"turns": [{"role": "user"}]}, "bad_turns"),
     ({"turns": [{"role": "user", "parts": {}}]}, "bad_turns"),
     ({"turns": [{"role": "user", "parts": [], "name": "x"}]}, "bad_turns"),
@@ -500,8 +504,8 @@ def test_a_fingerprint_changes_with_what_an_index_means(tmp_path):
     (tmp_path / "x").mkdir()
     path = jsonl(tmp_path / "x/a.jsonl", [page("a", g=1), page("b", g=2)])
     open_it = lambda **options: open_source(f"jsonl:{path}", **options).fingerprint
-    found = [open_it(), open_it(documents=1), open_it(only={"g": 1}), open_it(only={"g": 2}), open_it(size=(9, 9)),
-             open_it(split="train", holdout=0.0), open_it(background=(0, 0, 0))]  # fmt: skip
+    found = [open_it(), open_it(documents=1), open_it(only={"g": 1}), open_it(only={"g": 2})]
+    found += [open_it(size=(9, 9)), open_it(split="train", holdout=0.0), open_it(background=(0, 0, 0))]
     path.rename(tmp_path / "x/b.jsonl")
     path = tmp_path / "x/b.jsonl"
     found.append(open_it())
@@ -515,3 +519,48 @@ def test_a_fingerprint_changes_with_what_an_index_means(tmp_path):
         open_source("world:train", seed=seed, documents=9, **options).fingerprint
     )
     assert len({world(), world(1), world(languages=("zh",)), world(category="colors")}) == 4
+
+
+def test_limits_and_background_reach_the_images(tmp_path):
+    clear = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 4), np.uint8) * np.uint8([1, 1, 1, 0])
+    PIL.Image.fromarray(noise).save(clear, "PNG")
+    (tmp_path / "a.png").write_bytes(clear.getvalue())
+    (tmp_path / "a.txt").write_text("clear")
+    drawn = {"turns": [{"role": "page", "parts": [{"image": clear.getvalue()}]}]}
+    write_records(tmp_path / "a.records", [drawn])
+    drawn["turns"][0]["parts"][0]["image"] = "a.png"
+    write_tar(tmp_path / "a.tar", {"a.png": clear.getvalue(), "a.txt": b"clear"})
+    jsonl(tmp_path / "a.jsonl", [drawn])
+    for spec in ("folder:{}", "jsonl:{}/a.jsonl", "records:{}/a.records", "tars:{}/a.tar"):
+        spec = spec.format(tmp_path)
+        assert (open_source(spec, background=(7, 8, 9)).pixels(0) == (7, 8, 9)).all()
+        for limits, reason in (
+            (Limits(max_pixels=143), "too_large"),
+            (Limits(max_bytes=300), "too_many_bytes"),
+            (Limits(min_side=13), "too_small"),
+        ):
+            assert reasons(open_source(spec, limits=limits)) == {0: reason}
+
+
+def test_a_remote_document_costs_two_requests_at_most(tmp_path, memory, monkeypatch):
+    write_tar(tmp_path / "a.tar", samples(["00", "01"]))
+    jsonl(tmp_path / "a.jsonl", [page("x")])
+    (tmp_path / "a.txt").write_text("x")
+    upload(memory, tmp_path, "data")
+    asked, real = [], type(memory).cat_file
+    monkeypatch.setattr(
+        type(memory), "cat_file", lambda self, path, **span: asked.append(path) or real(self, path, **span)
+    )
+    for kind, requests in (("tars:{}/a.tar", 2), ("jsonl:{}/a.jsonl", 1), ("text:{}/a.txt", 1)):
+        source = open_source(kind.format("memory://data"))
+        asked.clear()
+        assert source[0] and len(asked) == requests
+
+
+def test_another_process_reads_the_same(tmp_path):
+    write_records(tmp_path / "a.records", [page(f"text {k}") for k in range(9)])
+    source = open_source(f"records:{tmp_path}/a.records")
+    first = source[3]  # with a reader open, which cannot be sent
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(source.alternatives, 3, 1).result() == [first]

@@ -43,7 +43,8 @@ def add_source_flags(parser):
     add("--source", required=True, action="append", metavar="[NAME=]SPEC",
         help=f"{' '.join(KINDS.values())}; given again, sources follow one another")  # fmt: skip
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--size", type=size, default=(32, 32), help="WIDTHxHEIGHT of its images, in pixels")
+    sizes.add_argument("--size", type=size, default=(32, 32), metavar="WIDTHxHEIGHT",
+                       help="of its images, in pixels; 32x32 if nothing is said")  # fmt: skip
     sizes.add_argument("--buckets", type=size, metavar="WIDTHxHEIGHT",
                        help="images keep about their aspect ratio, in at most this area")  # fmt: skip
     add("--documents", type=int, help="how many of each source (a world has no end)")
