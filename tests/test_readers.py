@@ -201,6 +201,17 @@ def test_records_are_the_same_documents_in_one_file(tmp_path):
     assert not (tmp_path / "b.records").exists()
 
 
+def test_more_files_than_are_held_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmgen.data.readers.OPEN", 2)
+    for k in range(5):
+        write_records(tmp_path / f"{k}.records", [page(f"{k} {n}") for n in range(3)])
+    source = open_source(f"records:{tmp_path}/*.records")
+    order = np.random.default_rng(0).permutation(15).tolist() * 3
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(source.texts, order)) == [[f"{i // 3} {i % 3}"] for i in order]
+    assert len(source.reader._readers) == 2
+
+
 def test_foreign_and_damaged_records(tmp_path):
     from array_record.python.array_record_module import ArrayRecordWriter
 

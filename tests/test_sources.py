@@ -226,6 +226,8 @@ def test_several_sources_are_one_after_the_other(tmp_path):
     for i in (-1, 6):
         with pytest.raises(IndexError):
             both[i]
+    with pytest.raises(ValueError, match="differ in size"):
+        Several([second, open_source("world:train", size=(9, 8), documents=1)])
     with pytest.raises(ValueError, match="two sources are called 'world': name them, as in"):
         Several([first, first])
     other = open_source("other=world:train", size=(8, 8), documents=3)

@@ -22,6 +22,7 @@ from mmgen.data.native import captioned, captions, check_turns, fields_of, parse
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 16 << 20  # bytes of a file in memory at once while it is scanned
+OPEN = 200  # ArrayRecord files that a process holds open
 
 
 def _matching(pattern, what):
@@ -306,6 +307,8 @@ class Records:
                 # Documents are read from all over the file, so nothing is read ahead.
                 options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
                 self._readers[number] = ArrayRecordReader(files.local(self.paths[number]), **options)
+                if len(self._readers) > OPEN:
+                    del self._readers[next(iter(self._readers))]  # whoever reads from it still holds it
             return self._readers[number]
 
     def _read(self, number, place):

@@ -42,11 +42,18 @@ class Tars:
         """-> the records of a tar [N], and a Counter of what was skipped in it"""
         skipped = collections.Counter()
         groups = collections.defaultdict(dict)  # key -> {suffix: (start, count)}
+        fields_of = {}  # key -> the bytes of its JSON, if a filter wants them
         with files.open_file(path) as file:
             for name, start, count in tar_members(file, size, skipped):
                 dot = name.find(".", name.rfind("/") + 1)  # webdataset's rule: the key ends at the first dot
-                if dot >= 0:
-                    groups[name[:dot]].setdefault(name[dot + 1 :].lower(), (start, count))
+                if dot < 0:
+                    continue
+                key, suffix = name[:dot], name[dot + 1 :].lower()
+                if suffix not in groups[key]:
+                    groups[key][suffix] = start, count
+                    if suffix == "json" and keep.needs_fields and count <= self.limits.max_bytes:
+                        file.seek(start)
+                        fields_of[key] = file.read(count)
         records = []
         for key, members in groups.items():
             image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
@@ -56,10 +63,7 @@ class Tars:
                     raise BadImage("no_image")
                 if max(counts) > np.iinfo(np.uint32).max:
                     raise BadImage("too_many_bytes")
-                fields = {}
-                if keep.needs_fields and "json" in members:
-                    fields = parse(files.read(path, *members["json"], limit=self.limits.max_bytes))
-                if keep.keeps(key, fields):
+                if keep.keeps(key, parse(fields_of[key]) if key in fields_of else {}):
                     records.append((number, starts, counts))
             except BadImage as error:
                 skipped[error.reason] += 1
