@@ -4,6 +4,7 @@ import concurrent.futures
 import io
 import math
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -111,6 +112,21 @@ def test_a_bomb_is_refused_before_it_is_decoded():
     assert reason(bomb) == "too_large"
     huge = bomb.replace(struct.pack(">II", 10_000, 10_000), struct.pack(">II", 60_000, 60_000))
     assert reason(huge) in ("too_large", "unreadable")  # Pillow's own ceiling, or the wrong checksum
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lies_about_its_size(progressive):
+    data = encoded(picture(), "JPEG", quality=90, progressive=progressive)
+    at = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+    frame = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
+    huge = frame[:5] + struct.pack(">HH", 60_000, 60_000) + frame[9:]
+    tracemalloc.start()
+    assert reason(data.replace(frame, huge)) == "too_large"
+    for two in (frame + huge, huge + frame):  # each decoder may believe another one
+        for size in (None, (8, 8)):
+            assert reason(data.replace(frame, two), size=size) in ("too_large", "unreadable")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20  # NumPy's arrays are counted too
+    tracemalloc.stop()
 
 
 def test_a_bomb_of_scans():
