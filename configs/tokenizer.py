@@ -33,6 +33,8 @@ def get_config(variant):
         spec="world:train", size=(32, 32), seed=0, documents=4_000, category="scene"
     )  # the busiest pictures teach most
     d.batch_size = 16
+    d.max_bad = 0.1  # share of bad images above which the run gives up
+    d.threads, d.workers = 1, 0  # that make batches ahead: threads or, if not 0, processes
     d.augment = False  # random resized crops, mirrored half of the time
     c.held_out = dict(spec="world:valid", size=(32, 32), seed=0, documents=256)
 

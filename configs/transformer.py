@@ -29,12 +29,15 @@ def get_config(variant):
     m.unroll = True  # write the layers out instead of scanning them: faster on CPU
 
     c.data = d = ml_collections.ConfigDict()
-    d.shards = "runs/shards"  # a folder written by `mmgen tokenize`
+    d.shards = "runs/shards"  # a folder written by `mmgen tokenize`, or several: "a,b"
+    d.mixture = ()  # shares of tokens, (("world", 0.7), ("photos", 0.3)), by the names of the sources; (): as they come
     d.batch_size = 7  # rows
     d.row_length = 176  # tokens a row; several documents share one
     d.overlong = "error"  # or "drop": what to do with documents longer than a row
     d.text_drop = 0.1  # share of documents trained without their text (for guidance)
     d.image_drop = 0.0  # ... without text and without the images of their user turns
+    d.max_bad = 0.01  # share of damaged documents above which the run gives up
+    d.threads, d.workers = 1, 0  # that make batches ahead: threads or, if not 0, processes
     d.text_weight, d.image_weight, d.user_weight = 1.0, 1.0, False
 
     c.loss = dict(z=1e-4)  # weight of log Z squared

@@ -268,7 +268,8 @@ class Grammar:
             return f"an image code{depth} ({state.remaining} to come of {state.height} x {state.width})"
         return EXPECTED[state.mode]
 
-    # What training needs to know of a document: arrays over its tokens, without a loop over them.
+    # What training needs to know of a document: arrays over its tokens, without a loop over them. All
+    # of these also take whole documents one after another, as a loader reads them: each is as if alone.
 
     def positions(self, tokens) -> np.ndarray:
         """Position ids (t, y, x) of a document or the beginning of one: int32 [T, 3].
@@ -277,17 +278,22 @@ class Grammar:
         row i and column j, with p the position of the first; what follows is at p + max(H, W).
         """
         tokens = _row(tokens)
-        line = np.arange(len(tokens), dtype=np.int32)[:, None]
-        positions = np.repeat(line, 3, axis=1)
-        for i in np.flatnonzero(tokens == self.boi):
-            header = tokens[i + 1 : i + 3]
-            if len(header) == 2:
-                height, width = int(header[0]) - self.h(1) + 1, int(header[1]) - self.w(1) + 1
-                first, after = i + 3, i + 3 + height * width * self.depth
-                codes = positions[first:after]
-                p = positions[i + 2, 0] + 1
-                codes[:] = p + _grid(height, width, self.depth)[: len(codes)]
-                positions[after:] = line[: max(0, len(tokens) - after)] + (p + max(height, width))
+        steps = (tokens < self.code_start).astype(np.int32)  # from each token to the next
+        begun = np.flatnonzero(tokens == self.boi)
+        begun = begun[begun + 2 < len(tokens)]
+        heights, widths = tokens[begun + 1] - self.h(1) + 1, tokens[begun + 2] - self.w(1) + 1
+        after = begun + 3 + heights * widths * self.depth
+        whole = after <= len(tokens)  # the last image of a beginning may not be
+        steps[after[whole] - 1] = np.maximum(heights, widths)[whole]
+        line = np.cumsum(steps, dtype=np.int32) - steps
+        starts = np.flatnonzero(tokens == self.bos)  # of several documents in a row each begins anew
+        if len(starts) > 1:
+            line -= np.repeat(line[starts], np.diff(starts, append=len(tokens)))
+        positions = np.repeat(line[:, None], 3, axis=1)
+        if len(begun):
+            grids = [_grid(h, w, self.depth) for h, w in zip(heights.tolist(), widths.tolist())]
+            codes = np.flatnonzero(tokens >= self.code_start)
+            positions[codes] += np.concatenate(grids)[: len(codes)]
         return positions
 
     def loss_weights(self, tokens, text: float = 1.0, image: float = 1.0, user: bool = False) -> np.ndarray:

@@ -264,6 +264,19 @@ def test_the_machine_accepts_every_document_and_gives_its_positions(case):
     assert same(grammar.advance(state, np.array([grammar.eos])), state)
 
 
+@given(st.lists(documents(), min_size=1, max_size=4), st.data())
+def test_documents_one_after_another_are_each_as_if_alone(cases, data):
+    grammar = cases[0][0]
+    rows = [grammar.encode(document, LETTERS_MODEL) for each, document in cases if each == grammar]
+    joined = np.concatenate(rows)
+    user = data.draw(st.booleans())
+    for of in (grammar.positions, lambda t: grammar.loss_weights(t, 0.5, 2.0, user)):
+        assert np.array_equal(of(joined), np.concatenate([of(row) for row in rows]))
+    for k in range(2):
+        alone = np.concatenate([grammar.guidance_drops(row)[k] for row in rows])
+        assert np.array_equal(grammar.guidance_drops(joined)[k], alone)
+
+
 def test_positions_of_a_small_document():
     g = GRAMMARS[0]
     document = caption_to_image("ab", Image(codes=np.zeros((2, 3), int)))

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mmgen.data.loader import Images, Rows, prefetch
-from mmgen.data.shards import DROP_IMAGES, DROP_TEXT, Shards, variant_of, write
+from mmgen.data.packing import DROP_IMAGES, DROP_TEXT
+from mmgen.data.shards import Shards, write
 from mmgen.data.sources import TooManyBad, open_source
 from mmgen.grammar import Grammar
 from tests.test_shards import GRAMMAR, edit
@@ -24,6 +25,14 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     write(folder, (edit(rng) for _ in range(240)), GRAMMAR, shard_size=100)
     return folder
+
+
+def documents_of(loader, epoch):
+    """[(document, variant), ...] of each row of an epoch, in the order they are given out."""
+    plan = loader.plan
+    first = sum(plan.rows(before) for before in range(epoch))
+    rows = [plan.row(first + row) for row in range(plan.rows(epoch))]
+    return [list(zip(documents.tolist(), variants.tolist())) for documents, variants in rows]
 
 
 def rows(folder, **options):
@@ -76,7 +85,7 @@ def test_a_batch_depends_on_its_step_alone(folder):
 def test_part_of_a_batch_is_that_part(folder):
     loader = rows(folder)
     whole = loader.batch(9)
-    parts = [loader.rows_of(9, 0, 2), loader.rows_of(9, 2, 5)]
+    parts = [loader.rows_of(9, [0, 1])[0], loader.rows_of(9, [2, 3, 4])[0]]
     assert same({name: np.concatenate([part[name] for part in parts]) for name in whole}, whole)
 
 
@@ -92,7 +101,7 @@ def test_every_document_once_an_epoch(folder):
     expected = collections.Counter(Shards(folder).tokens(i).tobytes() for i in range(240))
     step = 0
     for epoch in range(3):
-        count = len(loader.documents(epoch))
+        count = len(documents_of(loader, epoch))
         found = collections.Counter(
             tokens.tobytes()
             for s in range(step, step + count)
@@ -101,7 +110,7 @@ def test_every_document_once_an_epoch(folder):
         assert found == expected
         step += count
         assert loader.epoch_of(step - 1) == epoch and loader.epoch_of(step) == epoch + 1
-    assert loader.documents(0) != loader.documents(1)
+    assert documents_of(loader, 0) != documents_of(loader, 1)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +118,11 @@ def test_every_document_once_an_epoch(folder):
 )
 def test_documents_are_as_the_grammar_says(folder, loss):
     loader, shards = rows(folder, batch_size=1, loss=loss), Shards(folder)
-    for step, documents in enumerate(loader.documents(0)):
+    for step, documents in enumerate(documents_of(loader, 0)):
         found = list(segments_of(loader.batch(step)))
         assert len(found) == len(documents)
         for (tokens, positions, weights), (i, variant) in zip(found, documents):
-            expected = variant_of(shards.tokens(i), variant, GRAMMAR)
+            expected = shards.tokens(i, variant)
             np.testing.assert_array_equal(tokens, expected)
             np.testing.assert_array_equal(positions, GRAMMAR.positions(expected))
             np.testing.assert_array_equal(weights, GRAMMAR.loss_weights(expected, **(loss or {})))
@@ -123,28 +132,28 @@ def test_documents_are_as_the_grammar_says(folder, loss):
 
 
 def test_drop_rates(folder):
-    drawn = np.array([v for epoch in range(40) for row in rows(folder).documents(epoch) for _, v in row])
+    drawn = np.array([v for epoch in range(40) for row in documents_of(rows(folder), epoch) for _, v in row])
     assert abs(((drawn & DROP_TEXT) > 0).mean() - 0.3) < 0.02
     assert abs(((drawn & DROP_IMAGES) > 0).mean() - 0.2) < 0.02
     assert abs((drawn == DROP_TEXT | DROP_IMAGES).mean() - 0.06) < 0.02
-    per_epoch = [dict(d for row in rows(folder).documents(epoch) for d in row) for epoch in (0, 1)]
+    per_epoch = [dict(d for row in documents_of(rows(folder), epoch) for d in row) for epoch in (0, 1)]
     assert per_epoch[0] != per_epoch[1]
 
 
 def test_rows_are_planned_with_the_lengths_after_dropping(folder):
-    counts = [len(rows(folder, text_drop=p, image_drop=p).documents(0)) for p in (0.0, 0.5, 1.0)]
+    counts = [len(documents_of(rows(folder, text_drop=p, image_drop=p), 0)) for p in (0.0, 0.5, 1.0)]
     assert counts[0] > counts[1] > counts[2]
-    lengths = Shards(folder).lengths
-    assert counts[2] <= 1.1 * lengths[:, DROP_TEXT | DROP_IMAGES].sum() / ROW
+    whole, text, images = Shards(folder).lengths[:, 0].sum(0)
+    assert counts[2] <= 1.1 * (whole - text - images) / ROW
 
 
 def test_rows_too_short(folder):
     with pytest.raises(ValueError, match="longer than a row"):
         rows(folder, row_length=24).batch(0)
     loader = rows(folder, row_length=24, overlong="drop")
-    kept = sum(len(row) for row in loader.documents(0))
-    assert 0 < kept < 240 and loader.dropped(0) == 240 - kept
-    with pytest.raises(ValueError, match="no document fits"):
+    kept = sum(len(row) for row in documents_of(loader, 0))
+    assert 0 < kept < 240 and loader.plan.dropped(0) == 240 - kept
+    with pytest.raises(ValueError, match="no document .* fits"):
         rows(folder, row_length=2, overlong="drop").batch(0)
 
 
@@ -153,9 +162,9 @@ def test_prefetch_is_the_batches_from_any_step_on(folder, threads):
     loader = rows(folder)
     before = threading.active_count()
     for start in (0, 13, 1000):
-        batches = loader.prefetch(start, threads=threads, ahead=4)
+        batches = rows(folder, threads=threads).prefetch(start)
         for step in range(start, start + 6):
-            found, batch = next(batches)
+            found, batch, _ = next(batches)
             assert found == step and same(batch, loader.batch(step))
         batches.close()
     for thread in threading.enumerate():
@@ -167,13 +176,13 @@ def test_prefetch_is_the_batches_from_any_step_on(folder, threads):
 def test_prefetch_stays_a_few_steps_ahead_and_passes_errors_on():
     made = []
 
-    def batch(step):
+    def rows_of(step, rows):
         made.append(step)
         if step == 3:
             raise ValueError("step three")
-        return {}
+        return {}, rows
 
-    batches = prefetch(batch, 0, ahead=2)
+    batches = prefetch(rows_of, 0, 7, ahead=2)
     assert [next(batches)[0] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="step three"):
         next(batches)
@@ -214,8 +223,9 @@ def test_image_batches_are_pure_and_cover_an_epoch(tmp_path, augment):
     for epoch in (batches[:5], batches[5:]):
         assert sorted(np.concatenate(epoch)[:, 0, 0, 0].tolist()) == list(range(30))
     assert (batches[0] != batches[5]).any()
-    assert (loader.rows_of(3, 2, 4)["images"] == batches[3][2:4]).all()
-    found, batch = next(prefetching := loader.prefetch(7, threads=2))
+    assert (loader.rows_of(3, [2, 3])[0]["images"] == batches[3][2:4]).all()
+    loader.threads = 2
+    found, batch, _ = next(prefetching := loader.prefetch(7))
     prefetching.close()
     assert found == 7 and (batch["images"] == batches[7]).all()
 
@@ -260,7 +270,7 @@ def test_recolored_images_are_the_same_pictures_in_other_colors(tmp_path):
 def test_an_image_is_drawn_once_while_there_is_room():
     source = open_source("world:train", size=(16, 16), documents=10)
     drawn, draw = [], source.pixels
-    source.pixels = lambda i: drawn.append(i) or draw(i)
+    source.pixels = lambda i, which: drawn.append(i) or draw(i, which)
     loader = Images(source, 5, cache_bytes=4 * 16 * 16 * 3)
     first, *_, last = [loader.batch(step)["images"] for step in range(6)]
     assert len(drawn) == 10 + 2 * 6  # four are kept

@@ -21,11 +21,11 @@ from mmgen.data.loader import Images, Rows
 from mmgen.__main__ import main
 
 for loader in (Images, Rows):
-    def batch(self, step, batch=loader.batch):
+    def rows_of(self, step, rows, rows_of=loader.rows_of):
         if step == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
-        return batch(self, step)
-    loader.batch = batch
+        return rows_of(self, step, rows)
+    loader.rows_of = rows_of
 main(sys.argv[2:])
 """
 

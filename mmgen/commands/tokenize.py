@@ -3,27 +3,48 @@
 import argparse
 
 from mmgen.commands.common import add_source_flags, source_from
+from mmgen.runtime import checkpoint
+from mmgen.runtime.mesh import process
 from mmgen.stages.tokenize import tokenize
 
 
 def main(argv):
-    """Turns a source into tokenised shards for the transformer stage."""
+    """Turns sources into tokenised shards for the transformer stage. Run again, it goes on. With
+    MMGEN_DISTRIBUTED=RANK/COUNT (or auto) several processes share the work."""
     parser = argparse.ArgumentParser("mmgen tokenize", description=main.__doc__)
     add_source_flags(parser)
-    parser.add_argument("--tokenizer", required=True, help="workdir of a tokenizer run")
-    parser.add_argument("--text", required=True, help="SentencePiece .model (see `mmgen text`)")
-    parser.add_argument("--out", required=True, help="folder of the shards")
-    parser.add_argument("--max-side", type=int, default=64, help="largest image side, in patches")
-    parser.add_argument("--overwrite", action="store_true", help="replace finished shards in --out")
+    add = parser.add_argument
+    add("--tokenizer", required=True, help="workdir of a tokenizer run")
+    add("--text", required=True, help="SentencePiece .model (see `mmgen text`)")
+    add("--out", required=True, help="folder of the shards")
+    add("--max-side", type=int, default=64, help="largest image side, in patches")
+    add("--phrasings", type=int, default=1, help="keep up to so many wordings of a document")
+    add("--longest", type=int, default=0, help="tokens that a document may have (the row length of the training)")
+    add("--overlong", choices=("refuse", "cut"), default="refuse", help="longer ones: leave out, or cut at a turn")
+    add("--shard-size", type=int, default=16384, help="documents a shard: what a stopped run has to do again")
+    add("--workers", type=int, default=0, help="processes that read and draw; 0: threads")
+    add("--overwrite", action="store_true", help="replace what --out holds")
     args = parser.parse_args(argv)
+    patch = checkpoint.read_config(args.tokenizer, "tokenizer")["model"]["patch"]
     manifest = tokenize(
-        source_from(args),
+        source_from(args, multiple=patch, max_side=patch * args.max_side),
         args.tokenizer,
         args.text,
         args.out,
         max_side=args.max_side,
+        phrasings=args.phrasings,
+        longest=args.longest,
+        overlong=args.overlong,
+        max_bad=args.max_bad,
+        shard_size=args.shard_size,
+        process=process(),
+        workers=args.workers,
         overwrite=args.overwrite,
     )
-    print(
-        f"{args.out}: {manifest['count']} documents, {manifest['tokens']} tokens, skipped {manifest['skipped']}"
-    )
+    if manifest is None:
+        print(f"{args.out}: this process has done its shards; others are not finished yet")
+    else:
+        print(
+            f"{args.out}: {manifest['count']} documents, {manifest['tokens']} tokens, "
+            f"skipped {manifest['skipped']}, cut {manifest['cut']}"
+        )

@@ -1,58 +1,40 @@
-"""Packing: which documents share a row, from their lengths alone."""
+"""Packing: which documents share a row, from their lengths alone, and in which order rows come.
 
-import dataclasses
+An `Epoch` never holds more than a window of documents: the shuffle is a keyed permutation that gives any
+of its places alone, chances are hashes of (seed, epoch, document), and a window is packed by itself. So
+a billion documents need no more memory than a million; what grows is a number for each window.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import math
+import os
+import threading
+import uuid
+from typing import NamedTuple
 
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Rows of documents: `plan[r]` is the int array of the documents of row r, in their order."""
-
-    documents: np.ndarray  # int64 [N], row after row
-    starts: np.ndarray  # int64 [R + 1], where each row begins in `documents`
-    dropped: np.ndarray  # int64, the documents that are longer than a row
-
-    def __len__(self):
-        return len(self.starts) - 1
-
-    def __getitem__(self, row):
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        return self.documents[self.starts[row] : self.starts[row + 1]]
+WINDOW = 8192  # documents that are packed together
+VERSION = 1  # of everything here that decides which documents make a row
+DROP_TEXT, DROP_IMAGES = 1, 2  # bits of a variant; above them stands the number of the phrasing
+VARIANTS = 4  # of each phrasing
 
 
-def pack(lengths, row_length, order=None, *, window=8192, overlong="error"):
-    """Packs documents of `lengths` int [N] into rows of `row_length` tokens -> Plan.
+def best_fit(lengths, row_length):
+    """Packs documents of `lengths` int [N], each at most row_length -> rows, lists of places in `lengths`.
 
-    `order` int [N] is the (shuffled) order to take documents in; each `window` of it is packed by
-    itself, best fit, so that the plan of a window never depends on another. Deterministic.
-    A document longer than a row is a ValueError, or with overlong="drop" is left out and listed.
+    Longest first wins on mixed lengths, the given order on documents of nearly one length; this takes
+    whichever makes fewer rows.
     """
-    lengths = np.asarray(lengths, np.int64)
-    order = np.arange(len(lengths)) if order is None else np.asarray(order, np.int64)
-    if overlong not in ("error", "drop"):
-        raise ValueError(f'overlong is "error" or "drop", not {overlong!r}')
-    if len(lengths) and lengths.min() < 1:
-        raise ValueError(f"document {lengths.argmin()} has {lengths.min()} tokens: expected at least 1")
-    fits = lengths[order] <= row_length
-    dropped = order[~fits]
-    if len(dropped) and overlong == "error":
-        raise ValueError(
-            f"{len(dropped)} of {len(order)} documents are longer than a row of {row_length} tokens (the longest, "
-            f"document {dropped[lengths[dropped].argmax()]}, has {lengths[dropped].max()}): lengthen the row or "
-            'leave them out with overlong="drop"'
-        )
-    order = order[fits]
-    rows = []
-    for start in range(0, len(order), window):
-        documents = order[start : start + window]
-        longest_first = documents[np.argsort(-lengths[documents], kind="stable")]
-        # Longest first wins on mixed lengths, the drawn order on documents of nearly one length.
-        rows += min((_best_fit(d, lengths, row_length) for d in (longest_first, documents)), key=len)
-    starts = np.cumsum([0] + [len(row) for row in rows], dtype=np.int64)
-    documents = np.fromiter((i for row in rows for i in row), np.int64, len(order))
-    return Plan(documents, starts, dropped)
+    lengths = np.asarray(lengths)
+    longest_first = np.argsort(-lengths, kind="stable")
+    rows = _best_fit(longest_first, lengths, row_length)
+    if len(rows) * row_length > 1.01 * lengths.sum():  # not worth a second try
+        rows = min(rows, _best_fit(np.arange(len(lengths)), lengths, row_length), key=len)
+    return rows
 
 
 def _best_fit(documents, lengths, row_length):
@@ -67,12 +49,313 @@ def _best_fit(documents, lengths, row_length):
         if roomy:
             room = length + (roomy & -roomy).bit_length() - 1
             row = stacks[room].pop()
-            rows[row].append(document)
+            row.append(document)
             if not stacks[room]:
                 rooms ^= 1 << room
         else:
-            room, row = row_length, len(rows)
-            rows.append([document])
+            room, row = row_length, [document]
+            rows.append(row)
         stacks[room - length].append(row)
         rooms |= 1 << (room - length)
     return rows
+
+
+# What a chance is for, so that none of them moves another.
+SLOTS, ORDER, TEXT, IMAGES, PHRASING = range(5)
+
+
+class Part(NamedTuple):
+    """A run of documents that a mixture weighs as one: [start, stop) in the shards."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Window(NamedTuple):
+    """Packed documents: row r holds documents[starts[r]:starts[r + 1]]."""
+
+    documents: np.ndarray  # int64 [N]
+    variants: np.ndarray  # int64 [N]
+    starts: np.ndarray  # int64 [R + 1]
+    dropped: int  # documents left out as longer than a row
+
+
+class Plan:
+    """Rows of documents for ever, numbered on through the epochs: plan[number] is a lookup.
+
+    Each epoch draws every document's variant, shuffles, cuts the order into windows and packs each, best
+    fit. An epoch without a mixture has every document once. With one, {part name: weight}, it has as
+    many tokens as the parts have together, shared out by weight: a part is gone through again and again,
+    in a new order each time, and goes on in the next epoch where it stopped.
+
+    lengths: int array or memory map [N, P, 3]: of each phrasing its tokens, and those that DROP_TEXT
+    and DROP_IMAGES take away; phrasings that a document does not have are 0.
+    text_drop, image_drop: chances of these, drawn independently. A document longer than a row is a
+    ValueError, or with overlong="drop" left out and counted.
+    folder: where the number of rows of each window is kept, so that a resumed run need not pack again
+    what came before; None keeps it in memory. identity: what else, by a hash, the documents are.
+    """
+
+    def __init__(
+        self, lengths, parts, row_length, seed=0, *, mixture=None, text_drop=0.0, image_drop=0.0,
+        overlong="error", window=WINDOW, folder=None, identity="",
+    ):  # fmt: skip
+        self.lengths, self.row_length, self.seed = lengths, row_length, seed
+        self.drops, self.overlong, self.window = (text_drop, image_drop), overlong, window
+        if overlong not in ("error", "drop"):
+            raise ValueError(f'overlong is "error" or "drop", not {overlong!r}')
+        if not len(lengths):
+            raise ValueError("there is no document to make rows of")
+        if mixture:
+            parts = _weighed(parts, mixture)
+            weights = [mixture[part.name] / sum(mixture.values()) for part in parts]
+            tokens = [self._tokens(part) for part in parts]
+            # Documents of each part an epoch: its share of tokens, at its own mean length.
+            self.rates = [
+                weight * sum(tokens) * (part.stop - part.start) / own
+                for weight, part, own in zip(weights, parts, tokens)
+            ]
+        else:
+            parts = [Part("all", 0, len(lengths))]
+            self.rates = [float(len(lengths))]
+        self.parts = parts
+        key = (VERSION, seed, row_length, window, self.drops, overlong, self.rates, parts, identity)
+        self.key = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        self.folder = folder
+        self._tables = []  # of each epoch begun, its _Table
+        self._firsts = [0]  # the number of the first row of each epoch begun
+        self.__setstate__({})
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_windows")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._lock = threading.RLock()
+        self._windows = functools.lru_cache(8)(self._window)
+
+    def row(self, number):
+        """Row `number` >= 0 -> (documents, variants), int64 arrays."""
+        with self._lock:
+            epoch, row = self.find(number)
+            table = self._tables[epoch]
+            at = int(np.searchsorted(table.rows, row, side="right")) - 1
+            window, r = self._windows(epoch, at), row - int(table.rows[at])
+        here = slice(window.starts[r], window.starts[r + 1])
+        return window.documents[here], window.variants[here]
+
+    def find(self, number):
+        """Row number -> (epoch, row of the epoch)."""
+        with self._lock:
+            while True:
+                epoch = bisect.bisect(self._firsts, number) - 1
+                row = number - self._firsts[epoch]
+                if epoch < len(self._firsts) - 1 or row < self._extend(epoch, row + 1):
+                    return epoch, row
+                self._firsts.append(self._firsts[epoch] + int(self._tables[epoch].rows[-1]))
+
+    def rows(self, epoch):
+        """How many rows an epoch has: packs all of it, unless that is known."""
+        with self._lock:
+            return self._extend(epoch, None)
+
+    def dropped(self, epoch):
+        """How many documents of an epoch are left out as longer than a row."""
+        self.rows(epoch)
+        return int(sum(self._tables[epoch].dropped))
+
+    def size(self, epoch):
+        """How many documents an epoch has, those left out included."""
+        return int(self._counts(epoch).sum())
+
+    def _table(self, epoch):
+        while epoch >= len(self._tables):
+            path = self.folder and os.path.join(self.folder, f"{self.key}-{len(self._tables)}.npy")
+            self._tables.append(_Table(path))
+        return self._tables[epoch]
+
+    def _extend(self, epoch, rows):
+        """Packs windows until `rows` rows of the epoch are known, or None for all -> how many are."""
+        table, count = self._table(epoch), -(-self.size(epoch) // self.window)
+        while len(table) < count and (rows is None or table.rows[-1] < rows):
+            window = self._windows(epoch, len(table))
+            table.add(len(window.starts) - 1, window.dropped, last=len(table) + 1 == count)
+        if len(table) == count and not table.rows[-1]:
+            raise ValueError(f"no document of epoch {epoch} fits in a row of {self.row_length} tokens")
+        return int(table.rows[-1])
+
+    def _counts(self, epoch):
+        """Documents that each part gives to an epoch: int [parts]."""
+        return np.array([int((epoch + 1) * rate) - int(epoch * rate) for rate in self.rates])
+
+    def _window(self, epoch, number):
+        documents, rounds = self._documents(epoch, number)
+        variants, lengths = self._variants(documents, rounds)
+        fits = lengths <= self.row_length
+        if self.overlong == "error" and not fits.all():
+            worst = documents[lengths.argmax()]
+            raise ValueError(
+                f"{(~fits).sum()} of {len(fits)} documents are longer than a row of {self.row_length} tokens (the "
+                f'longest, document {worst}, has {lengths.max()}): lengthen the row or use overlong="drop"'
+            )
+        documents, variants, lengths = documents[fits], variants[fits], lengths[fits]
+        rows = best_fit(lengths, self.row_length)
+        order = np.random.default_rng([self.seed, epoch, number]).permutation(len(rows))
+        rows = [rows[r] for r in order.tolist()]
+        places = np.fromiter((place for row in rows for place in row), np.int64, len(documents))
+        starts = np.cumsum([0] + [len(row) for row in rows], dtype=np.int64)
+        return Window(documents[places], variants[places], starts, int((~fits).sum()))
+
+    def _documents(self, epoch, number):
+        """The documents of a window, int64 [N], and how often their part was gone through before, [N]."""
+        counts = self._counts(epoch)
+        slots = np.arange(number * self.window, min((number + 1) * self.window, counts.sum()))
+        if len(self.parts) > 1:  # the order of the parts
+            slots = permute(slots, int(counts.sum()), mix(self.seed, SLOTS, epoch))
+        ends = np.cumsum(counts)
+        which = np.searchsorted(ends, slots, side="right")
+        documents, rounds = np.empty(len(slots), np.int64), np.empty(len(slots), np.int64)
+        for p, part in enumerate(self.parts):
+            mine = np.flatnonzero(which == p)
+            size = part.stop - part.start
+            place = slots[mine] - (ends[p] - counts[p]) + int(epoch * self.rates[p])
+            rounds[mine] = place // size
+            keys = mix(self.seed, ORDER, p, rounds[mine])
+            documents[mine] = part.start + permute(place % size, size, keys)
+        return documents, rounds
+
+    def _variants(self, documents, rounds):
+        """The variant that each document has in that round, and its length: int64 [N] each."""
+        text, images = (
+            chance(self.seed, stream, rounds, documents) < share
+            for stream, share in zip((TEXT, IMAGES), self.drops)
+        )
+        lengths = np.asarray(self.lengths[documents]).astype(np.int64)
+        phrasings = (lengths[:, :, 0] > 0).sum(1)
+        phrasing = (chance(self.seed, PHRASING, rounds, documents) * phrasings).astype(np.int64)
+        whole, texts, pictures = lengths[np.arange(len(documents)), phrasing].T
+        variants = phrasing * VARIANTS + text * DROP_TEXT + images * DROP_IMAGES
+        return variants, whole - text * texts - images * pictures
+
+    def _tokens(self, part, chunk=1 << 20):
+        """The tokens that one round of a part is expected to give, what is longer than a row left out."""
+        total = 0.0
+        for start in range(part.start, part.stop, chunk):
+            lengths = np.asarray(self.lengths[start : min(start + chunk, part.stop)]).astype(np.int64)
+            whole, texts, pictures = np.moveaxis(lengths, 2, 0)
+            expected = 0.0
+            for text, images in itertools.product((0, 1), repeat=2):
+                share = math.prod(d if drawn else 1 - d for d, drawn in zip(self.drops, (text, images)))
+                left = whole - text * texts - images * pictures
+                expected = expected + share * np.where(left <= self.row_length, left, 0)
+            total += float((expected.sum(1) / (whole > 0).sum(1)).sum())
+        if not total:
+            raise ValueError(f"no document of {part.name} fits in a row of {self.row_length} tokens")
+        return total
+
+
+def _weighed(parts, mixture):
+    """The parts that a mixture names, in their order."""
+    names = [part.name for part in parts]
+    unknown = sorted(set(mixture) - set(names))
+    if unknown or min(mixture.values()) < 0 or not sum(mixture.values()) > 0:
+        raise ValueError(
+            f"a mixture gives each of the parts {names} a weight >= 0, not all 0; found {dict(mixture)}"
+            + (f", of which {unknown} are not there" if unknown else "")
+        )
+    missing = [name for name in names if name not in mixture]
+    if missing:
+        raise ValueError(f"the mixture {dict(mixture)} leaves out {missing}: give 0 to what is not wanted")
+    return [part for part in parts if mixture[part.name] > 0]
+
+
+class _Table:
+    """The rows before each window of an epoch, and the documents that each left out; kept in a file."""
+
+    SAVE_EVERY = 256  # windows
+
+    def __init__(self, path):
+        self.path, self.count, self.saved = path, 0, 0
+        self._rows, self.dropped = np.zeros(257, np.int64), []
+        if path and os.path.exists(path):
+            try:
+                known = np.load(path)
+                assert known.ndim == 2 and known.shape[1] == 2 and known.dtype == np.int64
+            except (ValueError, OSError, EOFError, AssertionError):
+                return  # damaged: it is made again
+            for rows, dropped in known.tolist():
+                self._add(rows, dropped)
+            self.saved = self.count
+
+    def __len__(self):
+        return self.count
+
+    @property
+    def rows(self):
+        """int64 [windows + 1]"""
+        return self._rows[: self.count + 1]
+
+    def add(self, rows, dropped, last):
+        """Notes the next window."""
+        self._add(rows, dropped)
+        if self.path and (last or self.count - self.saved >= self.SAVE_EVERY):
+            self._save()
+
+    def _add(self, rows, dropped):
+        self.count += 1
+        if self.count == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._rows[self.count] = self._rows[self.count - 1] + rows
+        self.dropped.append(dropped)
+
+    def _save(self):
+        """Several processes may write the same table at once: each writes a true beginning of it."""
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        unfinished = f"{self.path}.{uuid.uuid4().hex}.tmp"
+        with open(unfinished, "wb") as file:
+            np.save(file, np.stack([np.diff(self.rows), self.dropped], 1).astype(np.int64))
+        os.replace(unfinished, self.path)
+        self.saved = self.count
+
+
+# ---- chance by number -----------------------------------------------------------------------
+
+
+def mix(*numbers):
+    """A hash of numbers or arrays of them -> uint64, by SplitMix64's finaliser (Steele et al. 2014)."""
+    state = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        for number in numbers:
+            state = (state ^ np.asarray(number).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def chance(*numbers):
+    """Uniform in [0, 1) from a hash of numbers or arrays of them: float64."""
+    return (mix(*numbers) >> np.uint64(11)) * 2.0**-53
+
+
+def permute(places, size, key, rounds=8):
+    """Where a random permutation of range(size), chosen by `key`, puts `places` int [N] -> int64 [N].
+
+    A Feistel network on the bits of size - 1, walked until the result is below size (Black and Rogaway
+    2002, "Ciphers with arbitrary finite domains"). `key` is a uint64 or one for each place.
+    """
+    bits = max(int(size - 1).bit_length(), 6)  # with fewer, some orders would come more often than others
+    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
+    places = np.asarray(places).astype(np.uint64)
+    keys = np.broadcast_to(np.asarray(key, np.uint64), places.shape)
+    out, todo = places.copy(), np.arange(len(places))
+    while len(todo):
+        x, a, b = out[todo], low, high
+        for n in range(rounds):
+            left, right = x >> a, x & ((np.uint64(1) << a) - np.uint64(1))
+            left ^= mix(keys[todo], n, right) & ((np.uint64(1) << b) - np.uint64(1))
+            x, a, b = (right << b) | left, b, a
+        out[todo] = x
+        todo = todo[x >= np.uint64(size)]
+    return out.astype(np.int64)

@@ -1,176 +1,465 @@
 """Shards: a folder of tokenised documents.
 
     tokens-00000.arrayrecord ...   one record a document: its tokens, little-endian
-    lengths.npy                    int32 [N, 4], the length of each variant of each document
+    tokens-00000.json ...          of each: counts, digest, which items of the source it holds
+    lengths.npy                    [N, P, 3], of each document's phrasings: tokens, and how many of them
+                                   are text and images that a variant may drop
     manifest.json                  counts, hashes, where it all came from; written last
+    job.json                       what the folder is being made of, before it is finished
 
-A folder without a manifest is unfinished. A variant is a set of dropped spans, numbered by bits: 0
-everything, 1 without the text of system and user turns, 2 without their images, 3 without both.
+A folder without a manifest is unfinished. A document in several phrasings (the same images, other words) is
+one record: the first whole, the others with `<boi>` alone for each image. A variant is a phrasing and a
+set of dropped spans: `phrasing * 4 + bits`, where bit 1 drops the text of system and user turns, 2 their images.
+
+A shard is written apart, under another name, and counts once its .json stands beside it: so a run that was
+killed goes on with the shard it was at, and any number of processes can each write some of the shards.
 """
 
+import functools
+import hashlib
+import itertools
 import json
 import os
 import pathlib
+import resource
+import uuid
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-VERSION = 1
-DROP_TEXT, DROP_IMAGES = 1, 2
-VARIANTS = 4
+from mmgen.data.packing import DROP_IMAGES, DROP_TEXT, VARIANTS, Part
+from mmgen.grammar import Grammar
+
+VERSION = 2
 
 
-def write(out, documents, grammar, *, manifest_extra=None, shard_size=65536, overwrite=False):
-    """Writes an iterable of int token arrays [T] to the folder `out` -> its manifest.
+class DamagedRecord(ValueError):
+    """A record that cannot be read, or that is not as long as it was written."""
 
-    `manifest_extra` (source, seed, skipped counts, hashes of text and tokenizer ...) is added to the
-    manifest after the last document, so counters in it may still be counting meanwhile. `shard_size`
-    is in documents. A finished folder is refused unless `overwrite`; an unfinished one is begun anew.
+
+class Writer:
+    """One shard in the making: `add` documents, then `finish`. Nothing counts before that.
+
+    phrasings: P, how many a document has at most. Files are renamed into place whole.
     """
-    out = pathlib.Path(out)
-    manifest_path = out / "manifest.json"
-    if manifest_path.exists() and not overwrite:
-        raise FileExistsError(f"{out} holds finished shards: choose another folder or pass overwrite=True")
-    out.mkdir(parents=True, exist_ok=True)
-    manifest_path.unlink(missing_ok=True)
-    for stale in [*out.glob("tokens-*.arrayrecord"), out / "lengths.npy"]:
-        stale.unlink(missing_ok=True)
 
-    dtype = np.dtype("<u2" if grammar.vocab_size <= 1 << 16 else "<i4")
-    lengths, counts, writer = [], [], None
-    for tokens in documents:
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 1 or not len(tokens) or tokens.min() < 0 or tokens.max() >= grammar.vocab_size:
-            raise ValueError(
-                f"document {len(lengths)}: expected tokens [T >= 1] in [0, {grammar.vocab_size}), found shape "
-                f"{tokens.shape}" + (f" in [{tokens.min()}, {tokens.max()}]" if tokens.size else "")
+    def __init__(self, folder, number, grammar, phrasings=1):
+        self.folder, self.grammar, self.phrasings = pathlib.Path(folder), grammar, phrasings
+        self.name = _name(number)
+        self.unfinished = self.folder / f"{self.name}.{uuid.uuid4().hex}.tmp"
+        self.dtype = _dtype(grammar)
+        # Groups of one record: a batch reads documents from all over the file.
+        self.writer = ArrayRecordWriter(str(self.unfinished), "group_size:1")
+        self.lengths = []
+
+    def add(self, phrasings):
+        """Writes a document: a list of 1..P int token arrays [T], one for each of its phrasings."""
+        rows = [_checked(tokens, self.grammar, len(self.lengths)) for tokens in phrasings]
+        if len(rows) > self.phrasings:
+            raise ValueError(f"document {len(self.lengths)}: {len(rows)} phrasings, at most {self.phrasings}")
+        record = np.concatenate(rows[:1] + [_without_images(tokens, self.grammar) for tokens in rows[1:]])
+        self.writer.write(record.astype(self.dtype).tobytes())
+        lengths = np.zeros((self.phrasings, 3), np.int32)
+        for k, tokens in enumerate(rows):
+            text, images = self.grammar.guidance_drops(tokens)
+            lengths[k] = len(tokens), text.sum(), images.sum()
+        self.lengths.append(lengths)
+
+    def finish(self, **facts):
+        """Puts the shard into its place; `facts` go into its .json beside count, tokens and digest."""
+        self.writer.close()
+        digest, size = _digest(self.unfinished)
+        lengths = np.array(self.lengths, np.int32).reshape(-1, self.phrasings, 3)
+        _write(self.folder / f"{self.name}.npy", lambda file: np.save(file, lengths))
+        os.replace(self.unfinished, self.folder / f"{self.name}.arrayrecord")
+        facts = {
+            "count": len(lengths),
+            "tokens": int(lengths[:, 0, 0].sum()),
+            "longest": int(lengths[:, :, 0].max(initial=0)),
+            "bytes": size,
+            "sha256": digest,
+            **facts,
+        }
+        _write_json(self.folder / f"{self.name}.json", facts)
+        return facts
+
+    def abandon(self):
+        """Removes what was written."""
+        if self.writer.is_open():
+            self.writer.close()
+        self.unfinished.unlink(missing_ok=True)
+
+
+def begin(folder, job, *, overwrite=False):
+    """Makes `folder` ready for the shards of `job`, a dict that says what they will hold; what an earlier
+    run of the same job finished stays. Raises where the folder holds something else."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and overwrite:
+        # The manifest first: a folder that loses files must not look finished.
+        for pattern in ("manifest.json", "job.json", "tokens-*", "lengths.npy*"):
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "manifest.json").exists():
+        raise FileExistsError(
+            f"{folder} already holds finished shards; choose another folder or --overwrite"
+        )
+    path = folder / "job.json"
+    job = json.loads(json.dumps(job))
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = sorted(name for name in job.keys() | theirs.keys() if job.get(name) != theirs.get(name))
+        if changed:
+            raise FileExistsError(
+                f"{folder} holds unfinished shards of another job ({', '.join(changed)} differ); give the same "
+                "command again to go on, choose another folder, or --overwrite"
             )
-        if writer is None or counts[-1] == shard_size:
-            if writer is not None:
-                writer.close()
-            # Groups of one record: a batch reads documents from all over the file.
-            writer = ArrayRecordWriter(str(out / _shard_name(len(counts))), "group_size:1")
-            counts.append(0)
-        writer.write(tokens.astype(dtype).tobytes())
-        counts[-1] += 1
-        text, picture = grammar.guidance_drops(tokens)
-        dropped = (0, text.sum(), picture.sum(), (text | picture).sum())  # by variant
-        lengths.append([len(tokens) - int(n) for n in dropped])
-    if writer is None:
-        raise ValueError(f"no document to write to {out}: the source gave none")
-    writer.close()
+    else:
+        _write_json(path, job)
 
-    lengths = np.array(lengths, np.int32)
-    np.save(out / "lengths.npy", lengths)
+
+def finished(folder, number):
+    """The facts of shard `number` where it is finished and whole in size, else None."""
+    path = pathlib.Path(folder) / f"{_name(number)}.json"
+    try:
+        facts = json.loads(path.read_text())
+        whole = (path.with_suffix(".arrayrecord")).stat().st_size == facts["bytes"]
+        return facts if whole and path.with_suffix(".npy").exists() else None
+    except FileNotFoundError:
+        return None
+
+
+def finish(folder, shards, grammar, phrasings, summary):
+    """Writes lengths.npy and the manifest of a folder whose `shards` are all finished -> the manifest, or
+    None where one is not. `summary(facts of each shard)` -> what else the manifest says. Several processes
+    may do this at once."""
+    folder = pathlib.Path(folder)
+    manifest_path = folder / "manifest.json"
+    found = [finished(folder, number) for number in range(shards)]
+    if None in found:
+        return json.loads(manifest_path.read_text()) if manifest_path.exists() else None
+    count, longest = sum(facts["count"] for facts in found), max((facts["longest"] for facts in found), default=0)
+    if not count:
+        raise ValueError(f"no document to write to {folder}: the source gave none")
+    dtype = np.dtype(np.uint16 if longest < 1 << 16 else np.int32)
     manifest = {
         "version": VERSION,
-        "count": len(lengths),
-        "shards": counts,
-        "tokens": int(lengths[:, 0].sum()),
-        "longest": int(lengths[:, 0].max()),
-        "dtype": dtype.str,
+        "count": count,
+        "shards": [facts["count"] for facts in found],
+        "bytes": [facts["bytes"] for facts in found],
+        "tokens": sum(facts["tokens"] for facts in found),
+        "longest": longest,
+        "phrasings": phrasings,
+        "dtype": _dtype(grammar).str,
         "grammar": grammar.to_dict(),
         "grammar_hash": grammar.hash,
-        **(manifest_extra or {}),
+        **summary(found),
     }
-    unfinished = out / "manifest.json.tmp"
-    with open(unfinished, "w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, manifest_path)
+
+    def lengths(file):
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (count, phrasings, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for number in range(shards):
+            file.write(np.load(folder / f"{_name(number)}.npy").astype(dtype).tobytes())
+
+    try:
+        _write(folder / "lengths.npy", lengths)
+        _write_json(manifest_path, manifest)
+    except FileNotFoundError:  # another process was faster, and has tidied up
+        return json.loads(manifest_path.read_text())
+    for path in [*folder.glob("tokens-*.npy"), *folder.glob("*.tmp"), folder / "job.json"]:
+        path.unlink(missing_ok=True)
     return manifest
 
 
-def variant_of(tokens, variant, grammar):
-    """tokens [T] without the spans that `variant` (bits DROP_TEXT, DROP_IMAGES) drops."""
-    if not variant:
+def write(folder, documents, grammar, *, shard_size=65536, phrasings=1, overwrite=False, **facts):
+    """Writes an iterable of documents, each an int token array [T] or a list of one for each phrasing, to
+    `folder` -> its manifest, with `facts` in it. This begins anew; `mmgen tokenize` goes on."""
+    begin(folder, {"made": uuid.uuid4().hex}, overwrite=overwrite)
+    documents, number = iter(documents), 0
+    while batch := list(itertools.islice(documents, shard_size)):
+        writer = Writer(folder, number, grammar, phrasings)
+        try:
+            for document in batch:
+                writer.add(document if isinstance(document, list) else [document])
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+        number += 1
+    if not number:
+        raise ValueError(f"no document to write to {folder}: the source gave none")
+    parts = lambda found: {"parts": {"documents": sum(facts["count"] for facts in found)}, **facts}
+    return finish(folder, number, grammar, phrasings, parts)
+
+
+def variant_of(record, variant, grammar):
+    """The tokens [T] of a document's `variant`, from its record."""
+    phrasing, bits = divmod(int(variant), VARIANTS)
+    tokens = _phrasing(record, phrasing, grammar)
+    if not bits:
         return tokens
     text, images = grammar.guidance_drops(tokens)
     drop = np.zeros(len(tokens), bool)
-    if variant & DROP_TEXT:
+    if bits & DROP_TEXT:
         drop |= text
-    if variant & DROP_IMAGES:
+    if bits & DROP_IMAGES:
         drop |= images
     return tokens[~drop]
 
 
 class Shards:
-    """The documents of a folder that `write` finished: len, tokens(i), lengths [N, 4], manifest.
+    """The documents of folders that are finished, one folder after another: len, tokens(i), lengths.
 
-    Opening checks that every file is there and whole in number; ArrayRecord itself opens a missing
-    path as an empty one.
+    Opening checks that every file is there and has its size; ArrayRecord itself opens a missing path as
+    an empty one. Files are opened when they are first read. All folders must be written with the same
+    grammar, text model and tokenizer; `manifest` is that of the first. `parts` are the sources of all.
     """
 
-    def __init__(self, path):
-        self.path = pathlib.Path(path)
-        manifest = self.path / "manifest.json"
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"no shards at {self.path}: no such folder; make them: `mmgen tokenize`")
-        if not manifest.exists():
-            raise ValueError(f"{self.path} has no manifest.json, so it was never finished: tokenise again")
-        self.manifest = json.loads(manifest.read_text())
-        if self.manifest["version"] != VERSION:
-            raise ValueError(
-                f"{self.path} is of shard version {self.manifest['version']}, this code reads {VERSION}: tokenise again"
-            )
+    def __init__(self, *folders):
+        self.folders = [pathlib.Path(folder) for folder in folders]
+        self.manifests = [_manifest(folder) for folder in self.folders]
+        self.manifest = self.manifests[0]
+        for folder, manifest in zip(self.folders, self.manifests):
+            for name in ("grammar_hash", "text_hash", "tokenizer_hash"):
+                if manifest.get(name) != self.manifest.get(name):
+                    raise ValueError(
+                        f"{folder} and {self.folders[0]} were written with different {name[:-5]}s "
+                        f"({manifest.get(name)}, {self.manifest.get(name)}): tokenise one of them again"
+                    )
         self.dtype = np.dtype(self.manifest["dtype"])
-        counts = self.manifest["shards"]
+        self.phrasings = max(manifest["phrasings"] for manifest in self.manifests)
+        self.lengths = _Joined([_lengths(f, m) for f, m in zip(self.folders, self.manifests)])
+        self.files, counts = [], []
+        for folder, manifest in zip(self.folders, self.manifests):
+            for number, (count, size) in enumerate(zip(manifest["shards"], manifest["bytes"])):
+                path = folder / f"{_name(number)}.arrayrecord"
+                found = path.stat().st_size if path.exists() else "no such file"
+                if found != size:
+                    raise ValueError(f"{path}: expected {size} bytes, found {found}: it is damaged; tokenise again")
+                self.files.append(str(path))
+                counts.append(count)
         self.starts = np.cumsum([0] + counts)
-        self.lengths = np.load(self.path / "lengths.npy")
-        if self.lengths.shape != (self.manifest["count"], VARIANTS) or self.starts[-1] != len(self.lengths):
+        if self.starts[-1] != len(self.lengths):
             raise ValueError(
-                f"{self.path}: the manifest counts {self.manifest['count']} documents ({self.starts[-1]} in its "
-                f"shards), lengths.npy has shape {self.lengths.shape}: tokenise again"
+                f"{self}: {self.starts[-1]} documents in the shards, {len(self.lengths)} in lengths.npy: tokenise again"
             )
-        self.readers = [self._open(number, count) for number, count in enumerate(counts)]
+        self.parts = _parts(self.manifests)
+        self.longest = max(manifest["longest"] for manifest in self.manifests)
+        self.total = sum(manifest["tokens"] for manifest in self.manifests)
+        self.identity = hashlib.sha256(json.dumps(self.manifests, sort_keys=True).encode()).hexdigest()[:16]
+        _may_open(len(self.files))
+        self._readers = {}
         self._memory = None  # (all tokens, where each document starts), after preload()
+
+    @functools.cached_property
+    def grammar(self):
+        return Grammar.from_dict(self.manifest["grammar"])
 
     def __len__(self):
         return len(self.lengths)
 
-    def tokens(self, i):
-        """Document i -> int32 [T]."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"document {i} of {len(self)} in {self.path}")
+    def __str__(self):
+        return ", ".join(map(str, self.folders))
+
+    def __getstate__(self):
+        return {**vars(self), "_readers": {}, "_memory": None}  # each process opens its own
+
+    def tokens(self, i, variant=0):
+        """Document i in that variant -> int32 [T]. Raises DamagedRecord."""
+        (record,) = self.records([i])
+        if record is None:
+            raise DamagedRecord(f"{self}: document {i} is damaged; tokenise again")
+        return variant_of(record, variant, self.grammar).astype(np.int32)
+
+    def records(self, documents):
+        """Documents int [N] -> their records, a list of int arrays [T] of the shards' own dtype; None for
+        what is damaged. Many at once are read far faster than one by one."""
+        documents = np.asarray(documents, np.int64)
+        if len(documents) and not 0 <= documents.min() <= documents.max() < len(self):
+            raise IndexError(f"documents {documents.min()} to {documents.max()} of {len(self)} in {self}")
         if self._memory:
             tokens, starts = self._memory
-            return tokens[starts[i] : starts[i + 1]].astype(np.int32)
-        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
-        (record,) = self.readers[shard].read([int(i - self.starts[shard])])
-        tokens = np.frombuffer(record, self.dtype).astype(np.int32)
-        if len(tokens) != self.lengths[i, 0]:
-            raise ValueError(
-                f"{self.path}: document {i} has {len(tokens)} tokens where lengths.npy says {self.lengths[i, 0]}: "
-                "the shards are damaged; tokenise again"
-            )
-        return tokens
+            return [tokens[a:b] for a, b in zip(starts[documents].tolist(), starts[documents + 1].tolist())]
+        found = [None] * len(documents)
+        shards = np.searchsorted(self.starts, documents, side="right") - 1
+        expected = np.asarray(self.lengths[documents])[:, 0, 0].tolist()
+        order = np.argsort(shards, kind="stable")
+        cuts = np.flatnonzero(np.diff(shards[order])) + 1
+        for places in np.split(order, cuts):
+            shard = int(shards[places[0]])
+            for place, data in zip(places.tolist(), self._read(shard, documents[places] - self.starts[shard])):
+                if data is not None and self._whole(data, expected[place]):
+                    found[place] = np.frombuffer(data, self.dtype)
+        return found
+
+    def _whole(self, data, tokens):
+        """Whether a record has the tokens that lengths.npy says. More may follow: other phrasings."""
+        size = tokens * self.dtype.itemsize
+        return len(data) == size or (self.phrasings > 1 and len(data) > size)
+
+    def _read(self, shard, numbers):
+        """Records `numbers` of a shard -> bytes each, None for what cannot be read."""
+        numbers = numbers.tolist()
+        try:
+            return self._reader(shard).read(numbers)
+        except (ValueError, RuntimeError, IndexError) as error:
+            if len(numbers) == 1 or isinstance(error, DamagedRecord):
+                return [None] * len(numbers)
+            return [self._read(shard, np.array([number]))[0] for number in numbers]
 
     def preload(self, max_bytes=512 << 20):
-        """Reads all tokens into memory if they need at most `max_bytes`; tokens(i) is then a slice."""
-        if self._memory or self.manifest["tokens"] * self.dtype.itemsize > max_bytes:
+        """Reads all tokens into memory if they need at most `max_bytes`; records are then slices."""
+        if self._memory or self.phrasings > 1 or self.total * self.dtype.itemsize > max_bytes:
             return
-        data = b"".join(record for reader in self.readers for record in reader.read_all())
+        try:
+            data = b"".join(r for shard in range(len(self.files)) for r in self._reader(shard).read_all())
+        except (ValueError, RuntimeError, IndexError):
+            return  # something is damaged: it is counted when it is read
         tokens = np.frombuffer(data, self.dtype)
-        starts = np.concatenate([[0], np.cumsum(self.lengths[:, 0], dtype=np.int64)])
-        if len(tokens) != starts[-1]:
-            raise ValueError(
-                f"{self.path}: {len(tokens)} tokens in its shards where lengths.npy says {starts[-1]}: the shards are "
-                "damaged; tokenise again"
-            )
-        self._memory = tokens, starts
+        starts = np.concatenate([[0], np.cumsum(self.lengths[:][:, 0, 0], dtype=np.int64)])
+        if len(tokens) == starts[-1]:
+            self._memory = tokens, starts
 
-    def _open(self, number, count):
-        path = self.path / _shard_name(number)
-        random_access = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
-        reader = ArrayRecordReader(str(path), **random_access)
-        if not reader.ok() or reader.num_records() != count:
-            found = f"{reader.num_records()} records" if path.exists() else "no such file"
-            raise ValueError(
-                f"{path}: expected {count} records, found {found}: it is damaged; tokenise again"
-            )
-        return reader
+    def _reader(self, shard):
+        if shard not in self._readers:
+            count = int(self.starts[shard + 1] - self.starts[shard])
+            options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 12}
+            reader = ArrayRecordReader(self.files[shard], **options)
+            if not reader.ok() or reader.num_records() != count:
+                raise DamagedRecord(f"{self.files[shard]}: expected {count} records; it is damaged")
+            self._readers[shard] = reader
+        return self._readers[shard]
 
 
-def _shard_name(number):
-    return f"tokens-{number:05d}.arrayrecord"
+class _Joined:
+    """Arrays of equal rows, read as one along the first axis without being copied together."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.starts = np.cumsum([0] + [len(array) for array in arrays])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, places):
+        if len(self.arrays) == 1:
+            return self.arrays[0][places]
+        places = np.arange(len(self))[places] if isinstance(places, slice) else np.asarray(places)
+        widest = max(array.shape[1] for array in self.arrays)
+        out = np.zeros((len(places), widest, 3), np.int32)
+        which = np.searchsorted(self.starts, places, side="right") - 1
+        for k, array in enumerate(self.arrays):
+            mine = np.flatnonzero(which == k)
+            out[mine, : array.shape[1]] = array[places[mine] - self.starts[k]]
+        return out
+
+
+def _may_open(files):
+    """Lets this process hold that many files open, where the system permits it to ask for that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _parts(manifests):
+    """The sources of all folders as `Part`s: documents in the order of the folders."""
+    parts, start = [], 0
+    for manifest in manifests:
+        for name, count in manifest["parts"].items():
+            parts.append(Part(name, start, start + count))
+            start += count
+    names = [part.name for part in parts]
+    # The same name in two folders: a mixture could not tell them apart.
+    return [part._replace(name=f"{part.name}#{k}") if names.count(part.name) > 1 else part
+            for k, part in enumerate(parts)]  # fmt: skip
+
+
+def _manifest(folder):
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no shards at {folder}: no such folder; make them: `mmgen tokenize`")
+    if not path.exists():
+        raise ValueError(
+            f"{folder} has no manifest.json, so it was never finished: give its `mmgen tokenize` again to go on"
+        )
+    manifest = json.loads(path.read_text())
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{folder} is of shard version {manifest.get('version')}, this code reads {VERSION}: tokenise again"
+        )
+    return manifest
+
+
+def _lengths(folder, manifest):
+    try:
+        lengths = np.load(folder / "lengths.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder}/lengths.npy cannot be read ({error}): tokenise again") from None
+    if lengths.shape != (manifest["count"], manifest["phrasings"], 3) or lengths.dtype.kind not in "iu":
+        raise ValueError(
+            f"{folder}: the manifest counts {manifest['count']} documents, lengths.npy has {lengths.dtype} "
+            f"{list(lengths.shape)}: tokenise again"
+        )
+    return lengths
+
+
+def _checked(tokens, grammar, number):
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not len(tokens) or tokens.min() < 0 or tokens.max() >= grammar.vocab_size:
+        raise ValueError(
+            f"document {number}: expected tokens [T >= 1] in [0, {grammar.vocab_size}), found shape "
+            f"{list(tokens.shape)}" + (f" in [{tokens.min()}, {tokens.max()}]" if tokens.size else "")
+        )
+    return tokens
+
+
+def _without_images(tokens, grammar):
+    """tokens with `<boi>` alone for each image."""
+    return tokens[(tokens < grammar.size_start) & (tokens != grammar.eoi)]
+
+
+def _phrasing(record, phrasing, grammar):
+    """The tokens of one phrasing of a record: its images are those of the first."""
+    starts = np.append(np.flatnonzero(record == grammar.bos), len(record))
+    first = record[: starts[1]]
+    if phrasing == 0:
+        return first
+    words = record[starts[phrasing] : starts[phrasing + 1]]
+    begun, ended = np.flatnonzero(first == grammar.boi), np.flatnonzero(first == grammar.eoi)
+    pieces, at = [], 0
+    for place, start, stop in zip(np.flatnonzero(words == grammar.boi), begun, ended, strict=True):
+        pieces += [words[at:place], first[start : stop + 1]]
+        at = place + 1
+    return np.concatenate([*pieces, words[at:]])
+
+
+def _dtype(grammar):
+    return np.dtype("<u2" if grammar.vocab_size <= 1 << 16 else "<i4")
+
+
+def _name(number):
+    return f"tokens-{number:05d}"
+
+
+def _digest(path):
+    """sha256 and size of a file, which is on the disk afterwards."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+
+
+def _write(path, fill):
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    with open(unfinished, "wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _write_json(path, value):
+    _write(path, lambda file: file.write(json.dumps(value, indent=1).encode()))

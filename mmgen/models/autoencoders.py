@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmgen.models import layers
 from mmgen.models.quantizers import FSQ
@@ -206,36 +207,45 @@ class Autoencoder(nnx.Module):
 
 
 class Tokenizer:
-    """A trained autoencoder: images uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
+    """A trained autoencoder: images uint8 [B, H, W, 3] <-> codes int32 [B, h, w].
 
-    def __init__(self, model, color_digits=0):
+    With `devices` each batch is shared out among these (all that this process has, as a rule).
+    """
+
+    def __init__(self, model, color_digits=0, devices=()):
         self.color_digits = color_digits  # the first of a code's digits, where these carry its colours alone
         self.patch, self.codes = model.patch, model.quantizer.codes
         self.levels = tuple(int(level) for level in model.quantizer.levels)
         graphdef, self._params = nnx.split(model)
+        self._rows = None
+        if len(devices) > 1:
+            mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+            self._rows = NamedSharding(mesh, PartitionSpec("data"))
+            self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
         self._encode = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
         self._decode = jax.jit(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
 
     def encode(self, images, batch=64):
-        return _in_batches(functools.partial(self._encode, self._params), images, batch)
+        return self._in_batches(self._encode, images, batch)
 
     def decode(self, codes, batch=64):
-        return _in_batches(functools.partial(self._decode, self._params), codes, batch)
+        return self._in_batches(self._decode, codes, batch)
+
+    def _in_batches(self, function, x, batch):
+        """Applies a jitted function in equal, padded batches, so that it compiles once."""
+        if self._rows is not None:
+            batch = -(-batch // self._rows.num_devices) * self._rows.num_devices
+        out = []
+        for start in range(0, len(x), batch):
+            part = x[start : start + batch]
+            part = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+            out.append(function(self._params, part if self._rows is None else jax.device_put(part, self._rows)))
+        return np.concatenate([np.asarray(each) for each in out])[: len(x)]
 
     @functools.cached_property
     def hash(self):
         """Identity of the trained weights: codes of one tokenizer mean nothing to another."""
         return checkpoint.weights_hash(nnx.to_pure_dict(self._params))
-
-
-def _in_batches(function, x, batch):
-    """Applies a jitted function in equal, padded batches, so that it compiles once."""
-    out = []
-    for start in range(0, len(x), batch):
-        part = x[start : start + batch]
-        padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        out.append(np.asarray(function(padded))[: len(part)])
-    return np.concatenate(out)
 
 
 def load_tokenizer(workdir):
@@ -244,4 +254,4 @@ def load_tokenizer(workdir):
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Autoencoder(config.model, nnx.Rngs(0))))
     params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
     color_digits = config.loss.color_digits if config.loss.recolor else 0
-    return Tokenizer(nnx.merge(graphdef, params), color_digits)
+    return Tokenizer(nnx.merge(graphdef, params), color_digits, jax.local_devices())

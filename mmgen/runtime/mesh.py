@@ -2,14 +2,49 @@
 
 import contextlib
 import math
+import os
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ("replica", "data", "fsdp", "context", "tensor")
 
 _rules = None  # set while a program is traced, so that models can name activation axes
+
+
+def join():
+    """Joins the other processes of a run, where MMGEN_DISTRIBUTED says that there are any.
+
+    "auto" lets JAX ask SLURM or the TPU slice; "RANK/COUNT" (as 0/2) is for
+    processes that know it themselves, with JAX_COORDINATOR_ADDRESS=HOST:PORT. See launch/.
+    """
+    place = _place()
+    if place == "auto":
+        jax.distributed.initialize()
+    elif place:
+        jax.distributed.initialize(process_id=place[0], num_processes=place[1])
+
+
+def process():
+    """(rank, count) of this process among those that share work without talking to one another."""
+    place = _place()
+    if place == "auto":
+        jax.distributed.initialize()
+        return jax.process_index(), jax.process_count()
+    return place or (0, 1)
+
+
+def _place():
+    """MMGEN_DISTRIBUTED: None, "auto" or (rank, count)."""
+    place = os.environ.get("MMGEN_DISTRIBUTED")
+    if not place or place == "auto":
+        return place or None
+    rank, slash, count = place.partition("/")
+    if not (slash and rank.isdigit() and count.isdigit() and int(rank) < int(count)):
+        raise ValueError(f"MMGEN_DISTRIBUTED is 'auto' or RANK/COUNT, as in 0/2; found {place!r}")
+    return int(rank), int(count)
 
 
 def make_mesh(shape):
@@ -77,6 +112,27 @@ def param_shardings(state, mesh, rules):
 
     flat = nnx.to_flat_state(state)
     return nnx.to_pure_dict(nnx.from_flat_state([(path, one(path, v)) for path, v in flat]))
+
+
+def local_rows(sharding, size):
+    """The rows of a batch of `size` that this process's devices hold under `sharding`: sorted int [n].
+    From the sharding itself: devices may hold rows in any order, and share them over other mesh axes."""
+    spans = [index[0].indices(size)[:2] for index in sharding.addressable_devices_indices_map((size,)).values()]
+    return np.unique(np.concatenate([np.arange(*span) for span in spans]))
+
+
+def global_batch(batch, rows, size, sharding):
+    """A dict of arrays [n, ...] that hold the rows `rows` of a batch of `size` -> of global arrays [size, ...]."""
+
+    def one(x):
+        def part(index):  # the devices' rows are runs of the batch, and all of them are here
+            start, stop, _ = index[0].indices(size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+    return {name: one(x) for name, x in batch.items()}
 
 
 @contextlib.contextmanager

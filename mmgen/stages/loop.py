@@ -30,7 +30,9 @@ STAGES = ("tokenizer", "transformer")
 
 # Settings that may differ between the runs that continue one another: they steer what is
 # written down and where it is computed, never what is learned.
-_FREE = {"log_every", "save_every", "evaluate_every", "keep", "name", "prefetch", "mesh", "sharding", "keep_pages"}
+_FREE = {"log_every", "save_every", "evaluate_every", "keep", "name", "prefetch", "mesh", "sharding", "keep_pages"} | {
+    "data.threads", "data.workers", "data.max_bad"
+}
 
 
 class Stage(NamedTuple):
@@ -38,7 +40,7 @@ class Stage(NamedTuple):
 
     make: Callable[[nnx.Rngs], nnx.Module]
     loss: Callable[[nnx.Module, dict, jax.Array], tuple[jax.Array, dict]]  # (model, batch, key)
-    data: Any  # .prefetch(start) -> iterator of (step, batch of numpy arrays)
+    data: Any  # .batch_size; .prefetch(start, rows) -> iterator of (step, those rows of the batch, how many are bad)
     unit: str  # what throughput counts, e.g. "tokens"
     units_a_step: int
     evaluate: Callable[[nnx.GraphDef, dict, int], dict]  # held-out metrics; may write previews
@@ -126,17 +128,16 @@ def train(config, workdir, *, stop_at=None):
         if start >= stop:  # nothing left to do: report what was measured when it was done
             for record in metric_files.read(workdir):
                 last |= {name: value for name, value in record.items() if name != "step"}
-        began, since, waited = time.monotonic(), start, 0.0
-        batches = stage.data.prefetch(start)
+        began, since, waited, bad = time.monotonic(), start, 0.0, 0
+        mine = meshes.local_rows(rows, stage.data.batch_size)
+        batches = stage.data.prefetch(start, mine)
         bar = tqdm(total=config.steps, initial=start, desc=config.name, disable=None, leave=False)
         for step in range(start, stop):
             wait = time.monotonic()
-            index, batch = next(batches)
+            index, batch, skipped = next(batches)
             assert index == step, (index, step)
-            waited += time.monotonic() - wait
-            batch = {
-                name: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for name, x in batch.items()
-            }
+            waited, bad = waited + time.monotonic() - wait, bad + skipped
+            batch = meshes.global_batch(batch, mine, stage.data.batch_size, rows)
             state, measured = train_step(state, batch)
             bar.update()
             done = step + 1
@@ -158,6 +159,8 @@ def train(config, workdir, *, stop_at=None):
                     f"{stage.unit}_per_second": rate * stage.units_a_step,
                     "data_wait": waited / (done - since),
                 }
+                if bad:  # documents that could not be read, since the run began or went on
+                    last["bad_documents"] = bad
                 eta = (config.steps - done) / rate
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
                 tqdm.write(f"step {done}/{config.steps}  {shown}  eta {eta:.0f} s")
@@ -183,7 +186,7 @@ def _check(config, workdir):
         changed = sorted(
             key
             for key, value in _flat(ours).items()
-            if _flat(theirs).get(key, value) != value and key.split(".")[0] not in _FREE
+            if _flat(theirs).get(key, value) != value and not {key, key.split(".")[0]} & _FREE
         )
         if theirs.get("stage") != ours["stage"]:
             raise ConfigError(

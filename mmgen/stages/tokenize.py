@@ -1,13 +1,17 @@
-"""Source -> tokenised shards: the one way into the transformer stage."""
+"""Sources -> tokenised shards: the one way into the transformer stage."""
 
+import collections
 import shutil
+import time
 from pathlib import Path
 
+import grain
 import numpy as np
 from tqdm import tqdm
 
 from mmgen.data import shards
-from mmgen.data.sources import documents_of
+from mmgen.data.images import BadImage
+from mmgen.data.sources import Bad, TooManyBad
 from mmgen.document import Document, Image, Turn
 from mmgen.grammar import Grammar
 from mmgen.models.autoencoders import load_tokenizer
@@ -15,58 +19,179 @@ from mmgen.runtime import checkpoint
 from mmgen.text import Text
 
 
-def tokenize(source, tokenizer_dir, text_path, out, *, max_side, overwrite=False, batch=256):
+def tokenize(
+    source, tokenizer_dir, text_path, out, *, max_side, phrasings=1, longest=0, overlong="refuse", max_bad=0.1,
+    shard_size=16384, process=(0, 1), workers=0, overwrite=False, batch=512,
+):  # fmt: skip
     """Writes the documents of `source` to the folder `out` as shards -> the manifest.
 
-    The folder also gets copies of the tokenizer and the text model, so that a run that learns from
+    Run again after it was stopped, however that was, it goes on: finished shards stay. `process` is (rank,
+    count) where several write the same folder, each every count-th shard of `shard_size` items; the one that
+    finishes last writes the manifest, the others return None.
+
+    phrasings: at most so many of each document are kept. longest: tokens a document may have, 0 for any
+    number; a longer one is refused, and counted, or with overlong="cut" loses its last turns, also counted.
+    max_bad: share of bad items above which a run gives up. workers: processes that read and draw; 0 for
+    threads. The folder also gets copies of the tokenizer and the text model, so that a run that learns from
     it, and the samples of that run, need nothing else.
     """
-    out = Path(out)
+    if overlong not in ("refuse", "cut"):
+        raise ValueError(f'overlong is "refuse" or "cut", not {overlong!r}')
+    if overwrite and process[1] > 1:
+        raise ValueError("several processes cannot overwrite a folder at once: empty it first")
+    out, (rank, count) = Path(out), process
     tokenizer, text = load_tokenizer(tokenizer_dir), Text(text_path)
     grammar = Grammar(pieces=text.size, max_side=max_side, codes=tokenizer.codes)
-    extra = {
+    facts = {
         "source": source.spec,
-        "skipped": source.skipped,
         "text_hash": text.hash,
         "tokenizer_hash": tokenizer.hash,
         "patch": tokenizer.patch,
         "levels": list(tokenizer.levels),
         "color_digits": tokenizer.color_digits,
     }
+    settings = {"shard_size": shard_size, "phrasings": phrasings, "longest": longest, "overlong": overlong}
+    job = {**facts, **settings, "fingerprint": source.fingerprint, "grammar": grammar.to_dict()}
+    shards.begin(out, job, overwrite=overwrite)
+    if rank == 0:
+        checkpoint.export(tokenizer_dir, out / "tokenizer")
+        shutil.copy2(text_path, out / "text.model")
 
-    def encoded():
-        pending = []
-        for _, document in tqdm(documents_of(source), "tokenize", len(source), disable=None, leave=False):
-            pending.append(document)
-            if len(pending) == batch:
-                yield from _encode(pending, tokenizer, grammar, text)
-                pending = []
-        yield from _encode(pending, tokenizer, grammar, text)
+    opening = collections.Counter(source.skipped)  # what was skipped before any item was read
+    spans = [(start, min(start + shard_size, len(source))) for start in range(0, len(source), shard_size)]
+    bad, todo = Bad(source, max_bad), []
+    for number in range(rank, len(spans), count):
+        found = shards.finished(out, number)
+        if found is None:
+            todo.append(number)
+        else:
+            bad.seen += spans[number][1] - spans[number][0]
+            bad.count += sum(found["skipped"].values())
+            source.skipped.update(found["skipped"])
+    wanted = np.concatenate([np.arange(*spans[number]) for number in todo] or [np.arange(0)])
+    items = _read(source, wanted, phrasings, workers)
+    done = sum(spans[n][1] - spans[n][0] for n in range(rank, len(spans), count)) - len(wanted)
+    bar = tqdm(desc="tokenize", total=done + len(wanted), initial=done, unit="doc", disable=None, leave=False)
+    images, began = 0, time.monotonic()
+    for number in todo:
+        start, stop = spans[number]
+        writer = shards.Writer(out, number, grammar, phrasings)
+        skipped, parts, cut = collections.Counter(), collections.Counter(), 0
+        try:
+            for first in range(start, stop, batch):
+                pulled = [next(items) for _ in range(first, min(first + batch, stop))]
+                assert pulled[0][0] == first, (pulled[0][0], first)
+                for i, rows, drawn, shortened in _encode(pulled, tokenizer, grammar, text, longest, overlong):
+                    if isinstance(rows, BadImage):
+                        skipped[rows.reason] += 1
+                        bad.saw(rows)
+                    else:
+                        bad.saw()
+                        writer.add(rows)
+                        parts[_part_of(source, i)] += 1
+                        images, cut = images + drawn, cut + shortened
+                bar.update(min(first + batch, stop) - first)
+                bar.set_postfix_str(f"{images / (time.monotonic() - began):.0f} images/s")
+            made = writer.finish(start=start, stop=stop, parts=parts, skipped=skipped, cut=cut)
+        except BaseException:
+            writer.abandon()
+            raise
+        rate = f"{images / (time.monotonic() - began):.0f} images/s"
+        tqdm.write(f"{writer.name} of {len(spans)}: {made['count']} documents, {made['tokens']} tokens, {rate}")
+    bar.close()
+    if bad.count == bad.seen:
+        raise TooManyBad(bad.report())
 
-    if out.exists() and (out / "manifest.json").exists() and not overwrite:
-        raise FileExistsError(f"{out} already holds finished shards; choose another folder or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.export(tokenizer_dir, out / "tokenizer")
-    shutil.copy2(text_path, out / "text.model")
-    return shards.write(out, encoded(), grammar, manifest_extra=extra, overwrite=overwrite)
+    def summary(found):
+        total = lambda name: dict(sum((collections.Counter(f[name]) for f in found), collections.Counter()))
+        counts = total("parts")
+        return {
+            **facts,
+            **settings,
+            "skipped": dict(opening + collections.Counter(total("skipped"))),
+            "cut": sum(f["cut"] for f in found),
+            "parts": {name: counts[name] for name, _, _ in source.parts if name in counts},
+        }
+
+    return shards.finish(out, len(spans), grammar, phrasings, summary)
 
 
-def _encode(documents, tokenizer, grammar, text):
-    """Documents with pixels -> token arrays; images of equal size are encoded together."""
-    places = {}
-    for d, document in enumerate(documents):
-        for t, turn in enumerate(document.turns):
-            for p, part in enumerate(turn.parts):
-                if isinstance(part, Image) and part.codes is None:
-                    places.setdefault(part.pixels.shape, []).append((d, t, p))
-    codes = {}
-    for found in places.values():
-        pixels = np.stack([documents[d].turns[t].parts[p].pixels for d, t, p in found])
-        codes.update(zip(found, tokenizer.encode(pixels)))
-    for d, document in enumerate(documents):
-        turns = [
-            Turn(turn.role, tuple(Image(codes=codes[d, t, p]) if (d, t, p) in codes else part
-                                  for p, part in enumerate(turn.parts)))
-            for t, turn in enumerate(document.turns)
-        ]  # fmt: skip
-        yield grammar.encode(Document(tuple(turns)), text)
+class _Items:
+    """The items of a source at `places`, as the random-access source that grain wants. A bad item is its
+    error: raised, it would end the reading."""
+
+    def __init__(self, source, places, phrasings):
+        self.source, self.places, self.phrasings = source, places, phrasings
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, k):
+        i = int(self.places[k])
+        try:
+            return i, self.source.alternatives(i, self.phrasings)
+        except BadImage as error:
+            return i, error
+
+
+def _read(source, places, phrasings, workers):
+    """Iterator of (i, [Document, ...] or BadImage) for i in `places`, read ahead in the background."""
+    if not len(places):
+        return iter(())
+    items = grain.MapDataset.source(_Items(source, places, phrasings))
+    reading = items.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
+    if workers:
+        reading = reading.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=64))
+    return iter(reading)
+
+
+def _encode(items, tokenizer, grammar, text, longest, overlong):
+    """(i, [Document, ...] or BadImage) each -> (i, a token array for each phrasing or BadImage, how many
+    images, whether it was cut) each; images of equal size are encoded together."""
+    images = {i: found[0].images() for i, found in items if not isinstance(found, BadImage)}
+    alike = collections.defaultdict(list)
+    for i, found in images.items():
+        for k, image in enumerate(found):
+            if image.codes is None:
+                alike[image.pixels.shape].append((i, k))
+    for places in alike.values():
+        codes = tokenizer.encode(np.stack([images[i][k].pixels for i, k in places]))
+        for (i, k), code in zip(places, codes):
+            images[i][k] = Image(codes=code)
+    for i, found in items:
+        if isinstance(found, BadImage):
+            yield i, found, 0, False
+            continue
+        whole = [grammar.encode(_with(document, images[i]), text) for document in found]
+        kept = [_shortened(tokens, longest, overlong, grammar) for tokens in whole]
+        cut = any(a is not None and len(a) < len(b) for a, b in zip(kept, whole))
+        kept = [tokens for tokens in kept if tokens is not None]
+        if not kept:
+            kept = BadImage("overlong", f"document {i} has {len(whole[0])} tokens, at most {longest} are kept")
+        yield i, kept, len(images[i]), cut
+
+
+def _with(document, images):
+    """The document with `images` for its own, in order."""
+    rest = iter(images)
+    turns = [
+        Turn(turn.role, [next(rest) if isinstance(part, Image) else part for part in turn.parts])
+        for turn in document.turns
+    ]
+    return Document(turns)
+
+
+def _shortened(tokens, longest, overlong, grammar):
+    """The tokens, or where they are too many their whole turns that fit, or None."""
+    if not longest or len(tokens) <= longest:
+        return tokens
+    ends = np.flatnonzero(tokens == grammar.end)
+    ends = ends[ends + 2 <= longest]
+    if overlong == "refuse" or not len(ends):
+        return None
+    kept = np.append(tokens[: ends[-1] + 1], np.int32(grammar.eos))
+    return kept if grammar.loss_weights(kept).any() else None  # without an answer there is nothing to learn
+
+
+def _part_of(source, i):
+    return next(name for name, start, stop in source.parts if start <= i < stop)

@@ -21,7 +21,10 @@ def setup(config, workdir):
         config.data.batch_size,
         config.seed,
         augment=config.data.augment,
+        max_bad=config.data.max_bad,
         recolored=config.loss.recolor > 0,
+        threads=config.data.threads,
+        workers=config.data.workers,
     )
     held_out = open_source(**config.held_out)
 

@@ -1,33 +1,39 @@
 """Stage `transformer`: next token over text and image codes, from tokenised shards."""
 
-import functools
 import json
 import shutil
 
 from mmgen.data.loader import Rows
 from mmgen.data.shards import Shards
-from mmgen.grammar import Grammar
 from mmgen.models import transformer
+from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
 
 
 def setup(config, workdir):
     """See `loop.Stage`. Copies what its samples need (tokenizer, text model, grammar) to the workdir."""
     data = config.data
-    shards = Shards(data.shards)
-    grammar = Grammar.from_dict(shards.manifest["grammar"])
+    shards = Shards(*data.shards.split(","))
+    grammar = shards.grammar
     keep = ("grammar", "grammar_hash", "text_hash", "tokenizer_hash", "patch", "levels", "color_digits")
     vocabulary = {name: shards.manifest[name] for name in keep}
     _adopt(shards, vocabulary, workdir)
     loss = dict(text=data.text_weight, image=data.image_weight, user=data.user_weight)
-    rows = functools.partial(
-        Rows,
-        grammar=grammar,
+    rows = Rows(
+        shards,
+        grammar,
         batch_size=data.batch_size,
         row_length=data.row_length,
         seed=config.seed,
         loss=loss,
+        text_drop=data.text_drop,
+        image_drop=data.image_drop,
+        mixture=_mixture(data.mixture),
         overlong=data.overlong,
+        max_bad=data.max_bad,
+        plans=workdir / "plans",
+        threads=data.threads,
+        workers=data.workers,
     )
 
     return Stage(
@@ -35,11 +41,22 @@ def setup(config, workdir):
         loss=lambda model, batch, key: transformer.loss(
             model, batch, code_start=grammar.code_start, z_loss=config.loss.z
         ),
-        data=rows(shards, text_drop=data.text_drop, image_drop=data.image_drop),
+        data=rows,
         unit="tokens",
         units_a_step=data.batch_size * data.row_length,
         evaluate=lambda graphdef, params, step: {},
     )
+
+
+def _mixture(pairs):
+    """config.data.mixture as a dict."""
+    try:
+        return {str(name): float(weight) for name, weight in pairs}
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"config.data.mixture is written (('NAME', WEIGHT), ...), as in (('world', 0.7), ('photos', 0.3)); "
+            f"found {pairs!r}"
+        ) from None
 
 
 def _adopt(shards, vocabulary, workdir):
@@ -50,10 +67,10 @@ def _adopt(shards, vocabulary, workdir):
         if ours != vocabulary:
             changed = [name for name in vocabulary if ours.get(name) != vocabulary[name]]
             raise ValueError(
-                f"{workdir} was trained on shards of another {', '.join(changed)} than {shards.path}; "
+                f"{workdir} was trained on shards of another {', '.join(changed)} than {shards}; "
                 "use another --workdir"
             )
         return
-    shutil.copytree(shards.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
-    shutil.copy2(shards.path / "text.model", workdir / "text.model")
+    shutil.copytree(shards.folders[0] / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
+    shutil.copy2(shards.folders[0] / "text.model", workdir / "text.model")
     path.write_text(json.dumps(vocabulary, indent=2))
