@@ -6,6 +6,7 @@ import json
 import pickle
 import tarfile
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from mmgen.data.filters import held_out
 from mmgen.data.images import BadImage, Limits
 from mmgen.data.sources import TooManyBad, documents_of, open_source
-from mmgen.data.tars import tar_members
+from mmgen.data.tars import tar_members, write_index
 
 
 def png(color=(200, 30, 30), size=(20, 12)):
@@ -180,3 +181,33 @@ def test_an_image_too_large_is_not_even_read(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(["0"]))
     with pytest.raises(BadImage, match="too_many_bytes"):
         open_source(f"tars:{path}", limits=Limits(max_bytes=10)).pixels(0)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_index_stands_for_the_scan(tmp_path, monkeypatch, remote):
+    write_tar(tmp_path / "a.tar", samples(["00", "01", "02"]) | {"x.txt": b"no image"})
+    write_tar(tmp_path / "b.tar", {"03.png": png(), "03.txt": b"three", "04.png": png(), "04.json": b"{"})
+    where = str(tmp_path)
+    if remote:
+        system, where = fsspec.filesystem("memory"), f"memory:///{tmp_path.name}"
+        for name in ("a.tar", "b.tar"):
+            system.pipe_file(f"/{tmp_path.name}/{name}", (tmp_path / name).read_bytes())
+    spec, options = (
+        f"tars:{where}/*",
+        ({}, {"split": "train"}, {"only": {"key": "02"}}, {"exclude": {"key": "02"}}),
+    )
+    scanned = [open_source(spec, **option) for option in options]
+    assert write_index(f"{where}/*") == 5
+    monkeypatch.setattr("mmgen.data.tars.tar_members", lambda *_: pytest.fail("scanned again"))
+    for option, before in zip(options, scanned):
+        source = open_source(spec, **option)
+        assert source.fingerprint == before.fingerprint and source.skipped == before.skipped
+        assert (source.reader.records == before.reader.records).all()
+    assert caption(open_source(spec)[1]) == "caption 01"
+    if not remote:
+        (tmp_path / "b.tar").write_bytes(b"another")
+        with pytest.raises(ValueError, match=r"b\.tar\.index was written for another tar"):
+            open_source(spec)
+        (tmp_path / "a.tar.index").write_bytes(b"garbage")
+        with pytest.raises(ValueError, match=r"a\.tar\.index is damaged"):
+            open_source(spec)

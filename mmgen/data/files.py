@@ -105,6 +105,16 @@ def read(path, start=0, count=None, limit=None):
         raise BadImage("not_read", f"{path}: {type(error).__name__}: {error}") from error
 
 
+def write(path, data):
+    """Writes bytes to a file, which is whole or not there."""
+    if is_remote(path):  # where a file appears when it is closed
+        system, path = _remote(path)
+        return system.pipe_file(path, data)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(data)
+    os.replace(f"{path}.tmp", path)
+
+
 def local(path):
     """A local path with the contents of `path`: itself, or a copy in the temporary folder, made once.
 

@@ -2,10 +2,13 @@
 
 A tar is scanned once, headers only, when it is opened, and read by offset from then on. A broken or
 truncated one gives what is whole before the break, and is counted as tar_truncated or tar_corrupt.
+`write_index` keeps a scan beside its tar, for those whom the next opening must not cost another.
 """
 
 import collections
 import concurrent.futures
+import io
+import json
 import os
 
 import numpy as np
@@ -27,53 +30,42 @@ class Tars:
 
     def __init__(self, pattern, keep, skipped, limits):
         self.limits = limits
-        found = files.expand(pattern)
-        if not found:
-            raise FileNotFoundError(f"tars:{pattern}: no file matches {pattern} (from {os.getcwd()})")
+        found, indexed = _tars(pattern)
         self.paths = list(found)
         self.identity = list(zip(files.relative_names(found), found.values()))
+
+        def records_of(number):
+            path = self.paths[number]
+            if path in indexed:
+                keys, records, counts = read_index(path, found[path])
+                words = {}
+            else:
+                keys, records, counts, words = scan(path, found[path], keep.needs_fields)
+            records["tar"] = number
+            if keep.active:
+                kept = [self._kept(key, record, words, keep, counts) for key, record in zip(keys, records)]
+                records = records[np.array(kept, bool)]
+            return records, counts
+
         with concurrent.futures.ThreadPoolExecutor(SCANS) as pool:
-            scan = lambda number: self._scan(number, self.paths[number], found[self.paths[number]], keep)
-            scans = list(pool.map(scan, range(len(found))))
+            scans = list(pool.map(records_of, range(len(found))))
         self.records = np.concatenate([records for records, _ in scans])
         skipped.update(sum((counts for _, counts in scans), collections.Counter()))
 
-    def _scan(self, number, path, size, keep):
-        """-> the records of a tar [N], and a Counter of what was skipped in it"""
-        skipped = collections.Counter()
-        groups = collections.defaultdict(dict)  # key -> {suffix: (start, count)}
-        fields_of = {}  # key -> the bytes of its JSON, if a filter wants them
-        with files.open_file(path) as file:
-            for name, start, count in tar_members(file, size, skipped):
-                dot = name.find(".", name.rfind("/") + 1)  # webdataset's rule: the key ends at the first dot
-                if dot < 0:
-                    continue
-                key, suffix = name[:dot], name[dot + 1 :].lower()
-                if suffix not in groups[key]:
-                    groups[key][suffix] = start, count
-                    if suffix == "json" and keep.needs_fields and count <= self.limits.max_bytes:
-                        file.seek(start)
-                        fields_of[key] = file.read(count)
-        records = []
-        for key, members in groups.items():
-            image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
-            starts, counts = zip(*(members.get(name, (0, 0)) for name in (image, "txt", "json")))
-            try:
-                if image is None:
-                    raise BadImage("no_image")
-                if max(counts) > np.iinfo(np.uint32).max:
-                    raise BadImage("too_many_bytes")
-                if keep.keeps(key, parse(fields_of[key]) if key in fields_of else {}):
-                    records.append((number, starts, counts))
-            except BadImage as error:
-                skipped[error.reason] += 1
-        return np.array(records, RECORD), skipped
+    def _kept(self, key, record, words, keep, skipped):
+        try:
+            if keep.needs_fields and key not in words:  # the tar itself was not read
+                words = {key: self._read(record, "json").get("json", b"{}")}
+            return keep.keeps(key, parse(words[key]) if keep.needs_fields else {})
+        except BadImage as error:
+            skipped[error.reason] += 1
+            return False
 
     def __len__(self):
         return len(self.records)
 
     def document(self, i):
-        words = self._read(i, "txt", "json")
+        words = self._read(self.records[i], "txt", "json")
         try:
             text = words["txt"].decode() if "txt" in words else None
         except UnicodeDecodeError as error:
@@ -83,10 +75,10 @@ class Tars:
         return captioned(captions(text, fields), reference), read
 
     def images(self, i):
-        return ["image"], lambda reference: self._read(i, reference)[reference]
+        return ["image"], lambda reference: self._read(self.records[i], reference)[reference]
 
     def fields(self, i):
-        words = self._read(i, "json")
+        words = self._read(self.records[i], "json")
         return parse(words["json"]) if words else {}
 
     def where(self, i):
@@ -98,9 +90,9 @@ class Tars:
             return f"{path} record {i}"
         return f"{path} {header[:100].partition(bytes(1))[0].decode(errors='replace')}"
 
-    def _read(self, i, *members):
-        """{member: bytes} of those that record i has, in one read where they lie side by side."""
-        number, starts, counts = self.records[i].tolist()
+    def _read(self, record, *members):
+        """{member: bytes} of those that a record has, in one read where they lie side by side."""
+        number, starts, counts = record.tolist()
         places = {
             name: (starts[k], counts[k]) for k, name in enumerate(MEMBERS) if name in members and starts[k]
         }
@@ -112,11 +104,80 @@ class Tars:
         first = min(start for start, _ in places.values())
         span = max(start + count for start, count in places.values()) - first
         if span > sum(count for _, count in places.values()) + NEAR:
-            return {name: self._read(i, name)[name] for name in places}
+            return {name: self._read(record, name)[name] for name in places}
         data = files.read(self.paths[number], first, span)
         if len(data) < span:
             raise BadImage("truncated", "the tar is shorter than when it was opened")
         return {name: data[start - first : start - first + count] for name, (start, count) in places.items()}
+
+
+def scan(path, size, with_json=False):
+    """Scans a tar of `size` bytes -> the keys of its N images, their RECORDs [N], a Counter of what was
+    skipped, and `with_json` {key: bytes of its JSON, b"{}" where it has none}."""
+    skipped, words = collections.Counter(), {}
+    groups = collections.defaultdict(dict)  # key -> {suffix: (start, count)}
+    with files.open_file(path) as file:
+        for name, start, count in tar_members(file, size, skipped):
+            dot = name.find(".", name.rfind("/") + 1)  # webdataset's rule: the key ends at the first dot
+            if dot < 0:
+                continue
+            key, suffix = name[:dot], name[dot + 1 :].lower()
+            if suffix not in groups[key]:
+                groups[key][suffix] = start, count
+                if suffix == "json" and with_json:
+                    file.seek(start)
+                    words[key] = file.read(count)
+    keys, places = [], []
+    for key, members in groups.items():
+        image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        starts, counts = zip(*(members.get(name, (0, 0)) for name in (image, "txt", "json")))
+        if image is None:
+            skipped["no_image"] += 1
+        elif max(counts) > np.iinfo(np.uint32).max:
+            skipped["too_many_bytes"] += 1
+        else:
+            keys.append(key)
+            places.append((0, starts, counts))
+            words.setdefault(key, b"{}")
+    return keys, np.array(places, RECORD), skipped, words
+
+
+def write_index(pattern):
+    """Writes the scan of every tar to NAME.tar.index beside it -> how many images there are.
+
+    An opening then reads the index, and of the tar nothing (with a filter by fields, its JSON). For data
+    behind a network, where a scan reads nearly all of them, and for many processes that open the same.
+    """
+    total = 0
+    found, _ = _tars(pattern)
+    for path, size in found.items():
+        keys, records, skipped, _ = scan(path, size)
+        facts = {"size": size, "skipped": skipped, "keys": keys}
+        table = io.BytesIO()
+        np.savez(table, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), records=records)
+        files.write(path + ".index", table.getvalue())
+        total += len(keys)
+    return total
+
+
+def read_index(path, size):
+    """The index of a tar of `size` bytes -> (keys, RECORDs [N], Counter), as `scan` gives them."""
+    try:
+        table = np.load(io.BytesIO(files.read(path + ".index")), allow_pickle=False)
+        facts, records = json.loads(table["facts"].tobytes()), table["records"].astype(RECORD)
+    except Exception as error:  # NumPy's, zipfile's and json's own for what is no such file
+        raise ValueError(f"{path}.index is damaged: delete it, or write_index again ({error})") from error
+    if facts["size"] != size or len(facts["keys"]) != len(records):
+        raise ValueError(f"{path}.index was written for another tar: delete it, or write_index again")
+    return facts["keys"], records, collections.Counter(facts["skipped"])
+
+
+def _tars(pattern):
+    """-> {path: bytes} of the tars that a glob names, and the set of those that have an index."""
+    found = {path: size for path, size in files.expand(pattern).items() if not path.endswith(".index")}
+    if not found:
+        raise FileNotFoundError(f"tars:{pattern}: no file matches {pattern} (from {os.getcwd()})")
+    return found, {path.removesuffix(".index") for path in files.expand(pattern + ".index")}
 
 
 def tar_members(file, end, skipped):
