@@ -114,6 +114,18 @@ def test_a_truncated_tar_gives_what_is_whole(tmp_path):
         source[5]
 
 
+def test_a_tar_that_shrinks_or_vanishes_is_bad_not_fatal(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(["00", "01"]))
+    source = open_source(f"tars:{path}")
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(BadImage, match=r"truncated: .*a\.tar"):
+        source[1]
+    path.unlink()
+    for use in (source.__getitem__, source.texts, source.pixels, source.fields):
+        with pytest.raises(BadImage, match=r"no_file: .*a\.tar record 1"):
+            use(1)
+
+
 def test_a_damaged_header_ends_a_tar_and_is_counted(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(["00", "01", "02"]))
     data = bytearray(path.read_bytes())
