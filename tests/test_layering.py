@@ -61,7 +61,8 @@ def test_rooms_import_only_from_above(path):
 def test_no_other_framework_and_no_global_flags(path):
     for name in imported(path):
         assert name.split(".")[0] not in ("tensorflow", "torch", "clu"), name
-        assert not name.startswith("absl.flags"), "flags are defined by a command's argparse"
+        if path != Path("data/loader.py"):  # which tells grain that there are none
+            assert not name.startswith("absl.flags"), "flags are defined by a command's argparse"
 
 
 def test_commands_do_not_call_commands():

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import shutil
 import tarfile
 import threading
 
@@ -14,6 +15,7 @@ from mmgen.data.packing import DROP_IMAGES, DROP_TEXT
 from mmgen.data.shards import Shards, write
 from mmgen.data.sources import TooManyBad, open_source
 from mmgen.grammar import Grammar
+from tests.conftest import run_python
 from tests.test_shards import GRAMMAR, edit
 
 ROW = 96
@@ -171,6 +173,66 @@ def test_prefetch_is_the_batches_from_any_step_on(folder, threads):
         if thread.name.startswith("grain-prefetch"):
             thread.join(5)
     assert threading.active_count() <= before
+
+
+def test_worker_processes_make_the_same_batches(tmp_path):
+    script = tmp_path / "run.py"  # workers import the main module again
+    script.write_text("""
+import sys
+import numpy as np
+from mmgen.data.loader import Images, Rows
+from mmgen.data.shards import Shards, write
+from mmgen.data.sources import open_source
+from tests.test_loader import GRAMMAR, edit, same
+
+if __name__ == "__main__":
+    rng = np.random.default_rng(0)
+    write(sys.argv[1], [edit(rng) for _ in range(100)], GRAMMAR)
+    rows = lambda workers: Rows(Shards(sys.argv[1]), GRAMMAR, batch_size=3, row_length=96, workers=workers)
+    source = open_source("world:train", size=(16, 16), documents=40)
+    images = lambda workers: Images(source, 4, augment=True, recolored=True, workers=workers)
+    for make in (rows, images):
+        one, two = make(0).prefetch(5, [0, 2]), make(2).prefetch(5, [0, 2])
+        for step in range(5, 12):
+            (a, batch, bad), (b, other, worse) = next(one), next(two)
+            assert a == b == step and same(batch, other) and bad == worse == 0, step
+        one.close(), two.close()
+    print("same")
+""")
+    code = f"import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path({str(script)!r}, run_name='__main__')"
+    assert run_python(code, "run", tmp_path / "shards").stdout.strip() == "same"
+
+
+def test_damaged_documents_leave_their_place_empty_and_are_counted(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "s")
+    path = tmp_path / "s" / "tokens-00001.arrayrecord"
+    data = bytearray(path.read_bytes())
+    parts = np.flatnonzero(np.frombuffer(data, np.uint8))
+    for place in parts[len(parts) // 4 : len(parts) // 2 : 40]:
+        data[place] ^= 1
+    path.write_bytes(data)
+    whole, damaged = rows(folder), rows(tmp_path / "s", max_bad=1.0)
+    lost = {i for i in range(240) if damaged.shards.records([i])[0] is None}
+    assert 0 < len(lost) < 100
+    total = 0
+    for step in range(10):
+        expected, (found, bad) = whole.batch(step), damaged.rows_of(step, range(5))
+        gone = 0
+        for row in range(5):
+            documents = whole.plan.row(step * 5 + row)[0].tolist()
+            left = [n for n, i in enumerate(documents, 1) if i not in lost]
+            gone += len(documents) - len(left)
+            keep = np.isin(expected["segments"][row], left)
+            for name, values in found.items():
+                assert np.array_equal(values[row][: keep.sum()], expected[name][row][keep])
+                assert not values[row][keep.sum() :].any()
+        assert bad == gone
+        total += bad
+    assert total == damaged.bad > 0
+    strict = rows(tmp_path / "s")
+    with pytest.raises(TooManyBad, match="1%.*tools inspect"):
+        for step in range(100):
+            strict.batch(step)
 
 
 def test_prefetch_stays_a_few_steps_ahead_and_passes_errors_on():

@@ -4,6 +4,7 @@ import threading
 
 import grain
 import numpy as np
+from absl import flags
 
 from mmgen.data import images, packing
 from mmgen.data.images import BadImage
@@ -197,18 +198,24 @@ class Images:
 
 
 def prefetch(rows_of, start_step, rows, *, threads=1, workers=0, ahead=4):
-    """Iterator of (step, *rows_of(step, rows)) from `start_step` on, for ever, made in the background by
-    `threads`, or by `workers` processes if not 0, at most about `ahead` steps early each. Call its close()
-    when done. An error in `rows_of` is raised by next()."""
+    """Iterator of (step, *rows_of(step, rows)) from `start_step` on, for ever, made in the background: see
+    `in_background`."""
     steps = grain.MapDataset.source(_Steps(rows_of, rows)).slice(slice(start_step, None))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
-    if workers:
-        steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        iterator = iter(steps.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)))
-    else:
-        iterator = iter(steps.to_iter_dataset(options))
+    return in_background(steps, threads, workers, ahead)
+
+
+def in_background(dataset, threads, workers, ahead):
+    """Iterator of a grain MapDataset, in its order, made by `threads` or, if not 0, by `workers` processes,
+    about `ahead` items early. Call its close() when done. An error in an item is raised by next()."""
+    if not workers:
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
+        iterator = iter(dataset.to_iter_dataset(options))
         iterator.start_prefetch()
-    return iterator
+        return iterator
+    if not flags.FLAGS.is_parsed():  # grain reads flags of its own there; ours are argparse's
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(ahead // workers, 1))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)).mp_prefetch(options))
 
 
 class _Steps:

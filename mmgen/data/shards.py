@@ -229,7 +229,7 @@ class Shards:
                     )
         self.dtype = np.dtype(self.manifest["dtype"])
         self.phrasings = max(manifest["phrasings"] for manifest in self.manifests)
-        self.lengths = _Joined([_lengths(f, m) for f, m in zip(self.folders, self.manifests)])
+        self.lengths = _Lengths(self.folders, self.manifests)
         self.files, counts = [], []
         for folder, manifest in zip(self.folders, self.manifests):
             for number, (count, size) in enumerate(zip(manifest["shards"], manifest["bytes"])):
@@ -332,12 +332,16 @@ class Shards:
         return self._readers[shard]
 
 
-class _Joined:
-    """Arrays of equal rows, read as one along the first axis without being copied together."""
+class _Lengths:
+    """The lengths.npy of folders, read as one [N, P, 3] but left on the disk."""
 
-    def __init__(self, arrays):
-        self.arrays = arrays
-        self.starts = np.cumsum([0] + [len(array) for array in arrays])
+    def __init__(self, folders, manifests):
+        self.arguments = folders, manifests
+        self.arrays = [_lengths(folder, manifest) for folder, manifest in zip(folders, manifests)]
+        self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
+
+    def __reduce__(self):  # another process maps the files itself
+        return _Lengths, self.arguments
 
     def __len__(self):
         return int(self.starts[-1])

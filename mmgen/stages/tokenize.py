@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mmgen.data import shards
 from mmgen.data.images import BadImage
+from mmgen.data.loader import in_background
 from mmgen.data.sources import Bad, TooManyBad
 from mmgen.document import Document, Image, Turn
 from mmgen.grammar import Grammar
@@ -139,10 +140,7 @@ def _read(source, places, phrasings, workers):
     if not len(places):
         return iter(())
     items = grain.MapDataset.source(_Items(source, places, phrasings))
-    reading = items.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
-    if workers:
-        reading = reading.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=64))
-    return iter(reading)
+    return in_background(items, threads=2, workers=workers, ahead=64)
 
 
 def _encode(items, tokenizer, grammar, text, longest, overlong):

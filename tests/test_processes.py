@@ -1,0 +1,118 @@
+"""The same batches on any number of processes, and across a stop: bytes, not shapes."""
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mmgen.data.shards import write
+from tests.conftest import ROOT, run_python
+from tests.test_shards import GRAMMAR, edit
+
+STEPS, ROWS, DEVICES = 1000, 8, 4
+
+# Four devices in all, two of which hold the same rows: a process reads what its devices need.
+READ = """
+import hashlib, json, sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding
+from mmgen.data.loader import Rows
+from mmgen.data.shards import Shards
+from mmgen.runtime import mesh as meshes
+from tests.test_processes import GRAMMAR, ROWS
+
+folder, plans, start, stop, out = sys.argv[1:]
+meshes.join()
+mesh = meshes.make_mesh({"data": 2, "tensor": 2})
+sharding = NamedSharding(mesh, meshes.spec(("batch",), {"batch": ("replica", "data", "fsdp")}))
+mine = meshes.local_rows(sharding, ROWS)
+loader = Rows(Shards(folder), GRAMMAR, batch_size=ROWS, row_length=96, seed=7, text_drop=.3, plans=plans)
+batches, digests = loader.prefetch(int(start), mine), []
+for step in range(int(start), int(stop)):
+    at, batch, _ = next(batches)
+    assert at == step
+    digests.append({int(row): hashlib.sha256(b"".join(batch[name][k].tobytes() for name in sorted(batch))).hexdigest()
+                    for k, row in enumerate(mine)})
+batches.close()
+whole = meshes.global_batch(batch, mine, ROWS, sharding)
+for name, array in whole.items():  # each device has its own rows, and together they are the batch
+    assert array.shape == (ROWS, *batch[name].shape[1:])
+    for shard in array.addressable_shards:
+        rows = range(*shard.index[0].indices(ROWS))
+        assert (jax.device_get(shard.data) == batch[name][[list(mine).index(r) for r in rows]]).all()
+total = jax.jit(lambda b: (b["tokens"] * (1 + jnp.arange(ROWS))[:, None]).sum())(whole)
+json.dump({"mine": mine.tolist(), "digests": digests, "total": int(total)}, open(out, "w"))
+"""
+
+
+def read(folder, plans, processes, start, stop, tmp_path):
+    """SHA-256 of each global batch, put together from what each process read -> (digests, sum of the last)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = []
+    for rank in range(processes):
+        out = tmp_path / f"{processes}-{rank}-{start}.json"
+        environment = {
+            "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        }  # fmt: skip
+        if processes > 1:
+            environment |= {"MMGEN_DISTRIBUTED": f"{rank}/{processes}", "JAX_COORDINATOR_ADDRESS": address}
+        command = [sys.executable, "-c", READ, *map(str, (folder, plans, start, stop, out))]
+        running.append((out, subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)))
+    found = []
+    for out, process in running:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error[-3000:]
+        found.append(json.loads(out.read_text()))
+    assert {row for each in found for row in each["mine"]} == set(range(ROWS))
+    if processes > 1:
+        assert all(len(each["mine"]) < ROWS for each in found)
+    digests = []
+    for step in range(stop - start):
+        rows = {}
+        for each in found:
+            for row, digest in each["digests"][step].items():
+                assert rows.setdefault(int(row), digest) == digest  # two processes that hold one row
+        digests.append(hashlib.sha256("".join(rows[row] for row in range(ROWS)).encode()).hexdigest())
+    totals = {each["total"] for each in found}
+    assert len(totals) == 1
+    return digests, totals.pop()
+
+
+def test_the_first_thousand_batches_on_one_two_and_four_processes_and_across_a_stop(tmp_path):
+    rng = np.random.default_rng(0)
+    write(tmp_path / "shards", [edit(rng) for _ in range(5000)], GRAMMAR, shard_size=1500)
+    half = STEPS // 2
+    run = lambda plans, processes, start, stop: read(
+        tmp_path / "shards", tmp_path / plans, processes, start, stop, tmp_path
+    )
+    whole, total = run("a", 1, 0, STEPS)
+    assert len(set(whole)) == STEPS
+    for first, second in ((2, 4), (4, 2)):
+        before, _ = run(f"b{first}", first, 0, half)
+        after, last = run(f"b{first}", second, half, STEPS)
+        assert before + after == whole and last == total
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
+def test_rows_follow_the_sharding(shape):
+    code = """
+import sys, jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from mmgen.runtime import mesh as meshes
+mesh = meshes.make_mesh(eval(sys.argv[1]))
+for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec(("fsdp", "data")), PartitionSpec()):
+    sharding = NamedSharding(mesh, spec)
+    mine = meshes.local_rows(sharding, 16)
+    assert mine.tolist() == list(range(16))
+    x = np.arange(32).reshape(16, 2)
+    assert (np.asarray(meshes.global_batch({"x": x}, mine, 16, sharding)["x"]) == x).all()
+print("ok")
+"""
+    assert run_python(code, shape, devices=8).stdout.strip() == "ok"
