@@ -303,6 +303,16 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_and_counted_once(tmp_path)
         assert sum(source.skipped.values()) == 3
 
 
+def test_all_images_of_a_document_come_in_turn():
+    source = open_source("jsonl:sample", size=(16, 16))
+    most = max(len(source[i].images()) for i in range(len(source)))
+    assert most > 1
+    loader, seen = Images(source, len(source), max_bad=1.0), set()
+    seen = {image.tobytes() for step in range(most) for image in loader.batch(step)["images"]}
+    every = {image.pixels.tobytes() for i in range(len(source)) for image in source[i].images()}
+    assert seen == every
+
+
 def test_too_many_bad_images_end_the_run(tmp_path):
     with pytest.raises(TooManyBad, match="5 of 5"):
         Images(tar_of_images(tmp_path / "a.tar", 5, bad=range(5)), 2).batch(0)

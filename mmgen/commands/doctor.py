@@ -189,7 +189,7 @@ def road():
     part = "start"
     try:
         from mmgen import text
-        from mmgen.data.sources import captions, open_source
+        from mmgen.data.sources import open_source, texts
         from mmgen.runtime import config as configs
         from mmgen.stages import loop
         from mmgen.stages.tokenize import tokenize
@@ -210,7 +210,7 @@ def road():
 
             part = "shards"
             with quiet() as took:
-                text.train(captions(source), config.text.pieces, folder / "text.model")
+                text.train(texts(source), config.text.pieces, folder / "text.model")
                 made = tokenize(source, coder, folder / "text.model", shards, max_side=config.max_side)
             yield OK, part, f"{made['count']} documents, {made['tokens']} tokens ({took()})"
 

@@ -164,7 +164,7 @@ class Images:
 
     def _good_pixels(self, first, epoch):
         """The pixels of the document or of the next one that is good, and whether it is another."""
-        which = epoch if getattr(self.source, "several_images", False) else 0
+        which = epoch if self.source.several_images else 0
         for i in range(first, first + len(self.source)):
             i %= len(self.source)
             if i in self._bad_indices:

@@ -13,6 +13,7 @@ docs/sources.md has the layout of each. A source is random-access and never chan
     len(source); source[i]       Document i, its images at source.size: (width, height) or images.Buckets
     source.alternatives(i, n)    1 to n Documents with the same images and other words; the first is source[i]
     source.pixels(i, which=0)    uint8 [H, W, 3]: image `which`, modulo their number, at the size that it has
+    source.several_images        whether a document may have more than one
     source.texts(i)              all texts of document i, in every phrasing that is written; reads no image
     source.fields(i)             what the filters see
     source.spec, source.name     what it was opened as, and what to call it
@@ -201,8 +202,6 @@ def texts(source, limit=None, max_bad=0.1):
             yield from found
 
 
-captions = texts  # the name that `mmgen doctor` knows
-
 
 class Source:
     """Documents made of what a reader reads: see mmgen/data/readers.py."""
@@ -213,6 +212,7 @@ class Source:
         self.documents = min(len(reader), documents or len(reader))
         self.parts = [(name, 0, len(self))]
         kind = spec.partition(":")[0]
+        self.several_images = kind in ("jsonl", "records")
         self.fingerprint = _fingerprint(kind, reader.identity, len(self), size, limits, background, options)
 
     def __len__(self):
@@ -272,6 +272,8 @@ class Source:
 
 class World:
     """Document i of a split of the world: a prompt by the user, its picture by the assistant."""
+
+    several_images = False
 
     def __init__(self, spec, name, split, size, seed, documents, languages, category):
         if not documents:
@@ -362,6 +364,7 @@ class Several:
             )
         self.spec = " ".join(f"{source.name}={source.spec}" for source in self.sources)
         self.name, self.size = "+".join(names), self.sources[0].size
+        self.several_images = any(source.several_images for source in self.sources)
         self.stops = np.cumsum([len(source) for source in self.sources]).tolist()
         self.starts = [0, *self.stops[:-1]]
         self.parts = [
