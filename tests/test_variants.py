@@ -1,0 +1,73 @@
+"""What training drops is what the sampler's unconditional branch leaves out: the same tokens, at the same places."""
+
+import numpy as np
+import pytest
+
+from mmgen.data.loader import Rows
+from mmgen.data.packing import DROP_TEXT
+from mmgen.data.shards import Shards, write
+from mmgen.document import Document, Image, Text, Turn
+from mmgen.sampling.sampler import Request
+
+
+def documents(grammar, rng):
+    """Prompts, edits and dialogues, all with codes."""
+    codes = lambda: Image(codes=rng.integers(0, grammar.codes, rng.integers(1, 5, 2)))
+    for k in range(40):
+        turns = [Turn("system", [Text("be brief")])] if k % 3 == 0 else []
+        for turn in range(1 + k % 3):
+            asks = [codes(), Text(f"make it {turn}")] if k % 2 or turn else [Text(f"a red circle {k}")]
+            turns += [Turn("user", asks), Turn("assistant", [Text("here"), codes()] if k % 4 == 1 else [codes()])]
+        yield Document(turns)
+
+
+def test_a_training_row_without_text_is_what_the_sampler_asks_without_text(sampler, tmp_path):
+    grammar, text = sampler.grammar, sampler.text
+    found = list(documents(grammar, np.random.default_rng(0)))
+    write(tmp_path, [grammar.encode(document, text) for document in found], grammar)
+    shards = Shards(tmp_path)
+    longest = int(shards.lengths[:][:, 0, 0].max())
+    loader = Rows(shards, grammar, batch_size=1, row_length=longest, text_drop=0.5)
+    seen = set()
+    for step in range(3 * len(found)):
+        batch = loader.batch(step)
+        for segment, (i, variant) in enumerate(zip(*loader.plan.row(step)), 1):
+            here = batch["segments"][0] == segment
+            tokens, positions = batch["tokens"][0][here], batch["positions"][0][here]
+            # The prompt of this document's last answer, with text and without, as the sampler writes it.
+            request = Request(Document(found[i].turns[:-1]))
+            full, free = sampler._prompt(request)
+            prompt = free if variant & DROP_TEXT else full
+            np.testing.assert_array_equal(tokens[: len(prompt)], prompt)
+            np.testing.assert_array_equal(positions[: len(prompt)], grammar.positions(prompt))
+            seen.add((int(i), int(variant)))
+            # What follows is the answer, right behind the prompt.
+            rest = grammar.encode(Document(found[i].turns), text)[len(full) :]
+            np.testing.assert_array_equal(tokens[len(prompt) :], rest)
+    assert len(seen) > 1.5 * len(found)
+
+
+@pytest.mark.parametrize("text_drop", [0.0, 1.0])
+def test_logits_of_both_agree(sampler, tmp_path, text_drop):
+    """A row of several documents through the training model, and each prompt alone through the sampler's prefill."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from mmgen.models import layers, transformer
+
+    grammar, text = sampler.grammar, sampler.text
+    found = list(documents(grammar, np.random.default_rng(1)))[:12]
+    write(tmp_path, [grammar.encode(document, text) for document in found], grammar)
+    loader = Rows(Shards(tmp_path), grammar, batch_size=1, row_length=600, text_drop=text_drop)
+    batch = loader.batch(0)
+    model = nnx.merge(sampler.graphdef, sampler.params)
+    hidden = np.asarray(model(*map(jnp.asarray, (batch["tokens"], batch["segments"], batch["positions"]))))[0]
+    blocks = layers.unstack(model.blocks, model.config.layers)
+    for segment, i in list(enumerate(loader.plan.row(0)[0], 1))[:4]:
+        prompt = sampler._prompt(Request(Document(found[i].turns[:-1])))[int(text_drop)]
+        cache = transformer.init_cache(model.config, 1, len(prompt))
+        alone, _ = transformer.step(
+            model, blocks, cache, prompt[None], grammar.positions(prompt)[None], jnp.zeros(1, jnp.int32)
+        )
+        here = np.flatnonzero(batch["segments"][0] == segment)[: len(prompt)]
+        np.testing.assert_allclose(hidden[here], np.asarray(alone)[0], atol=2e-4)
