@@ -13,34 +13,45 @@ COMMANDS = {
     "text": "train a SentencePiece text model",
     "doctor": "say what works on this machine",
 }
+TOOLS = {
+    "inspect": "what lies in tokenised shards: statistics, and documents as a page to look at",
+}
 
 
 def main(argv=None):
     """Runs one command; bad input ends with one clear line, not a traceback."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(
-            "usage: mmgen COMMAND [--help]\n\n"
-            + "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
-        )
-        return 0 if argv else 2
-    name, *rest = argv
-    if name == "--version":
+    if argv[:1] == ["--version"]:
         from mmgen import __version__
 
         print(__version__)
         return 0
-    if name not in COMMANDS:
+    if argv[:1] == ["tools"]:
+        return _run("mmgen tools", "tool", TOOLS, "mmgen.commands.tools", argv[1:])
+    commands = COMMANDS | {"tools": "more, each for one purpose; `mmgen tools` lists them"}
+    return _run("mmgen", "command", commands, "mmgen.commands", argv)
+
+
+def _run(program, kind, commands, package, argv):
+    """Runs the one of `commands` that argv names, a module of `package`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            f"usage: {program} {kind.upper()} [--help]\n\n"
+            + "\n".join(f"  {name:<12}{what}" for name, what in commands.items())
+        )
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in commands:
         from mmgen.runtime.config import nearest
 
-        print(f"mmgen: no command {name!r}; {nearest(name, COMMANDS)}", file=sys.stderr)
+        print(f"{program}: no {kind} {name!r}; {nearest(name, commands)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"mmgen.commands.{name}").main(rest) or 0
+        return importlib.import_module(f"{package}.{name}").main(rest) or 0
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         if not (isinstance(error, OSError) or _is_ours(error)):
             raise
-        print(f"mmgen {name}: {error}", file=sys.stderr)
+        print(f"{program} {name}: {error}", file=sys.stderr)
         return 1
 
 

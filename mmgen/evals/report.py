@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .2em .9em; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; }
@@ -56,7 +56,7 @@ def write(out, *, title, scores, metrics, seconds, config, curves=(), pictures=(
         data = base64.b64encode(Path(path).read_bytes()).decode()
         body.append(f"<h3>{html.escape(caption)}</h3><img width=768 src='data:image/png;base64,{data}'>")
     body.append(f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre>")
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     (out / "report.html").write_text(page + "\n".join(body), "utf-8")
     return out / "report.html"
 
@@ -84,11 +84,12 @@ def _figure(case):
     kind = "ok" if case.ok else "bad"
     why = "" if case.ok else f"<br><b>{html.escape(case.why)}</b>"
     return (
-        f"<figure class={kind}><img src='{_png(case.pixels)}'>{html.escape(case.item.prompt)}{why}</figure>"
+        f"<figure class={kind}><img src='{png(case.pixels)}'>{html.escape(case.item.prompt)}{why}</figure>"
     )
 
 
-def _png(pixels):
+def png(pixels):
+    """Pixels uint8 [H, W, 3] -> the PNG as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
