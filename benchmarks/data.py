@@ -136,7 +136,9 @@ def row_part(documents, rounds, batches=20):
                     filled[name].append(used / (batches * BATCH * ROW))
             memory.append(resident())
     mean = written["tokens"] / written["count"]
-    print(f"\n{documents} documents of {mean:.0f} tokens; {rounds} rounds of {batches} batches of {BATCH} x {ROW}\n")
+    print(
+        f"\n{documents} documents of {mean:.0f} tokens; {rounds} rounds of {batches} batches of {BATCH} x {ROW}\n"
+    )
     print(f"{'':26}{'Mtok/s/core':>12}{'wall Mtok/s':>12}{'x peer':>8}{'filled':>8}")
     table = {}
     for name in contestants:
@@ -148,13 +150,20 @@ def row_part(documents, rounds, batches=20):
         }
         a, b, c, d = table[name].values()
         print(f"{name:26}{a / 1e6:12.1f}{b / 1e6:12.1f}{c:8.1f}{d:8.2%}")
-    print(f"resident memory after the first round {memory[1] >> 20} MiB, after the last {memory[-1] >> 20} MiB")
+    print(
+        f"resident memory after the first round {memory[1] >> 20} MiB, after the last {memory[-1] >> 20} MiB"
+    )
     return {"mean_tokens": mean, "rows": table, "resident_bytes": memory}
 
 
 def our_rows(folder, cache_bytes):
     loader = Rows(
-        shards.Shards(folder), GRAMMAR, batch_size=BATCH, row_length=ROW, text_drop=0.1, cache_bytes=cache_bytes
+        shards.Shards(folder),
+        GRAMMAR,
+        batch_size=BATCH,
+        row_length=ROW,
+        text_drop=0.1,
+        cache_bytes=cache_bytes,
     )
     step = 0
     while True:
@@ -167,7 +176,9 @@ def grain_rows(folder):
     data = grain.MapDataset.source(grain.sources.ArrayRecordDataSource(paths)).seed(0).shuffle().repeat()
     data = data.map(lambda record: {"tokens": np.frombuffer(record, "<u2").astype(np.int32)})
     data = data.to_iter_dataset(grain.ReadOptions(num_threads=1))
-    data = grain.experimental.FirstFitPackIterDataset(data, length_struct={"tokens": ROW}, num_packing_bins=BATCH)
+    data = grain.experimental.FirstFitPackIterDataset(
+        data, length_struct={"tokens": ROW}, num_packing_bins=BATCH
+    )
     for batch in data.batch(BATCH):
         yield {"tokens": batch["tokens"], "segments": batch["tokens_segment_ids"], **batch}
 
@@ -206,7 +217,9 @@ def plan_part(count):
         began, again = time.perf_counter(), plan()
         again.row(rows - 1)
         resumed = time.perf_counter() - began
-        table = sum(os.path.getsize(os.path.join(folder, n)) for n in os.listdir(folder) if n != "lengths.npy")
+        table = sum(
+            os.path.getsize(os.path.join(folder, n)) for n in os.listdir(folder) if n != "lengths.npy"
+        )
     used = (tokens - 0.1 * tokens / 8) / (rows * ROW)
     print(
         f"\n{count:.0e} documents, {tokens / 1e9:.1f}e9 tokens -> {rows} rows of {ROW}, about {used:.2%} of them used\n"

@@ -43,7 +43,10 @@ def test_the_probe_of_a_model_that_knows_all_and_of_one_that_knows_nothing(sampl
 
 
 def test_settings_are_chosen_on_other_prompts_than_those_that_measure():
-    asked = {split: {case.item.prompt for case in suites.cases(1, 20, 0, split=split)} for split in ("valid", "test")}
+    asked = {
+        split: {case.item.prompt for case in suites.cases(1, 20, 0, split=split)}
+        for split in ("valid", "test")
+    }
     assert asked["test"] == {case.item.prompt for case in suites.cases(1, 20, 0)} != asked["valid"]
 
 

@@ -45,7 +45,14 @@ def test_muon_trains_the_matrices_of_blocks_and_adam_the_rest():
     for name, kind in found.items():
         inside = name.startswith("blocks/") and name.endswith("/w") or name == "before/w"
         assert kind == ("muon" if inside else "adam"), name
-    assert {"embedding", "head", "digit_embedding", "before/w", "blocks/attention/q/w", "blocks/mlp/wi/w"} <= set(found)
+    assert {
+        "embedding",
+        "head",
+        "digit_embedding",
+        "before/w",
+        "blocks/attention/q/w",
+        "blocks/mlp/wi/w",
+    } <= set(found)
 
 
 def test_muon_in_the_tokenizer():

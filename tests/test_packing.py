@@ -31,7 +31,10 @@ def epoch_of(plan, epoch):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=120), st.integers(1, 60), st.integers(0, 9), st.integers(0, 3)
+    st.lists(st.integers(1, 40), min_size=1, max_size=120),
+    st.integers(1, 60),
+    st.integers(0, 9),
+    st.integers(0, 3),
 )
 def test_every_document_once_an_epoch_and_no_row_too_long(lengths, window, seed, epoch):
     p = plan(lengths, window=window, seed=seed)
@@ -119,7 +122,9 @@ def test_fill_on_realistic_mixes():
 
 
 def test_documents_longer_than_a_row():
-    with pytest.raises(ValueError, match="2 of 4 documents are longer than a row of 10 tokens.*document 2, has 30"):
+    with pytest.raises(
+        ValueError, match="2 of 4 documents are longer than a row of 10 tokens.*document 2, has 30"
+    ):
         plan([5, 20, 30, 10], 10).row(0)
     p = plan([5, 20, 30, 10], 10, overlong="drop")
     assert sorted(np.concatenate([d for d, _ in epoch_of(p, 0)]).tolist()) == [0, 3] and p.dropped(0) == 2
@@ -136,7 +141,9 @@ def test_documents_longer_than_a_row():
 
 def several(n, rng):
     """Lengths of documents with 1 to 3 phrasings: [N, 3, 3]."""
-    lengths = np.stack([rng.integers(20, 30, (n, 3)), rng.integers(1, 9, (n, 3)), rng.integers(1, 9, (n, 3))], -1)
+    lengths = np.stack(
+        [rng.integers(20, 30, (n, 3)), rng.integers(1, 9, (n, 3)), rng.integers(1, 9, (n, 3))], -1
+    )
     lengths[np.arange(3) >= rng.integers(1, 4, n)[:, None]] = 0
     return lengths
 
@@ -150,7 +157,9 @@ def test_variants_are_drawn_at_their_rates_and_planned_at_their_lengths():
     assert abs((variants % VARIANTS == DROP_TEXT | DROP_IMAGES).mean() - 0.06) < 0.01
     phrasings = (lengths[documents, :, 0] > 0).sum(1)
     for count in (1, 2, 3):
-        shares = np.bincount((variants // VARIANTS)[phrasings == count], minlength=3) / (phrasings == count).sum()
+        shares = (
+            np.bincount((variants // VARIANTS)[phrasings == count], minlength=3) / (phrasings == count).sum()
+        )
         np.testing.assert_allclose(shares, [1 / count] * count + [0] * (3 - count), atol=0.04)
     for d, v in epoch_of(p, 1)[:500]:
         whole, text, images = lengths[d, v // VARIANTS].T
@@ -229,7 +238,9 @@ def test_all_orders_come_equally_often(size):
     places, keys = np.tile(np.arange(size), rounds), np.repeat(np.arange(rounds), size)
     np.add.at(count, (places, permute(places, size, mix(5, keys))), 1)
     expected = rounds / size
-    assert ((count - expected) ** 2 / expected).sum() / (size - 1) ** 2 < 3.5  # chi square a degree of freedom
+    assert ((count - expected) ** 2 / expected).sum() / (
+        size - 1
+    ) ** 2 < 3.5  # chi square a degree of freedom
 
 
 def test_a_permutation_of_a_billion_needs_no_room():

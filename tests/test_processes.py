@@ -100,7 +100,9 @@ def test_the_first_thousand_batches_on_one_two_and_four_processes_and_across_a_s
         assert before + after == whole and last == total
 
 
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize(
+    "shape", [{"data": 8}, {"data": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}]
+)
 def test_rows_follow_the_sharding(shape):
     code = """
 import sys, jax, numpy as np

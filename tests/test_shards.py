@@ -171,7 +171,9 @@ def test_shards_are_finished_in_any_order_and_by_anyone(tmp_path):
     with pytest.raises(FileExistsError, match=r"another job \(job differ\)"):
         begin(tmp_path, {"job": 2})
     first = finish(tmp_path, 3, GRAMMAR, 1, lambda found: {"parts": {"x": 9}})
-    assert first == finish(tmp_path, 3, GRAMMAR, 1, lambda found: {"parts": {"x": 9}})  # once more is harmless
+    assert first == finish(
+        tmp_path, 3, GRAMMAR, 1, lambda found: {"parts": {"x": 9}}
+    )  # once more is harmless
     for i, tokens in enumerate(documents):
         np.testing.assert_array_equal(Shards(tmp_path).tokens(i), tokens)
 
@@ -270,7 +272,11 @@ def test_mutated_shards_give_what_was_written_or_nothing(tmp_path):
             damaged += record is None
             right += record is not None and np.array_equal(record, documents[i])
         assert all(np.array_equal(shards.tokens(i), documents[i]) for i in (0, 299, 600, 899))
-    assert damaged + right == 300 * opened and opened > 80 and damaged > 1000 and right > 1000, (opened, damaged, right)
+    assert damaged + right == 300 * opened and opened > 80 and damaged > 1000 and right > 1000, (
+        opened,
+        damaged,
+        right,
+    )
 
 
 def test_bad_tokens_are_refused(tmp_path):

@@ -68,7 +68,11 @@ class Stop(BaseException):
 def test_stopped_anywhere_it_goes_on(space, whole, tmp_path, monkeypatch):
     """Where a shard is written, where it gets its name, where the manifest does."""
     rng = random.Random(0)
-    real = {"add": shards_module.Writer.add, "finish": shards_module.Writer.finish, "_write": shards_module._write}
+    real = {
+        "add": shards_module.Writer.add,
+        "finish": shards_module.Writer.finish,
+        "_write": shards_module._write,
+    }
     stops = 0
     while not (tmp_path / "manifest.json").exists():
         left = rng.randrange(1, 40)
@@ -113,7 +117,17 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_killed_at_random_points_nothing_is_lost_or_twice(space, whole, tmp_path):
-    flags = ["tokenize", "--source", "world:train", "--documents", N, "--seed", 5, "--tokenizer", space.tokenizer]
+    flags = [
+        "tokenize",
+        "--source",
+        "world:train",
+        "--documents",
+        N,
+        "--seed",
+        5,
+        "--tokenizer",
+        space.tokenizer,
+    ]
     flags += ["--text", space.text, "--max-side", 16, "--shard-size", SIZE, "--out", tmp_path]
     for _ in range(3):
         done = run_python(KILLED, random.randrange(1, 40), *flags, compiled=space.compiled, check=False)
@@ -273,13 +287,21 @@ def test_images_of_many_shapes(space, tmp_path):
 
 def test_several_sources_are_parts_of_one_folder(space, tmp_path):
     path = tar(tmp_path / "a.tar", 20, bad=(7,))
-    source = Several([world(documents=30), open_source(f"red=tars:{path}", (32, 32)), open_source("jsonl:sample", (32, 32))])
+    source = Several(
+        [
+            world(documents=30),
+            open_source(f"red=tars:{path}", (32, 32)),
+            open_source("jsonl:sample", (32, 32)),
+        ]
+    )
     manifest = tokenize(space, source, tmp_path / "s")
     sample = len(open_source("jsonl:sample"))
     assert manifest["parts"] == {"world": 30, "red": 19, "jsonl": sample}
     shards, text = Shards(tmp_path / "s"), TextModel(space.text)
     red = next(part for part in shards.parts if part.name == "red")
-    first = [shards.grammar.decode(shards.tokens(i), text).turns[0].parts[0] for i in range(red.start, red.stop)]
+    first = [
+        shards.grammar.decode(shards.tokens(i), text).turns[0].parts[0] for i in range(red.start, red.stop)
+    ]
     assert first == [Text(str(k)) for k in range(20) if k != 7]
     for i in range(red.stop, len(shards)):  # dialogues, pages, images in questions
         document = shards.grammar.decode(shards.tokens(i), text)

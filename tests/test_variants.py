@@ -17,7 +17,10 @@ def documents(grammar, rng):
         turns = [Turn("system", [Text("be brief")])] if k % 3 == 0 else []
         for turn in range(1 + k % 3):
             asks = [codes(), Text(f"make it {turn}")] if k % 2 or turn else [Text(f"a red circle {k}")]
-            turns += [Turn("user", asks), Turn("assistant", [Text("here"), codes()] if k % 4 == 1 else [codes()])]
+            turns += [
+                Turn("user", asks),
+                Turn("assistant", [Text("here"), codes()] if k % 4 == 1 else [codes()]),
+            ]
         yield Document(turns)
 
 

@@ -22,7 +22,9 @@ def main(argv):
     parser.add_argument("--unseen", type=int, default=100, help="prompts a suite, of combinations held out")
     parser.add_argument("--language", default="en", help="en or zh")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--split", choices=("valid", "test"), default="test", help="valid: to choose settings by")
+    parser.add_argument(
+        "--split", choices=("valid", "test"), default="test", help="valid: to choose settings by"
+    )
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--top-k", type=int, default=0)

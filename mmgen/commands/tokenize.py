@@ -19,8 +19,18 @@ def main(argv):
     add("--out", required=True, help="folder of the shards")
     add("--max-side", type=int, default=64, help="largest image side, in patches")
     add("--phrasings", type=int, default=1, help="keep up to so many wordings of a document")
-    add("--longest", type=int, default=0, help="tokens that a document may have (the row length of the training)")
-    add("--overlong", choices=("refuse", "cut"), default="refuse", help="longer ones: leave out, or cut at a turn")
+    add(
+        "--longest",
+        type=int,
+        default=0,
+        help="tokens that a document may have (the row length of the training)",
+    )
+    add(
+        "--overlong",
+        choices=("refuse", "cut"),
+        default="refuse",
+        help="longer ones: leave out, or cut at a turn",
+    )
     add("--shard-size", type=int, default=16384, help="documents a shard: what a stopped run has to do again")
     add("--workers", type=int, default=0, help="processes that read and draw; 0: threads")
     add("--overwrite", action="store_true", help="replace what --out holds")

@@ -101,9 +101,7 @@ def begin(folder, job, *, overwrite=False):
                 path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "manifest.json").exists():
-        raise FileExistsError(
-            f"{folder} already holds finished shards; choose another folder or --overwrite"
-        )
+        raise FileExistsError(f"{folder} already holds finished shards; choose another folder or --overwrite")
     path = folder / "job.json"
     job = json.loads(json.dumps(job))
     if path.exists():
@@ -138,7 +136,10 @@ def finish(folder, shards, grammar, phrasings, summary):
     found = [finished(folder, number) for number in range(shards)]
     if None in found:
         return json.loads(manifest_path.read_text()) if manifest_path.exists() else None
-    count, longest = sum(facts["count"] for facts in found), max((facts["longest"] for facts in found), default=0)
+    count, longest = (
+        sum(facts["count"] for facts in found),
+        max((facts["longest"] for facts in found), default=0),
+    )
     if not count:
         raise ValueError(f"no document to write to {folder}: the source gave none")
     dtype = np.dtype(np.uint16 if longest < 1 << 16 else np.int32)
@@ -236,7 +237,9 @@ class Shards:
                 path = folder / f"{_name(number)}.arrayrecord"
                 found = path.stat().st_size if path.exists() else "no such file"
                 if found != size:
-                    raise ValueError(f"{path}: expected {size} bytes, found {found}: it is damaged; tokenise again")
+                    raise ValueError(
+                        f"{path}: expected {size} bytes, found {found}: it is damaged; tokenise again"
+                    )
                 self.files.append(str(path))
                 counts.append(count)
         self.starts = np.cumsum([0] + counts)
@@ -288,7 +291,9 @@ class Shards:
         cuts = np.flatnonzero(np.diff(shards[order])) + 1
         for places in np.split(order, cuts):
             shard = int(shards[places[0]])
-            for place, data in zip(places.tolist(), self._read(shard, documents[places] - self.starts[shard])):
+            for place, data in zip(
+                places.tolist(), self._read(shard, documents[places] - self.starts[shard])
+            ):
                 if data is not None and self._whole(data, expected[place]):
                     found[place] = np.frombuffer(data, self.dtype)
         return found

@@ -202,7 +202,6 @@ def texts(source, limit=None, max_bad=0.1):
             yield from found
 
 
-
 class Source:
     """Documents made of what a reader reads: see mmgen/data/readers.py."""
 

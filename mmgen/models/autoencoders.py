@@ -239,7 +239,9 @@ class Tokenizer:
         for start in range(0, len(x), batch):
             part = x[start : start + batch]
             part = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-            out.append(function(self._params, part if self._rows is None else jax.device_put(part, self._rows)))
+            out.append(
+                function(self._params, part if self._rows is None else jax.device_put(part, self._rows))
+            )
         return np.concatenate([np.asarray(each) for each in out])[: len(x)]
 
     @functools.cached_property

@@ -117,7 +117,9 @@ def param_shardings(state, mesh, rules):
 def local_rows(sharding, size):
     """The rows of a batch of `size` that this process's devices hold under `sharding`: sorted int [n].
     From the sharding itself: devices may hold rows in any order, and share them over other mesh axes."""
-    spans = [index[0].indices(size)[:2] for index in sharding.addressable_devices_indices_map((size,)).values()]
+    spans = [
+        index[0].indices(size)[:2] for index in sharding.addressable_devices_indices_map((size,)).values()
+    ]
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
 
 

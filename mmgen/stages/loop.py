@@ -30,9 +30,17 @@ STAGES = ("tokenizer", "transformer")
 
 # Settings that may differ between the runs that continue one another: they steer what is
 # written down and where it is computed, never what is learned.
-_FREE = {"log_every", "save_every", "evaluate_every", "keep", "name", "prefetch", "mesh", "sharding", "keep_pages"} | {
-    "data.threads", "data.workers", "data.max_bad"
-}
+_FREE = {
+    "log_every",
+    "save_every",
+    "evaluate_every",
+    "keep",
+    "name",
+    "prefetch",
+    "mesh",
+    "sharding",
+    "keep_pages",
+} | {"data.threads", "data.workers", "data.max_bad"}
 
 
 class Stage(NamedTuple):

@@ -99,7 +99,9 @@ def tokenize(
             writer.abandon()
             raise
         rate = f"{images / (time.monotonic() - began):.0f} images/s"
-        tqdm.write(f"{writer.name} of {len(spans)}: {made['count']} documents, {made['tokens']} tokens, {rate}")
+        tqdm.write(
+            f"{writer.name} of {len(spans)}: {made['count']} documents, {made['tokens']} tokens, {rate}"
+        )
     bar.close()
     if bad.count == bad.seen:
         raise TooManyBad(bad.report())
@@ -170,7 +172,9 @@ def _encode(items, tokenizer, grammar, text, longest, overlong):
         cut = any(a is not None and len(a) < len(b) for a, b in zip(kept, whole))
         kept = [tokens for tokens in kept if tokens is not None]
         if not kept:
-            kept = BadImage("overlong", f"document {i} has {len(whole[0])} tokens, at most {longest} are kept")
+            kept = BadImage(
+                "overlong", f"document {i} has {len(whole[0])} tokens, at most {longest} are kept"
+            )
         yield i, kept, len(images[i]), cut
 
 
