@@ -57,6 +57,7 @@ def add_source_flags(parser):
         help="documents with this; given again for one field, any of the values")  # fmt: skip
     add("--exclude", type=rule, action="append", default=[], metavar="FIELD=VALUE", help="documents without")
     add("--data-dir", help="folder of TFDS data sets")
+    add("--max-chars", type=int, default=2000, help="characters a document of plain text may have")
     add("--max-bad", type=share, default=0.1, help="share of bad documents above which a run gives up")
 
 
@@ -86,6 +87,7 @@ def source_from(args, multiple=1, max_side=None):
             only=_rules(args.only),
             exclude=_rules(args.exclude),
             data_dir=args.data_dir,
+            max_chars=args.max_chars,
         )
         for spec in args.source
     ]
