@@ -3,9 +3,14 @@
 import collections
 import io
 import json
+import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +23,7 @@ from mmgen.data.sources import Several, TooManyBad, open_source
 from mmgen.document import Text
 from mmgen.stages import tokenize as stage
 from mmgen.text import Text as TextModel
-from tests.conftest import mmgen, run_python
+from tests.conftest import ROOT, mmgen, run_python
 
 N, SIZE = 90, 12  # documents, and how many a shard
 
@@ -138,6 +143,37 @@ def test_killed_at_random_points_nothing_is_lost_or_twice(space, whole, tmp_path
     assert mmgen(*flags) == 0
     assert_same_shards(tmp_path, whole)
     assert mmgen(*flags) == 1  # it is finished
+
+
+@pytest.mark.soak
+def test_twenty_kills_at_any_time_of_two_processes(space, whole, tmp_path):
+    """By the clock, wherever they are, both writing the same folder; then one finishes."""
+    flags = ["tokenize", "--source", "world:train", "--documents", N, "--seed", 5, "--tokenizer", space.tokenizer]
+    flags += ["--text", space.text, "--max-side", 16, "--shard-size", SIZE, "--out", tmp_path]
+    command = [sys.executable, "-m", "mmgen", *map(str, flags)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(space.compiled)}
+    rng = random.Random(0)
+    for _ in range(20):
+        running = [
+            subprocess.Popen(command, env={**environment, "MMGEN_DISTRIBUTED": f"{rank}/2"}, stderr=subprocess.DEVNULL)
+            for rank in range(2)
+        ]
+        time.sleep(rng.uniform(4, 9))
+        for process in running:
+            process.kill()
+            process.wait()
+        if (tmp_path / "manifest.json").exists():
+            assert_same_shards(tmp_path, whole)
+            shutil.rmtree(tmp_path)
+    if not (tmp_path / "manifest.json").exists():
+        assert mmgen(*flags) == 0
+    assert_same_shards(tmp_path, whole)
+
+
+def test_more_processes_than_shards(space, whole, tmp_path):
+    assert tokenize(space, world(), tmp_path, process=(8, 20)) is None
+    assert tokenize(space, world(), tmp_path)["count"] == N
+    assert_same_shards(tmp_path, whole)
 
 
 def test_several_processes_share_the_work(space, whole, tmp_path):

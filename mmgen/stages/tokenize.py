@@ -70,11 +70,11 @@ def tokenize(
             bad.seen += spans[number][1] - spans[number][0]
             bad.count += sum(found["skipped"].values())
             source.skipped.update(found["skipped"])
-    wanted = np.concatenate([np.arange(*spans[number]) for number in todo] or [np.arange(0)])
-    items = _read(source, wanted, phrasings, workers)
-    done = sum(spans[n][1] - spans[n][0] for n in range(rank, len(spans), count)) - len(wanted)
-    bar = tqdm(desc="tokenize", total=done + len(wanted), initial=done, unit="doc", disable=None, leave=False)
-    images, began = 0, time.monotonic()
+    count_of = lambda numbers: sum(spans[n][1] - spans[n][0] for n in numbers)
+    total, left = count_of(range(rank, len(spans), count)), count_of(todo)
+    items = _read(source, [spans[number] for number in todo], phrasings, workers)
+    bar = tqdm(desc="tokenize", total=total, initial=total - left, unit="doc", disable=None, leave=False)
+    images, done, began = 0, 0, time.monotonic()
     for number in todo:
         start, stop = spans[number]
         writer = shards.Writer(out, number, grammar, phrasings)
@@ -98,12 +98,13 @@ def tokenize(
         except BaseException:
             writer.abandon()
             raise
-        rate = f"{images / (time.monotonic() - began):.0f} images/s"
+        done, seconds = done + stop - start, time.monotonic() - began
         tqdm.write(
-            f"{writer.name} of {len(spans)}: {made['count']} documents, {made['tokens']} tokens, {rate}"
+            f"{writer.name} of {len(spans)}: {made['count']} documents, {made['tokens']} tokens, "
+            f"{images / seconds:.0f} images/s, eta {(left - done) * seconds / done:.0f} s"
         )
     bar.close()
-    if bad.count == bad.seen:
+    if bad.seen and bad.count == bad.seen:
         raise TooManyBad(bad.report())
 
     def summary(found):
@@ -121,19 +122,23 @@ def tokenize(
 
 
 class _Items:
-    """The items of a source at `places`, RUN at a time, as the random-access source that grain wants. A bad
-    item is its error: raised, it would end the reading."""
+    """The items of a source in `spans` [(start, stop), ...], RUN at a time, as the random-access source that
+    grain wants. A bad item is its error: raised, it would end the reading."""
 
     RUN = 16  # grain takes .1 ms for what it gives, whatever it is
 
-    def __init__(self, source, places, phrasings):
-        self.source, self.places, self.phrasings = source, places, phrasings
+    def __init__(self, source, spans, phrasings):
+        self.source, self.spans, self.phrasings = source, spans, phrasings
+        self.stops = np.cumsum([-(-(stop - start) // self.RUN) for start, stop in spans])
 
     def __len__(self):
-        return -(-len(self.places) // self.RUN)
+        return int(self.stops[-1])
 
     def __getitem__(self, k):
-        return [(i, self._item(i)) for i in self.places[k * self.RUN : (k + 1) * self.RUN].tolist()]
+        number = int(np.searchsorted(self.stops, k, side="right"))
+        start, stop = self.spans[number]
+        first = stop - (int(self.stops[number]) - k) * self.RUN  # counted from the end, so the first run is short
+        return [(i, self._item(i)) for i in range(max(first, start), first + self.RUN)]
 
     def _item(self, i):
         try:
@@ -142,11 +147,11 @@ class _Items:
             return error
 
 
-def _read(source, places, phrasings, workers):
-    """Iterator of (i, [Document, ...] or BadImage) for i in `places`, read ahead in the background."""
-    if not len(places):
+def _read(source, spans, phrasings, workers):
+    """Iterator of (i, [Document, ...] or BadImage) for i in `spans`, read ahead in the background."""
+    if not spans:
         return iter(())
-    items = grain.MapDataset.source(_Items(source, places, phrasings))
+    items = grain.MapDataset.source(_Items(source, spans, phrasings))
     return itertools.chain.from_iterable(in_background(items, threads=1, workers=workers, ahead=8))
 
 
