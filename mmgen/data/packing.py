@@ -299,7 +299,8 @@ class _Table:
     def add(self, rows, dropped, last):
         """Notes the next window."""
         self._add(rows, dropped)
-        if self.path and (last or self.count - self.saved >= self.SAVE_EVERY):
+        # Epochs of a few windows are packed again sooner than read.
+        if self.path and (last and self.count > 4 or self.count - self.saved >= self.SAVE_EVERY):
             self._save()
 
     def _add(self, rows, dropped):
