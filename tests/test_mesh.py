@@ -163,3 +163,15 @@ def test_constraints_outside_a_mesh_do_nothing():
     with meshes.use(meshes.make_mesh({"data": -1}), SHARDING), pytest.raises(ValueError, match="anything"):
         meshes.constrain(x, ("anything", None))
     assert meshes.constrain(x, ("anything", "at all")) is x
+
+
+def test_which_process_this_is(monkeypatch):
+    for place, expected in ((None, (0, 1)), ("", (0, 1)), ("0/1", (0, 1)), ("3/4", (3, 4))):
+        monkeypatch.delenv("MMGEN_DISTRIBUTED", raising=False)
+        if place is not None:
+            monkeypatch.setenv("MMGEN_DISTRIBUTED", place)
+        assert meshes.process() == expected
+    for place in ("4/4", "1", "a/b", "-1/2", "1/"):
+        monkeypatch.setenv("MMGEN_DISTRIBUTED", place)
+        with pytest.raises(ValueError, match="RANK/COUNT"):
+            meshes.process()
