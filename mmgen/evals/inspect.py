@@ -32,7 +32,7 @@ LONGEST = 1 << 24  # tokens of a document: more, unless the manifest says so, is
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 
 # What the page holds at most.
-SIDE, TOKENS, PICTURES, BYTES = 256, 4096, 16, 6 << 20  # pixels; of a document: two; in all
+SIDE, TOKENS, PICTURES, BYTES = 256, 1 << 14, 16, 6 << 20  # pixels; of a document: two; in all
 
 
 def opened(folders):
@@ -417,7 +417,8 @@ _MORE_STYLE = """
 .tokens i { font-style: normal; white-space: pre; padding: 1px 2px; margin-right: 2px; border-radius: 2px; }
 .tokens i, .tokens summary { background: #e2e2e2; } .tokens details { display: inline-block; vertical-align: top; }
 .tokens .t, .tokens .t summary { background: #b9d7ff; } .tokens .i, .tokens .i summary { background: #ffd3a6; }
-.tokens summary { padding: 0 4px; } .tokens pre { margin: 0; max-width: 1060px; max-height: 420px; padding: .5em; font-size: 11px; line-height: 1.3; }
+.tokens summary { padding: 0 4px; }
+.tokens pre { margin: 0; padding: .5em; font-size: 11px; line-height: 1.3; max-width: 1060px; max-height: 420px; }
 """
 
 
