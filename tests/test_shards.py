@@ -230,6 +230,19 @@ def test_damage_is_found(tmp_path):
     (tmp_path / "lengths.npy").write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be read"):
         Shards(tmp_path)
+    data = np.zeros((25, 1, 3), np.int32)
+    np.save(tmp_path / "lengths.npy", data)
+    header = (tmp_path / "lengths.npy").read_bytes()
+    for place in range(120):  # a header is Python
+        (tmp_path / "lengths.npy").write_bytes(header[:place] + b"\n(" + header[place + 2 :])
+        try:
+            assert Shards(tmp_path).lengths[:].shape == (25, 1, 3)
+        except ValueError as error:
+            assert "lengths.npy" in str(error)
+    for text in ("", "[]", "{", json.dumps({"version": 2})):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="damaged"):
+            Shards(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
     with pytest.raises(ValueError, match="version 1"):
         Shards(tmp_path)

@@ -31,6 +31,7 @@ from mmgen.data.packing import DROP_IMAGES, DROP_TEXT, VARIANTS, Part
 from mmgen.grammar import Grammar
 
 VERSION = 2
+_NEEDED = {"count", "shards", "bytes", "tokens", "longest", "phrasings", "dtype", "grammar", "grammar_hash", "parts"}
 
 
 class DamagedRecord(ValueError):
@@ -354,7 +355,8 @@ class _Lengths:
     def __getitem__(self, places):
         if len(self.arrays) == 1:
             return self.arrays[0][places]
-        places = np.arange(len(self))[places] if isinstance(places, slice) else np.asarray(places)
+        if isinstance(places, slice):
+            places = np.arange(*places.indices(len(self)))
         widest = max(array.shape[1] for array in self.arrays)
         out = np.zeros((len(places), widest, 3), np.int32)
         which = np.searchsorted(self.starts, places, side="right") - 1
@@ -394,10 +396,16 @@ def _manifest(folder):
         raise ValueError(
             f"{folder} has no manifest.json, so it was never finished: give its `mmgen tokenize` again to go on"
         )
-    manifest = json.loads(path.read_text())
-    if manifest.get("version") != VERSION:
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest.get("version")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): tokenise again") from None
+    if version == VERSION and _NEEDED - manifest.keys():
+        raise ValueError(f"{path} is damaged ({sorted(_NEEDED - manifest.keys())} missing): tokenise again")
+    if version != VERSION:
         raise ValueError(
-            f"{folder} is of shard version {manifest.get('version')}, this code reads {VERSION}: tokenise again"
+            f"{folder} is of shard version {version}, this code reads {VERSION}: tokenise again"
         )
     return manifest
 
@@ -405,7 +413,7 @@ def _manifest(folder):
 def _lengths(folder, manifest):
     try:
         lengths = np.load(folder / "lengths.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads the header as Python, which can go wrong in many ways
         raise ValueError(f"{folder}/lengths.npy cannot be read ({error}): tokenise again") from None
     if lengths.shape != (manifest["count"], manifest["phrasings"], 3) or lengths.dtype.kind not in "iu":
         raise ValueError(

@@ -112,7 +112,7 @@ def tokenize(
         counts = total("parts")
         return {
             **facts,
-            **settings,
+            "settings": settings,
             "skipped": dict(opening + collections.Counter(total("skipped"))),
             "cut": sum(f["cut"] for f in found),
             "parts": {name: counts[name] for name, _, _ in source.parts if name in counts},
