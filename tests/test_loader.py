@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import shutil
 import tarfile
 import threading
@@ -155,7 +156,7 @@ def test_rows_too_short(folder):
     loader = rows(folder, row_length=24, overlong="drop")
     kept = sum(len(row) for row in documents_of(loader, 0))
     assert 0 < kept < 240 and loader.plan.dropped(0) == 240 - kept
-    with pytest.raises(ValueError, match="no document .* fits"):
+    with pytest.raises(ValueError, match="no document fits"):
         rows(folder, row_length=2, overlong="drop").batch(0)
 
 
@@ -311,6 +312,42 @@ def test_all_images_of_a_document_come_in_turn():
     seen = {image.tobytes() for step in range(most) for image in loader.batch(step)["images"]}
     every = {image.pixels.tobytes() for i in range(len(source)) for image in source[i].images()}
     assert seen == every
+
+
+def test_a_batch_depends_on_its_step_alone_with_bad_images_too(tmp_path):
+    """Of some documents the second image is bad: their first must come whatever was read before."""
+    lines = []
+    for k in range(12):
+        for which in range(2):
+            data = np.full((16, 16, 3), 20 * k + which, np.uint8)
+            Image.fromarray(data).save(tmp_path / f"{k}-{which}.png")
+        if k % 4 == 1:
+            (tmp_path / f"{k}-1.png").write_bytes(b"no image")
+        parts = [{"image": f"{k}-{which}.png"} for which in range(2)]
+        lines.append(json.dumps({"turns": [{"role": "page", "parts": parts}]}) + "\n")
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    loader = lambda **options: Images(
+        open_source(f"jsonl:{tmp_path}/a.jsonl", size=(16, 16)), 4, max_bad=1.0, **options
+    )
+    whole = loader()
+    forwards = [whole.batch(step)["images"] for step in range(18)]
+    assert sum(whole.source.skipped.values()) == 3
+    assert len(whole._kept) <= 24  # each image once, however many epochs
+    for step in (17, 5, 3, 11, 0):
+        assert (loader().batch(step)["images"] == forwards[step]).all()
+        assert (loader(cache_bytes=0).batch(step)["images"] == forwards[step]).all()
+        assert (whole.batch(step)["images"] == forwards[step]).all()
+    for epoch in range(0, 6, 2):  # the first images, all of them good
+        first = np.concatenate(forwards[3 * epoch : 3 * epoch + 3])[:, 0, 0, 0]
+        assert sorted(first.tolist()) == [20 * k for k in range(12)]
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"workers": -1}])
+def test_threads_and_workers_that_make_no_sense(folder, options):
+    with pytest.raises(ValueError, match="at least"):
+        rows(folder, **options).prefetch(0)
+    with pytest.raises(ValueError, match="at least one"):
+        rows(folder, batch_size=0)
 
 
 def test_too_many_bad_images_end_the_run(tmp_path):

@@ -141,7 +141,7 @@ def test_shards_of_another_tokenizer_need_another_workdir(space, tmp_path):
     shutil.copytree(space.transformer, workdir)
     (workdir / "config.json").unlink()
     flags = [*space.transformer_flags, f"--config.data.shards={shards}"]
-    with pytest.raises(ValueError, match="another tokenizer_hash"):
+    with pytest.raises(ValueError, match="other shards .*tokenizer_hash"):
         loop.train(config_of(flags), workdir)
 
 
@@ -191,3 +191,35 @@ def test_the_moving_average_is_kept_and_sampled_from(space, tmp_path):
     np.testing.assert_allclose(average[name], expected, atol=1e-5)
     loaded = sampler.load(tmp_path)
     np.testing.assert_array_equal(loaded.params["head"], average[name])
+
+
+def test_shards_may_move_but_not_change(space, tmp_path):
+    shards = tmp_path / "elsewhere"
+    shutil.copytree(space.shards, shards)
+    loop.train(config_of(space.transformer_flags), tmp_path / "run", stop_at=4)
+    moved = [flag for flag in space.transformer_flags if "data.shards" not in flag]
+    loop.train(config_of([*moved, f"--config.data.shards={shards}"]), tmp_path / "run")
+    assert_same_run(tmp_path / "run", space.transformer)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps(manifest | {"job": "another seed"}))
+    with pytest.raises(ValueError, match="other shards"):
+        loop.train(config_of([*moved, f"--config.data.shards={shards}"]), tmp_path / "run")
+
+
+def test_a_mistake_does_not_claim_the_workdir(space, tmp_path):
+    for mistake, words in (
+        ("--config.data.row_length=8", "longer than a row"), ("--config.data.batch_size=0", "at least one"),
+        ("--config.seed=-1", "2\\*\\*32"), ("--config.data.text_drop=2.0", "from 0 to 1"),
+        ("--config.data.mixture=(('x', 1),)", "not there"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            loop.train(config_of([*space.transformer_flags, mistake]), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_the_devices_cannot_share(space, tmp_path):
+    code = "import sys; from mmgen.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = ["train", *space.transformer_flags, "--config.mesh.data=3", "--workdir", tmp_path]
+    done = run_python(code, *command, devices=3, check=False)
+    assert done.returncode == 1 and "multiple of 3" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "vocabulary.json").exists()

@@ -165,6 +165,20 @@ def test_constraints_outside_a_mesh_do_nothing():
     assert meshes.constrain(x, ("anything", "at all")) is x
 
 
+def test_which_process_this_is_on_a_cluster(monkeypatch):
+    monkeypatch.setenv("MMGEN_DISTRIBUTED", "auto")
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="RANK/COUNT"):
+        meshes.process()
+    monkeypatch.setenv("TPU_WORKER_ID", "2")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
+    assert meshes.process() == (2, 4)
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert meshes.process() == (5, 8)
+
+
 def test_which_process_this_is(monkeypatch):
     for place, expected in ((None, (0, 1)), ("", (0, 1)), ("0/1", (0, 1)), ("3/4", (3, 4))):
         monkeypatch.delenv("MMGEN_DISTRIBUTED", raising=False)

@@ -128,12 +128,41 @@ def test_documents_longer_than_a_row():
         plan([5, 20, 30, 10], 10).row(0)
     p = plan([5, 20, 30, 10], 10, overlong="drop")
     assert sorted(np.concatenate([d for d, _ in epoch_of(p, 0)]).tolist()) == [0, 3] and p.dropped(0) == 2
-    with pytest.raises(ValueError, match="no document of epoch 0 fits"):
+    with pytest.raises(ValueError, match="no document fits"):
         plan([20, 30], 10, overlong="drop").row(0)
     with pytest.raises(ValueError, match="overlong"):
         plan([3], 10, overlong="cut")
     with pytest.raises(ValueError, match="no document"):
         plan([], 10)
+
+
+def test_an_epoch_in_which_nothing_fits_is_passed_over():
+    lengths = np.array([[[100, 60, 0]]])
+    p = Plan(lengths, [], 50, text_drop=0.5, overlong="drop")
+    assert all(variants.tolist() == [DROP_TEXT] for _, variants in (p.row(number) for number in range(20)))
+
+
+def test_many_epochs_take_no_room_and_are_not_packed_again(tmp_path, monkeypatch):
+    p = plan([10] * 4, folder=tmp_path)
+    assert p.find(1000) == (1000, 0) and len(p._tables) <= 3
+    assert p.find(7) == (7, 0) and len(p.row(7)[0]) == 4
+    packed = []
+    monkeypatch.setattr(packing, "best_fit", lambda *a: packed.append(1) or best_fit(*a))
+    again = plan([10] * 4, folder=tmp_path)
+    assert again.row(1000)[0].tolist() == p.row(1000)[0].tolist() and len(packed) < 64 + 8
+
+
+def test_without_room_for_its_table_a_plan_goes_on(tmp_path):
+    (tmp_path / "file").write_text("")
+    p = plan([10] * 400, window=20, folder=tmp_path / "file" / "plans")
+    with pytest.warns(UserWarning, match="could not be written"):
+        assert p.rows(0) == 100
+
+
+@pytest.mark.parametrize("options", [{"text_drop": 2.0}, {"image_drop": -0.1}, {"window": 0}])
+def test_chances_and_windows_that_make_no_sense(options):
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        plan([10] * 4, **options)
 
 
 # Variants.
@@ -212,7 +241,7 @@ def test_a_weight_of_zero_leaves_a_part_out():
 @pytest.mark.parametrize(
     "mixture, words",
     [({"a": 1}, "leaves out"), ({"a": 1, "b": 1, "c": 1}, "are not there"), ({"a": 0, "b": 0}, "not all 0"),
-     ({"a": -1, "b": 2}, ">= 0")],
+     ({"a": -1, "b": 2}, ">= 0"), ({"a": 1, "b": float("inf")}, "weight")],
 )  # fmt: skip
 def test_mixtures_that_make_no_sense(mixture, words):
     with pytest.raises(ValueError, match=words):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmgen.data.shards import write
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, records, run_python
 from tests.test_shards import GRAMMAR, edit
 
 STEPS, ROWS, DEVICES = 1000, 8, 4
@@ -49,27 +50,31 @@ json.dump({"mine": mine.tolist(), "digests": digests, "total": int(total)}, open
 """
 
 
-def read(folder, plans, processes, start, stop, tmp_path):
-    """SHA-256 of each global batch, put together from what each process read -> (digests, sum of the last)."""
+def run(processes, code, arguments, **environment):
+    """Runs `code` in so many processes of one run, four devices in all, with the arguments of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}", **environment,
+    }  # fmt: skip
     running = []
-    for rank in range(processes):
-        out = tmp_path / f"{processes}-{rank}-{start}.json"
-        environment = {
-            "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
-        }  # fmt: skip
+    for rank, each in enumerate(arguments):
         if processes > 1:
             environment |= {"MMGEN_DISTRIBUTED": f"{rank}/{processes}", "JAX_COORDINATOR_ADDRESS": address}
-        command = [sys.executable, "-c", READ, *map(str, (folder, plans, start, stop, out))]
-        running.append((out, subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)))
-    found = []
-    for out, process in running:
+        command = [sys.executable, "-c", code, *map(str, each)]
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in running:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error[-3000:]
-        found.append(json.loads(out.read_text()))
+
+
+def read(folder, plans, processes, start, stop, tmp_path):
+    """SHA-256 of each global batch, put together from what each process read -> (digests, sum of the last)."""
+    outs = [tmp_path / f"{processes}-{rank}-{start}.json" for rank in range(processes)]
+    run(processes, READ, [(folder, plans, start, stop, out) for out in outs])
+    found = [json.loads(out.read_text()) for out in outs]
     assert {row for each in found for row in each["mine"]} == set(range(ROWS))
     if processes > 1:
         assert all(len(each["mine"]) < ROWS for each in found)
@@ -89,14 +94,14 @@ def test_the_first_thousand_batches_on_one_two_and_four_processes_and_across_a_s
     rng = np.random.default_rng(0)
     write(tmp_path / "shards", [edit(rng) for _ in range(5000)], GRAMMAR, shard_size=1500)
     half = STEPS // 2
-    run = lambda plans, processes, start, stop: read(
+    of = lambda plans, processes, start, stop: read(
         tmp_path / "shards", tmp_path / plans, processes, start, stop, tmp_path
     )
-    whole, total = run("a", 1, 0, STEPS)
+    whole, total = of("a", 1, 0, STEPS)
     assert len(set(whole)) == STEPS
     for first, second in ((2, 4), (4, 2)):
-        before, _ = run(f"b{first}", first, 0, half)
-        after, last = run(f"b{first}", second, half, STEPS)
+        before, _ = of(f"b{first}", first, 0, half)
+        after, last = of(f"b{first}", second, half, STEPS)
         assert before + after == whole and last == total
 
 
@@ -118,3 +123,30 @@ for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec(("fsdp", "data")), P
 print("ok")
 """
     assert run_python(code, shape, devices=8).stdout.strip() == "ok"
+
+
+TRAIN = """
+import sys
+from mmgen.runtime import mesh
+from mmgen.stages import loop
+from tests.conftest import config_of
+mesh.join()
+loop.train(config_of(sys.argv[3:]), sys.argv[1], stop_at=int(sys.argv[2]))
+"""
+
+
+def test_two_processes_train_in_one_workdir_and_one_goes_on(space, tmp_path):
+    flags = ["--config", "transformer:tiny", f"--config.data.shards={space.shards}", "--config.save_every=1"]
+    flags += ["--config.keep=1", "--config.log_every=1", "--config.mesh.data=4", "--config.steps=6"]
+    train = lambda processes, workdir, stop: run(
+        processes, TRAIN, [(tmp_path / workdir, stop, *flags)] * processes, JAX_COMPILATION_CACHE_DIR=space.compiled
+    )
+    train(1, "one", 6)
+    train(2, "two", 4)
+    assert [path.name for path in (tmp_path / "two" / "checkpoints").glob("*.sha256")] == ["4.sha256"]
+    train(1, "two", 6)
+    expected, found = records(tmp_path / "one"), records(tmp_path / "two")
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(expected, found):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([a[name] for name in a], [b[name] for name in a], rtol=2e-4)

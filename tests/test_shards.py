@@ -9,6 +9,7 @@ from mmgen.data import shards as shards_module
 from mmgen.data.packing import DROP_IMAGES, DROP_TEXT
 from mmgen.data.shards import DamagedRecord, Shards, Writer, begin, finish, finished, variant_of, write
 from mmgen.grammar import Grammar
+from tests.conftest import run_python
 
 GRAMMAR = Grammar(pieces=50, max_side=4, codes=100)
 LARGE = Grammar(pieces=50, max_side=4, codes=70_000)
@@ -152,6 +153,9 @@ def test_an_unfinished_folder_is_refused_and_can_be_written_again(tmp_path):
     assert {path.name for path in (tmp_path / "s").iterdir()} == names  # nothing stale
     with pytest.raises(FileExistsError, match="overwrite"):
         written(tmp_path / "s")
+    two = [edit(np.random.default_rng(0)), np.array([GRAMMAR.bos, GRAMMAR.eos])]
+    with pytest.raises(ValueError, match="images, not the same"):
+        write(tmp_path / "t", [two], GRAMMAR, phrasings=2)
     written(tmp_path / "s", 12, overwrite=True)
     assert len(Shards(tmp_path / "s")) == 12
 
@@ -309,3 +313,19 @@ def test_thousands_of_files_may_be_open(monkeypatch):
     assert not asked
     shards_module._may_open(5000)
     assert asked == [(6024, 1 << 20)]
+
+
+def test_too_few_open_files_are_no_damage(tmp_path):
+    write(tmp_path, [edit(np.random.default_rng(k)) for k in range(60)], GRAMMAR, shard_size=1)
+    code = """
+import resource, sys
+import numpy as np
+from mmgen.data.shards import Shards
+shards = Shards(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+try:
+    print(sum(record is None for record in shards.records(np.arange(60))))
+except OSError as error:
+    print(error.strerror)
+"""
+    assert run_python(code, tmp_path).stdout.strip() == "Too many open files"

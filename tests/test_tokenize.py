@@ -144,7 +144,8 @@ def test_killed_at_random_points_nothing_is_lost_or_twice(space, whole, tmp_path
     (tmp_path / "tokens-00007.deadbeef.tmp").write_bytes(b"what a killed process leaves")
     assert mmgen(*flags) == 0
     assert_same_shards(tmp_path, whole)
-    assert mmgen(*flags) == 1  # it is finished
+    before = (tmp_path / "manifest.json").stat().st_mtime_ns
+    assert mmgen(*flags) == 0 and (tmp_path / "manifest.json").stat().st_mtime_ns == before  # it is finished
 
 
 @pytest.mark.soak
@@ -170,6 +171,79 @@ def test_twenty_kills_at_any_time_of_two_processes(space, whole, tmp_path):
     if not (tmp_path / "manifest.json").exists():
         assert mmgen(*flags) == 0
     assert_same_shards(tmp_path, whole)
+
+
+def test_a_late_process_finds_all_done(space, whole, tmp_path):
+    """More processes than shards, or a kill just behind the manifest: nothing is left to do, and nothing fails."""
+    tokenize(space, world(), tmp_path)
+    manifest = Shards(tmp_path).manifest
+    assert tokenize(space, world(), tmp_path, process=(19, 20)) == manifest
+    with pytest.raises(FileExistsError, match="other finished shards"):
+        tokenize(space, world(documents=N - 1), tmp_path)
+
+
+def test_overwriting_goes_on_too(space, whole, tmp_path, monkeypatch):
+    tokenize(space, world(documents=30), tmp_path)
+    real, left = shards_module.Writer.finish, 4
+
+    def finish(self, **facts):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Stop
+        return real(self, **facts)
+
+    monkeypatch.setattr(shards_module.Writer, "finish", finish)
+    with pytest.raises(Stop):
+        tokenize(space, world(), tmp_path, overwrite=True)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens-*.json")}
+    assert len(kept) == 3
+    tokenize(space, world(), tmp_path, overwrite=True)
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    assert_same_shards(tmp_path, whole)
+
+
+def test_shards_of_another_job_do_not_count(space, whole, tmp_path):
+    """Two jobs begun at once on one folder: the later has it, and what the earlier still writes is not taken."""
+    first = shards_module.begin(tmp_path, {"job": 1})
+    assert first is None and shards_module.begin(tmp_path, {"job": 2}) is None
+    assert json.loads((tmp_path / "job.json").read_text()) == {"job": 2}
+    writer = shards_module.Writer(tmp_path, 0, Shards(whole).grammar, mark=shards_module.mark_of({"job": 1}))
+    writer.add([Shards(whole).tokens(0)])
+    writer.finish()
+    assert shards_module.finished(tmp_path, 0, shards_module.mark_of({"job": 1}))
+    assert shards_module.finished(tmp_path, 0, shards_module.mark_of({"job": 2})) is None
+
+
+def test_a_folder_can_be_made_anew_with_its_own_tokenizer(space, whole, tmp_path):
+    tokenize(space, world(documents=30), tmp_path)
+    again = stage.tokenize(
+        world(), tmp_path / "tokenizer", tmp_path / "text.model", tmp_path, max_side=16, shard_size=SIZE,
+        overwrite=True, batch=8,
+    )  # fmt: skip
+    assert again["count"] == N
+    assert_same_shards(tmp_path, whole)
+
+
+def test_all_phrasings_of_a_document_are_cut_at_the_same_turn(space, tmp_path):
+    draw = lambda texts: [{"role": "user", "parts": [{"text": texts}]}, {"role": "assistant", "parts": [{"image": "a.png"}]}]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    source = jsonl(tmp_path / "a.jsonl", [draw(["1", "2" * 20]) + draw(["3" * n, "4" * (41 - n)]) for n in range(1, 41)])
+    manifest = tokenize(space, source, tmp_path / "s", phrasings=2, longest=170, overlong="cut", max_bad=1.0)
+    shards, text = Shards(tmp_path / "s"), TextModel(space.text)
+    assert 0 < manifest["cut"] < 40 and manifest["longest"] <= 170
+    counts = (shards.lengths[:][:, :, 0] > 0).sum(1)
+    assert set(counts) == {1, 2}
+    for i in range(len(shards)):
+        turns = [len(shards.grammar.decode(shards.tokens(i, 4 * k), text).turns) for k in range(counts[i])]
+        assert len(set(turns)) == 1
+
+
+@pytest.mark.parametrize("options", [{"shard_size": 0}, {"phrasings": 0}, {"longest": -5}, {"workers": -1}])
+def test_numbers_that_make_no_sense(space, tmp_path, options):
+    with pytest.raises(ValueError, match="at least"):
+        tokenize(space, world(), tmp_path, **options)
+    assert tokenize(space, world(), tmp_path)["count"] == N  # nothing was claimed
 
 
 def test_more_processes_than_shards(space, whole, tmp_path):
@@ -215,6 +289,7 @@ if __name__ == "__main__":
 def test_another_job_is_refused(space, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "finish", lambda *a: None)
     tokenize(space, world(), tmp_path)
+    assert list(tmp_path.glob("tokens-*.json"))
     for changed, name in (
         (dict(source=world(documents=N - 1)), "fingerprint"), (dict(source=world(), phrasings=2), "phrasings"),
         (dict(source=world(), longest=90), "longest"), (dict(source=world(), shard_size=13), "shard_size"),

@@ -1,6 +1,9 @@
 """Loading: batches as a pure function of the step, so that resuming needs the step and nothing else."""
 
+import functools
+import os
 import threading
+import time
 
 import grain
 import numpy as np
@@ -29,6 +32,8 @@ class Rows:
         self.shards, self.grammar, self.loss = shards, grammar, dict(loss or {})
         self.batch_size, self.row_length, self.max_bad = batch_size, row_length, max_bad
         self.threads, self.workers = threads, workers
+        if batch_size < 1 or row_length < 1:
+            raise ValueError(f"a batch has rows and a row tokens, at least one; found {batch_size} x {row_length}")
         if shards.manifest["grammar_hash"] != grammar.hash:
             raise ValueError(
                 f"{shards} was written with the grammar {shards.manifest['grammar']}, this run has "
@@ -121,8 +126,10 @@ class Images:
             raise ValueError(f"{source.spec} has no pictures in other colours; set config.loss.recolor to 0")
         self.recolored, self.threads, self.workers = recolored, threads, workers
         self.source, self.batch_size, self.seed, self.augment = source, batch_size, seed, augment
+        if batch_size < 1:
+            raise ValueError(f"a batch has at least one image, not {batch_size}")
         self._bad = Bad(source, max_bad)
-        self._bad_indices = set()
+        self._bad_images, self._bad_documents = set(), set()  # (document, which); each counted once
         self._kept, self._room = {}, cache_bytes
         self._lock = threading.Lock()
 
@@ -164,17 +171,18 @@ class Images:
 
     def _good_pixels(self, first, epoch):
         """The pixels of the document or of the next one that is good, and whether it is another."""
-        which = epoch if self.source.several_images else 0
         for i in range(first, first + len(self.source)):
             i %= len(self.source)
-            if i in self._bad_indices:
+            which = epoch % max(self.source.count_images(i), 1) if self.source.several_images else 0
+            if (i, which) in self._bad_images:
                 continue
             try:
                 pixels = self._cached(("image", i, which), self.source.pixels)
             except BadImage as error:
                 with self._lock:
-                    if i not in self._bad_indices:  # another thread may have been faster
-                        self._bad_indices.add(i)
+                    self._bad_images.add((i, which))
+                    if i not in self._bad_documents:  # another thread may have been faster
+                        self._bad_documents.add(i)
                         self._bad.saw(error)
             else:
                 with self._lock:
@@ -207,6 +215,8 @@ def prefetch(rows_of, start_step, rows, *, threads=1, workers=0, ahead=4):
 def in_background(dataset, threads, workers, ahead):
     """Iterator of a grain MapDataset, in its order, made by `threads` or, if not 0, by `workers` processes,
     about `ahead` items early. Call its close() when done. An error in an item is raised by next()."""
+    if threads < 1 or workers < 0:
+        raise ValueError(f"threads are at least 1 and workers at least 0, not {threads} and {workers}")
     if not workers:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
         iterator = iter(dataset.to_iter_dataset(options))
@@ -215,7 +225,19 @@ def in_background(dataset, threads, workers, ahead):
     if not flags.FLAGS.is_parsed():  # grain reads flags of its own there; ours are argparse's
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(ahead // workers, 1))
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)).mp_prefetch(options))
+    data = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1))
+    return iter(data.mp_prefetch(options, functools.partial(_end_with, os.getpid())))
+
+
+def _end_with(parent, *_):
+    """In a worker: ends it when its parent is gone, which nobody else would after a SIGKILL."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Steps:

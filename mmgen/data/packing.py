@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import uuid
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -123,8 +124,13 @@ class Plan:
         key = (VERSION, seed, row_length, window, self.drops, overlong, self.rates, parts, identity)
         self.key = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         self.folder = folder
-        self._tables = []  # of each epoch begun, its _Table
-        self._firsts = [0]  # the number of the first row of each epoch begun
+        if not 0 <= min(self.drops) <= max(self.drops) <= 1 or row_length < 1 or window < 1:
+            raise ValueError(
+                f"expected chances from 0 to 1, rows and windows of at least 1; found {self.drops}, {row_length}, {window}"
+            )
+        self._tables = {}  # the _Tables of the epochs that were used last
+        # The number of the first row of each epoch begun.
+        self._firsts = [0, *_kept(self._path(""), 1).ravel().tolist()]
         self.__setstate__({})
 
     def __getstate__(self):
@@ -139,7 +145,8 @@ class Plan:
         """Row `number` >= 0 -> (documents, variants), int64 arrays."""
         with self._lock:
             epoch, row = self.find(number)
-            table = self._tables[epoch]
+            self._extend(epoch, row + 1)
+            table = self._table(epoch)
             at = int(np.searchsorted(table.rows, row, side="right")) - 1
             window, r = self._windows(epoch, at), row - int(table.rows[at])
         here = slice(window.starts[r], window.starts[r + 1])
@@ -153,7 +160,11 @@ class Plan:
                 row = number - self._firsts[epoch]
                 if epoch < len(self._firsts) - 1 or row < self._extend(epoch, row + 1):
                     return epoch, row
-                self._firsts.append(self._firsts[epoch] + int(self._tables[epoch].rows[-1]))
+                self._firsts.append(self._firsts[epoch] + self._extend(epoch, None))
+                if len(self._firsts) > 8 and self._firsts[-1] == self._firsts[-9]:  # not by chance
+                    raise ValueError(f"no document fits in a row of {self.row_length} tokens")
+                if epoch % 64 == 63:
+                    _keep(self._path(""), np.array(self._firsts[1:], np.int64)[:, None])
 
     def rows(self, epoch):
         """How many rows an epoch has: packs all of it, unless that is known."""
@@ -163,17 +174,22 @@ class Plan:
     def dropped(self, epoch):
         """How many documents of an epoch are left out as longer than a row."""
         self.rows(epoch)
-        return int(sum(self._tables[epoch].dropped))
+        return int(sum(self._table(epoch).dropped))
 
     def size(self, epoch):
         """How many documents an epoch has, those left out included."""
         return int(self._counts(epoch).sum())
 
+    def _path(self, name):
+        return self.folder and os.path.join(self.folder, f"{self.key}{name}.npy")
+
     def _table(self, epoch):
-        while epoch >= len(self._tables):
-            path = self.folder and os.path.join(self.folder, f"{self.key}-{len(self._tables)}.npy")
-            self._tables.append(_Table(path))
-        return self._tables[epoch]
+        table = self._tables.pop(epoch, None)
+        table = table if table is not None else _Table(self._path(f"-{epoch}"))
+        self._tables[epoch] = table  # now the latest
+        if len(self._tables) > 3:
+            del self._tables[next(iter(self._tables))]
+        return table
 
     def _extend(self, epoch, rows):
         """Packs windows until `rows` rows of the epoch are known, or None for all -> how many are."""
@@ -181,8 +197,6 @@ class Plan:
         while len(table) < count and (rows is None or table.rows[-1] < rows):
             window = self._windows(epoch, len(table))
             table.add(len(window.starts) - 1, window.dropped, last=len(table) + 1 == count)
-        if len(table) == count and not table.rows[-1]:
-            raise ValueError(f"no document of epoch {epoch} fits in a row of {self.row_length} tokens")
         return int(table.rows[-1])
 
     def _counts(self, epoch):
@@ -259,7 +273,8 @@ def _weighed(parts, mixture):
     """The parts that a mixture names, in their order."""
     names = [part.name for part in parts]
     unknown = sorted(set(mixture) - set(names))
-    if unknown or min(mixture.values()) < 0 or not sum(mixture.values()) > 0:
+    weights = list(mixture.values())
+    if unknown or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise ValueError(
             f"a mixture gives each of the parts {names} a weight >= 0, not all 0; found {dict(mixture)}"
             + (f", of which {unknown} are not there" if unknown else "")
@@ -277,16 +292,10 @@ class _Table:
 
     def __init__(self, path):
         self.path, self.count, self.saved = path, 0, 0
-        self._rows, self.dropped = np.zeros(257, np.int64), []
-        if path and os.path.exists(path):
-            try:
-                known = np.load(path)
-                assert known.ndim == 2 and known.shape[1] == 2 and known.dtype == np.int64
-            except (ValueError, OSError, EOFError, AssertionError):
-                return  # damaged: it is made again
-            for rows, dropped in known.tolist():
-                self._add(rows, dropped)
-            self.saved = self.count
+        self._rows, self.dropped = np.zeros(8, np.int64), []
+        for rows, dropped in _kept(path, 2).tolist():
+            self._add(rows, dropped)
+        self.saved = self.count
 
     def __len__(self):
         return self.count
@@ -301,7 +310,8 @@ class _Table:
         self._add(rows, dropped)
         # Epochs of a few windows are packed again sooner than read.
         if self.path and (last and self.count > 4 or self.count - self.saved >= self.SAVE_EVERY):
-            self._save()
+            _keep(self.path, np.stack([np.diff(self.rows), self.dropped], 1).astype(np.int64))
+            self.saved = self.count
 
     def _add(self, rows, dropped):
         self.count += 1
@@ -310,14 +320,29 @@ class _Table:
         self._rows[self.count] = self._rows[self.count - 1] + rows
         self.dropped.append(dropped)
 
-    def _save(self):
-        """Several processes may write the same table at once: each writes a true beginning of it."""
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        unfinished = f"{self.path}.{uuid.uuid4().hex}.tmp"
+
+def _kept(path, columns):
+    """What `_keep` wrote: int64 [N, columns]; nothing where there is no file or a damaged one."""
+    try:
+        known = np.load(path) if path else None
+        return known if known.dtype == np.int64 and known.shape[1:] == (columns,) else np.zeros((0, columns), int)
+    except Exception:  # numpy reads a header as Python, which can go wrong in many ways
+        return np.zeros((0, columns), int)
+
+
+def _keep(path, known):
+    """Writes a table. Several processes may write one at once: each writes a true beginning of it. Without
+    room for it nothing is lost but time."""
+    if not path:
+        return
+    unfinished = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(unfinished, "wb") as file:
-            np.save(file, np.stack([np.diff(self.rows), self.dropped], 1).astype(np.int64))
-        os.replace(unfinished, self.path)
-        self.saved = self.count
+            np.save(file, known)
+        os.replace(unfinished, path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be written ({error}): resuming will take longer")
 
 
 # ---- chance by number -----------------------------------------------------------------------

@@ -41,11 +41,11 @@ class DamagedRecord(ValueError):
 class Writer:
     """One shard in the making: `add` documents, then `finish`. Nothing counts before that.
 
-    phrasings: P, how many a document has at most. Files are renamed into place whole.
+    phrasings: P, how many a document has at most. mark: `mark_of` its job. Files are renamed into place whole.
     """
 
-    def __init__(self, folder, number, grammar, phrasings=1):
-        self.folder, self.grammar, self.phrasings = pathlib.Path(folder), grammar, phrasings
+    def __init__(self, folder, number, grammar, phrasings=1, mark=""):
+        self.folder, self.grammar, self.phrasings, self.mark = pathlib.Path(folder), grammar, phrasings, mark
         self.name = _name(number)
         self.unfinished = self.folder / f"{self.name}.{uuid.uuid4().hex}.tmp"
         self.dtype = _dtype(grammar)
@@ -58,6 +58,9 @@ class Writer:
         rows = [_checked(tokens, self.grammar, len(self.lengths)) for tokens in phrasings]
         if len(rows) > self.phrasings:
             raise ValueError(f"document {len(self.lengths)}: {len(rows)} phrasings, at most {self.phrasings}")
+        images = {int((tokens == self.grammar.boi).sum()) for tokens in rows}
+        if len(images) > 1:
+            raise ValueError(f"document {len(self.lengths)}: its phrasings have {sorted(images)} images, not the same")
         record = np.concatenate(rows[:1] + [_without_images(tokens, self.grammar) for tokens in rows[1:]])
         self.writer.write(record.astype(self.dtype).tobytes())
         lengths = np.zeros((self.phrasings, 3), np.int32)
@@ -69,6 +72,8 @@ class Writer:
     def finish(self, **facts):
         """Puts the shard into its place; `facts` go into its .json beside count, tokens and digest."""
         self.writer.close()
+        if not self.unfinished.exists() and (self.folder / "manifest.json").exists():
+            return {"count": len(self.lengths), "tokens": 0}  # others have finished the folder, and tidied up
         digest, size = _digest(self.unfinished)
         lengths = np.array(self.lengths, np.int32).reshape(-1, self.phrasings, 3)
         _write(self.folder / f"{self.name}.npy", lambda file: np.save(file, lengths))
@@ -79,6 +84,7 @@ class Writer:
             "longest": int(lengths[:, :, 0].max(initial=0)),
             "bytes": size,
             "sha256": digest,
+            "job": self.mark,
             **facts,
         }
         _write_json(self.folder / f"{self.name}.json", facts)
@@ -92,49 +98,73 @@ class Writer:
 
 
 def begin(folder, job, *, overwrite=False):
-    """Makes `folder` ready for the shards of `job`, a dict that says what they will hold; what an earlier
-    run of the same job finished stays. Raises where the folder holds something else."""
+    """Makes `folder` ready for the shards of `job`, a dict that says what they will hold -> its manifest where
+    the same job has finished it, else None; what an earlier run of the same job finished stays. Raises
+    where the folder holds something else, unless `overwrite`, which also makes a finished folder anew."""
     folder = pathlib.Path(folder)
-    if folder.exists() and overwrite:
-        # The manifest first: a folder that loses files must not look finished.
-        for pattern in ("manifest.json", "job.json", "tokens-*", "lengths.npy*"):
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "manifest.json").exists():
-        raise FileExistsError(f"{folder} already holds finished shards; choose another folder or --overwrite")
-    path = folder / "job.json"
     job = json.loads(json.dumps(job))
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = sorted(name for name in job.keys() | theirs.keys() if job.get(name) != theirs.get(name))
-        if changed:
+    path, manifest = folder / "job.json", folder / "manifest.json"
+    while True:
+        theirs = json.loads(manifest.read_text()) if manifest.exists() else None
+        if theirs and not overwrite:
+            if theirs.get("job") == mark_of(job):
+                return theirs
+            raise FileExistsError(f"{folder} already holds other finished shards; choose another folder or --overwrite")
+        if not theirs and _created(path, job):
+            return None
+        other = json.loads(path.read_text()) if path.exists() else {}
+        changed = sorted(name for name in job.keys() | other.keys() if job.get(name) != other.get(name))
+        if not theirs and not changed:
+            return None
+        if not theirs and not overwrite and any(folder.glob("tokens-*.json")):
             raise FileExistsError(
                 f"{folder} holds unfinished shards of another job ({', '.join(changed)} differ); give the same "
                 "command again to go on, choose another folder, or --overwrite"
             )
-    else:
-        _write_json(path, job)
+        # The manifest first: a folder that loses files must not look finished.
+        for pattern in ("manifest.json", "tokens-*", "lengths.npy*", "job.json"):
+            for stale in folder.glob(pattern):
+                stale.unlink(missing_ok=True)
+        overwrite = False
 
 
-def finished(folder, number):
-    """The facts of shard `number` where it is finished and whole in size, else None."""
+def _created(path, job):
+    """Whether this process, and no other, has written the job."""
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    unfinished.write_text(json.dumps(job, indent=1))
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        return False
+    finally:
+        unfinished.unlink()
+    return True
+
+
+def mark_of(job):
+    """What every shard of a job carries, so that those of another are not taken for its own."""
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished(folder, number, mark=""):
+    """The facts of shard `number` where it is finished, of that job and whole in size, else None."""
     path = pathlib.Path(folder) / f"{_name(number)}.json"
     try:
         facts = json.loads(path.read_text())
         whole = (path.with_suffix(".arrayrecord")).stat().st_size == facts["bytes"]
-        return facts if whole and path.with_suffix(".npy").exists() else None
+        return facts if whole and facts["job"] == mark and path.with_suffix(".npy").exists() else None
     except FileNotFoundError:
         return None
 
 
-def finish(folder, shards, grammar, phrasings, summary):
+def finish(folder, shards, grammar, phrasings, summary, mark=""):
     """Writes lengths.npy and the manifest of a folder whose `shards` are all finished -> the manifest, or
     None where one is not. `summary(facts of each shard)` -> what else the manifest says. Several processes
     may do this at once."""
     folder = pathlib.Path(folder)
     manifest_path = folder / "manifest.json"
-    found = [finished(folder, number) for number in range(shards)]
+    found = [finished(folder, number, mark) for number in range(shards)]
     if None in found:
         return json.loads(manifest_path.read_text()) if manifest_path.exists() else None
     count, longest = (
@@ -155,6 +185,7 @@ def finish(folder, shards, grammar, phrasings, summary):
         "dtype": _dtype(grammar).str,
         "grammar": grammar.to_dict(),
         "grammar_hash": grammar.hash,
+        "job": mark,
         **summary(found),
     }
 
@@ -310,6 +341,7 @@ class Shards:
         try:
             return self._reader(shard).read(numbers)
         except (ValueError, RuntimeError, IndexError) as error:
+            open(self.files[shard], "rb").close()  # a file that is gone, or one too many, is no damage: OSError
             if len(numbers) == 1 or isinstance(error, DamagedRecord):
                 return [None] * len(numbers)
             return [self._read(shard, np.array([number]))[0] for number in numbers]

@@ -13,6 +13,7 @@ docs/sources.md has the layout of each. A source is random-access and never chan
     len(source); source[i]       Document i, its images at source.size: (width, height) or images.Buckets
     source.alternatives(i, n)    1 to n Documents with the same images and other words; the first is source[i]
     source.pixels(i, which=0)    uint8 [H, W, 3]: image `which`, modulo their number, at the size that it has
+    source.count_images(i)       how many images document i has; 0 for a bad one
     source.several_images        whether a document may have more than one
     source.texts(i)              all texts of document i, in every phrasing that is written; reads no image
     source.fields(i)             what the filters see
@@ -90,6 +91,8 @@ def open_source(
     draws one by (seed, i); `category` gives only its kind of scene. text: at most `max_chars` characters
     a document. tfds: `data_dir` is the folder of its data sets.
     """
+    if seed < 0:
+        raise ValueError(f"a seed is at least 0, not {seed}")
     given, spec = _name_and_spec(spec)
     kind, _, where = spec.partition(":")
     if kind not in KINDS or not where:
@@ -244,6 +247,12 @@ class Source:
                 raise BadImage("no_image", "the document has none")
             return self._pixels(references[which % len(references)], read)
 
+    def count_images(self, i):
+        try:
+            return len(self.reader.images(i)[0])
+        except BadImage:
+            return 0
+
     def texts(self, i):
         with self._document(i):
             turns = check_turns(self.reader.document(i)[0])
@@ -309,6 +318,9 @@ class World:
 
     def pixels(self, i, which=0):
         return self._render(i, self.item(i).scene)
+
+    def count_images(self, i):
+        return 1
 
     def texts(self, i):
         return [self.item(i).prompt]
@@ -388,6 +400,10 @@ class Several:
     def pixels(self, i, which=0):
         source, i = self._find(i)
         return source.pixels(i, which)
+
+    def count_images(self, i):
+        source, i = self._find(i)
+        return source.count_images(i)
 
     def texts(self, i):
         source, i = self._find(i)

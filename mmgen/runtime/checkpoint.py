@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 _FOLDER = "checkpoints"
 
@@ -34,17 +35,28 @@ def _digest(folder):
 def save(workdir, step, items, keep=2):
     """Writes `items` (name -> pytree) as one step, then its digest; keeps the last `keep` steps."""
     folder = Path(workdir).resolve() / _FOLDER
+    first = jax.process_index() == 0  # of the processes that share the folder, the one that tidies it
     # A run that went on from an earlier step leaves later ones, damaged or half-written. Orbax would
     # silently save nothing beside them, and the digest would then vouch for what is damaged.
-    _remove(folder, lambda found: found >= step)
+    if first:
+        _remove(folder, lambda found: found >= step)
+    wait_for_all("checkpoint: the folder is tidy")
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         manager.save(step, args=ocp.args.Composite(**args))
-    (folder / f"{step}.sha256").write_text(_digest(folder / str(step)))
-    # Only now that the new step counts may the old ones go.
-    kept = steps(workdir)[-keep:]
-    _remove(folder, lambda found: found not in kept)
+    if first:
+        (folder / f"{step}.sha256").write_text(_digest(folder / str(step)))
+        # Only now that the new step counts may the old ones go.
+        kept = steps(workdir)[-keep:]
+        _remove(folder, lambda found: found not in kept)
+    wait_for_all("checkpoint: the step counts")
+
+
+def wait_for_all(what):
+    """Waits until every process of the run is here; alone it does nothing."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _remove(folder, unwanted):
@@ -108,7 +120,7 @@ def load_weights(workdir, abstract):
             f"`mmgen train` with {_FOLDER}/STEP inside"
         )
     item = weights_item(workdir, step)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or sharding),
         abstract,

@@ -28,12 +28,19 @@ def join():
 
 
 def process():
-    """(rank, count) of this process among those that share work without talking to one another."""
+    """(rank, count) of this process among those that share work without talking to one another: "auto" asks
+    what SLURM or the TPU slice says in the environment."""
     place = _place()
-    if place == "auto":
-        jax.distributed.initialize()
-        return jax.process_index(), jax.process_count()
-    return place or (0, 1)
+    if place != "auto":
+        return place or (0, 1)
+    known = os.environ
+    if "SLURM_PROCID" in known:
+        return int(known["SLURM_PROCID"]), int(known["SLURM_NTASKS"])
+    if "TPU_WORKER_ID" in known:
+        return int(known["TPU_WORKER_ID"]), len(known["TPU_WORKER_HOSTNAMES"].split(","))
+    raise ValueError(
+        "MMGEN_DISTRIBUTED=auto finds neither SLURM_PROCID nor TPU_WORKER_ID here: say RANK/COUNT, as in 0/2"
+    )
 
 
 def _place():
@@ -121,6 +128,18 @@ def local_rows(sharding, size):
         index[0].indices(size)[:2] for index in sharding.addressable_devices_indices_map((size,)).values()
     ]
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
+
+
+def check_batch(sharding, size):
+    """Raises ValueError where a batch of `size` rows does not divide over the devices."""
+    entry = sharding.spec[0] if len(sharding.spec) else None
+    names = entry if isinstance(entry, tuple) else (entry,)
+    ways = math.prod(sharding.mesh.shape[name] for name in names if name)
+    if size < 1 or size % ways:
+        raise ValueError(
+            f"a batch of {size} does not divide over {ways} devices of mesh axes {names}; change "
+            f"config.data.batch_size to a multiple of {ways}, or config.mesh"
+        )
 
 
 def global_batch(batch, rows, size, sharding):

@@ -5,6 +5,7 @@ is learned and from what; everything about meshes, optimizers, checkpoints, resu
 is here, once, in the order in which it happens.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -40,7 +41,11 @@ _FREE = {
     "mesh",
     "sharding",
     "keep_pages",
-} | {"data.threads", "data.workers", "data.max_bad"}
+    "data.threads",
+    "data.workers",
+    "data.max_bad",
+    "data.shards",  # where they lie; the stage compares what they hold
+}
 
 
 class Stage(NamedTuple):
@@ -52,6 +57,7 @@ class Stage(NamedTuple):
     unit: str  # what throughput counts, e.g. "tokens"
     units_a_step: int
     evaluate: Callable[[nnx.GraphDef, dict, int], dict]  # held-out metrics; may write previews
+    adopt: Callable[[], None] = lambda: None  # puts into the workdir what samples of the run need
 
 
 def setup(config, workdir):
@@ -73,8 +79,13 @@ def train(config, workdir, *, stop_at=None):
         memory.keep_pages()
     stage = setup(config, workdir)
     mesh = meshes.make_mesh(dict(config.mesh))
-    _record(config, workdir)  # after all that may refuse the config: a mistake does not claim the workdir
-    with meshes.use(mesh, config.sharding):
+    rows = NamedSharding(mesh, meshes.spec(("batch",), config.sharding))
+    meshes.check_batch(rows, stage.data.batch_size)
+    first = jax.process_index() == 0  # of the processes that share a workdir, the one that writes
+    if first:  # after all that may refuse the config: a mistake does not claim the workdir
+        stage.adopt()
+        _record(config, workdir)
+    with meshes.use(mesh, config.sharding), contextlib.ExitStack() as within:
         # -- state: shapes first, then shardings, then values, never all on one device
         make = lambda key: stage.make(nnx.Rngs(key))
         graphdef, abstract = nnx.split(nnx.eval_shape(make, jax.random.key(config.seed)))
@@ -127,18 +138,17 @@ def train(config, workdir, *, stop_at=None):
             return new, {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
 
         train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-        rows = NamedSharding(mesh, meshes.spec(("batch",), config.sharding))
 
         # -- the loop
         stop = min(config.steps, stop_at or config.steps)
-        writer = metric_files.Metrics(workdir, start)
+        writer = metric_files.Metrics(workdir, start) if first else None
         last = {}
         if start >= stop:  # nothing left to do: report what was measured when it was done
             for record in metric_files.read(workdir):
                 last |= {name: value for name, value in record.items() if name != "step"}
         began, since, waited, bad = time.monotonic(), start, 0.0, 0
         mine = meshes.local_rows(rows, stage.data.batch_size)
-        batches = stage.data.prefetch(start, mine)
+        batches = within.enter_context(contextlib.closing(stage.data.prefetch(start, mine)))
         bar = tqdm(total=config.steps, initial=start, desc=config.name, disable=None, leave=False)
         for step in range(start, stop):
             wait = time.monotonic()
@@ -174,18 +184,21 @@ def train(config, workdir, *, stop_at=None):
                 tqdm.write(f"step {done}/{config.steps}  {shown}  eta {eta:.0f} s")
                 if measure:
                     last |= stage.evaluate(graphdef, state.get("ema", state["params"]), done)
-                writer.write(done, last)
+                if first:
+                    writer.write(done, last)
                 began, since, waited = time.monotonic(), done, 0.0
             if save:  # last: what is on disk of a saved step is whole, and resuming cuts back the rest
                 checkpoint.save(workdir, done, state, config.keep)
-        batches.close()
         bar.close()
-        writer.close()
+        if first:
+            writer.close()
     return last
 
 
 def _check(config, workdir):
     """Makes `workdir`, or checks that the run in it has this config's settings."""
+    if not 0 <= config.seed < 1 << 32:
+        raise ConfigError(f"config.seed is a whole number from 0 to 2**32 - 1, not {config.seed}")
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     ours = json.loads(config.to_json())

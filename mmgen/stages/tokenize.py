@@ -1,8 +1,8 @@
 """Sources -> tokenised shards: the one way into the transformer stage."""
 
 import collections
+import contextlib
 import itertools
-import shutil
 import time
 from pathlib import Path
 
@@ -39,6 +39,11 @@ def tokenize(
     """
     if overlong not in ("refuse", "cut"):
         raise ValueError(f'overlong is "refuse" or "cut", not {overlong!r}')
+    if shard_size < 1 or phrasings < 1 or longest < 0:
+        raise ValueError(
+            f"expected a shard size and phrasings of at least 1 and longest of at least 0, found {shard_size}, "
+            f"{phrasings}, {longest}"
+        )
     if overwrite and process[1] > 1:
         raise ValueError("several processes cannot overwrite a folder at once: empty it first")
     out, (rank, count) = Path(out), process
@@ -54,16 +59,20 @@ def tokenize(
     }
     settings = {"shard_size": shard_size, "phrasings": phrasings, "longest": longest, "overlong": overlong}
     job = {**facts, **settings, "fingerprint": source.fingerprint, "grammar": grammar.to_dict()}
-    shards.begin(out, job, overwrite=overwrite)
+    finished = shards.begin(out, job, overwrite=overwrite)
+    if finished:
+        return finished
+    mark = shards.mark_of(job)
     if rank == 0:
-        checkpoint.export(tokenizer_dir, out / "tokenizer")
-        shutil.copy2(text_path, out / "text.model")
+        if (out / "tokenizer").resolve() != Path(tokenizer_dir).resolve():
+            checkpoint.export(tokenizer_dir, out / "tokenizer")
+        text.save(out / "text.model")
 
     opening = collections.Counter(source.skipped)  # what was skipped before any item was read
     spans = [(start, min(start + shard_size, len(source))) for start in range(0, len(source), shard_size)]
     bad, todo = Bad(source, max_bad), []
     for number in range(rank, len(spans), count):
-        found = shards.finished(out, number)
+        found = shards.finished(out, number, mark)
         if found is None:
             todo.append(number)
         else:
@@ -72,37 +81,39 @@ def tokenize(
             source.skipped.update(found["skipped"])
     count_of = lambda numbers: sum(spans[n][1] - spans[n][0] for n in numbers)
     total, left = count_of(range(rank, len(spans), count)), count_of(todo)
-    items = _read(source, [spans[number] for number in todo], phrasings, workers)
+    reading = _read(source, [spans[number] for number in todo], phrasings, workers)
+    items = itertools.chain.from_iterable(reading)
     bar = tqdm(desc="tokenize", total=total, initial=total - left, unit="doc", disable=None, leave=False)
     images, done, began = 0, 0, time.monotonic()
-    for number in todo:
-        start, stop = spans[number]
-        writer = shards.Writer(out, number, grammar, phrasings)
-        skipped, parts, cut = collections.Counter(), collections.Counter(), 0
-        try:
-            for first in range(start, stop, batch):
-                pulled = [next(items) for _ in range(first, min(first + batch, stop))]
-                assert pulled[0][0] == first, (pulled[0][0], first)
-                for i, rows, drawn, shortened in _encode(pulled, tokenizer, grammar, text, longest, overlong):
-                    if isinstance(rows, BadImage):
-                        skipped[rows.reason] += 1
-                        bad.saw(rows)
-                    else:
-                        bad.saw()
-                        writer.add(rows)
-                        parts[_part_of(source, i)] += 1
-                        images, cut = images + drawn, cut + shortened
-                bar.update(min(first + batch, stop) - first)
-                bar.set_postfix_str(f"{images / (time.monotonic() - began):.0f} images/s")
-            made = writer.finish(start=start, stop=stop, parts=parts, skipped=skipped, cut=cut)
-        except BaseException:
-            writer.abandon()
-            raise
-        done, seconds = done + stop - start, time.monotonic() - began
-        tqdm.write(
-            f"{writer.name} of {len(spans)}: {made['count']} documents, {made['tokens']} tokens, "
-            f"{images / seconds:.0f} images/s, eta {(left - done) * seconds / done:.0f} s"
-        )
+    with contextlib.closing(reading):
+        for number in todo:
+            start, stop = spans[number]
+            writer = shards.Writer(out, number, grammar, phrasings, mark)
+            skipped, parts, cut = collections.Counter(), collections.Counter(), 0
+            try:
+                for first in range(start, stop, batch):
+                    pulled = [next(items) for _ in range(first, min(first + batch, stop))]
+                    assert pulled[0][0] == first, (pulled[0][0], first)
+                    for i, rows, drawn, shortened in _encode(pulled, tokenizer, grammar, text, longest, overlong):
+                        if isinstance(rows, BadImage):
+                            skipped[rows.reason] += 1
+                            bad.saw(rows)
+                        else:
+                            bad.saw()
+                            writer.add(rows)
+                            parts[_part_of(source, i)] += 1
+                            images, cut = images + drawn, cut + shortened
+                    bar.update(min(first + batch, stop) - first)
+                    bar.set_postfix_str(f"{images / (time.monotonic() - began):.0f} images/s")
+                made = writer.finish(start=start, stop=stop, parts=parts, skipped=skipped, cut=cut)
+            except BaseException:
+                writer.abandon()
+                raise
+            done, seconds = done + stop - start, time.monotonic() - began
+            tqdm.write(
+                f"{writer.name} of {len(spans)}: {made['count']} documents, {made['tokens']} tokens, "
+                f"{images / seconds:.0f} images/s, eta {(left - done) * seconds / done:.0f} s"
+            )
     bar.close()
     if bad.seen and bad.count == bad.seen:
         raise TooManyBad(bad.report())
@@ -118,7 +129,7 @@ def tokenize(
             "parts": {name: counts[name] for name, _, _ in source.parts if name in counts},
         }
 
-    return shards.finish(out, len(spans), grammar, phrasings, summary)
+    return shards.finish(out, len(spans), grammar, phrasings, summary, mark)
 
 
 class _Items:
@@ -148,11 +159,11 @@ class _Items:
 
 
 def _read(source, spans, phrasings, workers):
-    """Iterator of (i, [Document, ...] or BadImage) for i in `spans`, read ahead in the background."""
+    """Iterator of runs of (i, [Document, ...] or BadImage) for i in `spans`, read ahead in the background."""
     if not spans:
-        return iter(())
+        return (run for run in ())
     items = grain.MapDataset.source(_Items(source, spans, phrasings))
-    return itertools.chain.from_iterable(in_background(items, threads=1, workers=workers, ahead=8))
+    return in_background(items, threads=1, workers=workers, ahead=8)
 
 
 def _encode(items, tokenizer, grammar, text, longest, overlong):
@@ -165,17 +176,24 @@ def _encode(items, tokenizer, grammar, text, longest, overlong):
             if image.codes is None:
                 alike[image.pixels.shape].append((i, k))
     for places in alike.values():
-        codes = tokenizer.encode(np.stack([images[i][k].pixels for i, k in places]))
-        for (i, k), code in zip(places, codes):
+        pixels = np.stack([images[i][k].pixels for i, k in places])
+        # A few of many shapes are not worth a whole batch each.
+        rest = len(pixels) % 64 if len(pixels) % 64 <= 32 else 0
+        codes = [tokenizer.encode(pixels[: len(pixels) - rest])] if len(pixels) > rest else []
+        codes += [tokenizer.encode(pixels[len(pixels) - rest :], batch=16)] if rest else []
+        for (i, k), code in zip(places, np.concatenate(codes)):
             images[i][k] = Image(codes=code)
     for i, found in items:
         if isinstance(found, BadImage):
             yield i, found, 0, False
             continue
         whole = [grammar.encode(_with(document, images[i]), text) for document in found]
-        kept = [_shortened(tokens, longest, overlong, grammar) for tokens in whole]
-        cut = any(a is not None and len(a) < len(b) for a, b in zip(kept, whole))
-        kept = [tokens for tokens in kept if tokens is not None]
+        turns = len(found[0].turns)
+        if overlong == "cut":
+            turns = _turns_that_fit(whole[0], longest, grammar)
+        kept = [_first_turns(tokens, turns, grammar) for tokens in whole]  # the same turns in all phrasings
+        kept = [tokens for tokens in kept if 0 < len(tokens) <= (longest or len(tokens))]
+        cut = bool(kept) and turns < len(found[0].turns)
         if not kept:
             kept = BadImage(
                 "overlong", f"document {i} has {len(whole[0])} tokens, at most {longest} are kept"
@@ -193,16 +211,19 @@ def _with(document, images):
     return Document(turns)
 
 
-def _shortened(tokens, longest, overlong, grammar):
-    """The tokens, or where they are too many their whole turns that fit, or None."""
-    if not longest or len(tokens) <= longest:
-        return tokens
+def _turns_that_fit(tokens, longest, grammar):
+    """How many of a document's first turns fit into `longest` tokens; 0 for any number."""
+    ends = np.flatnonzero(tokens == grammar.end) + 2  # with <eos>
+    return int((ends <= (longest or len(tokens))).sum())
+
+
+def _first_turns(tokens, turns, grammar):
+    """The document's first turns; nothing where it would be cut and nothing is left to learn."""
     ends = np.flatnonzero(tokens == grammar.end)
-    ends = ends[ends + 2 <= longest]
-    if overlong == "refuse" or not len(ends):
-        return None
-    kept = np.append(tokens[: ends[-1] + 1], np.int32(grammar.eos))
-    return kept if grammar.loss_weights(kept).any() else None  # without an answer there is nothing to learn
+    if turns == len(ends):
+        return tokens
+    kept = np.append(tokens[: ends[turns - 1] + 1], np.int32(grammar.eos)) if turns else tokens[:0]
+    return kept if grammar.loss_weights(kept).any() else kept[:0]
 
 
 def _part_of(source, i):

@@ -30,7 +30,8 @@ def setup(config, workdir):
 
     def evaluate(graphdef, params, step):
         model = Tokenizer(nnx.merge(graphdef, params))
-        images = np.stack([document.turns[1].parts[0].pixels for _, document in documents_of(held_out)])
+        documents = [document.images() for _, document in documents_of(held_out)]
+        images = np.stack([found[0].pixels for found in documents if found])
         codes = model.encode(images)
         back = model.decode(codes)
         _preview(workdir / "previews" / f"{step:07d}.png", images[:32], back[:32])

@@ -1,5 +1,6 @@
 """Stage `transformer`: next token over text and image codes, from tokenised shards."""
 
+import functools
 import json
 import shutil
 
@@ -16,8 +17,11 @@ def setup(config, workdir):
     shards = Shards(*data.shards.split(","))
     grammar = shards.grammar
     keep = ("grammar", "grammar_hash", "text_hash", "tokenizer_hash", "patch", "levels", "color_digits")
-    vocabulary = {name: shards.manifest[name] for name in keep}
-    _adopt(shards, vocabulary, workdir)
+    missing = [name for name in keep if name not in shards.manifest]
+    if missing:
+        raise ValueError(f"{shards}: the manifest says no {', '.join(missing)}; make shards with `mmgen tokenize`")
+    vocabulary = {name: shards.manifest[name] for name in keep} | {"shards": shards.identity}
+    _check(shards, vocabulary, workdir)
     loss = dict(text=data.text_weight, image=data.image_weight, user=data.user_weight)
     rows = Rows(
         shards,
@@ -45,6 +49,7 @@ def setup(config, workdir):
         unit="tokens",
         units_a_step=data.batch_size * data.row_length,
         evaluate=lambda graphdef, params, step: {},
+        adopt=functools.partial(_adopt, shards, vocabulary, workdir),
     )
 
 
@@ -59,17 +64,23 @@ def _mixture(pairs):
         ) from None
 
 
-def _adopt(shards, vocabulary, workdir):
-    """Copies tokenizer and text model beside the checkpoints, or checks that they are the same."""
+def _check(shards, vocabulary, workdir):
+    """Raises where the workdir's run learns from other shards: they may lie elsewhere, but not be others."""
     path = workdir / "vocabulary.json"
     if path.exists():
         ours = json.loads(path.read_text())
-        if ours != vocabulary:
-            changed = [name for name in vocabulary if ours.get(name) != vocabulary[name]]
+        changed = [name for name in vocabulary if ours.get(name) != vocabulary[name]]
+        if changed:
             raise ValueError(
-                f"{workdir} was trained on shards of another {', '.join(changed)} than {shards}; "
+                f"{workdir} was trained on other shards than {shards} ({', '.join(changed)} differ); "
                 "use another --workdir"
             )
+
+
+def _adopt(shards, vocabulary, workdir):
+    """Copies tokenizer and text model beside the checkpoints."""
+    path = workdir / "vocabulary.json"
+    if path.exists():
         return
     shutil.copytree(shards.folders[0] / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
     shutil.copy2(shards.folders[0] / "text.model", workdir / "text.model")
