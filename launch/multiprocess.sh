@@ -7,7 +7,7 @@
 # set CUDA_VISIBLE_DEVICES for each. Needs a free port, PORT.
 #
 # Tried: two CPU processes training tokenizer:tiny, whose losses equal those of one process. Not tried:
-# GPUs, and killing one process of several. All processes write the workdir's metrics.
+# GPUs, and killing one process of several. The first process alone writes the workdir's metrics.
 set -euo pipefail
 count=${1:?usage: launch/multiprocess.sh PROCESSES --config NAME:VARIANT --workdir DIR [...]}
 shift

@@ -1,9 +1,7 @@
 """`mmgen COMMAND ...`, the same as `python -m mmgen COMMAND ...`."""
 
 import importlib
-import signal
 import sys
-import threading
 from pathlib import Path
 
 COMMANDS = {
@@ -48,8 +46,6 @@ def _run(program, kind, commands, package, argv):
 
         print(f"{program}: no {kind} {name!r}; {nearest(name, commands)}", file=sys.stderr)
         return 2
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is open is closed
     try:
         return importlib.import_module(f"{package}.{name}").main(rest) or 0
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:

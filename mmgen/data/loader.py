@@ -214,7 +214,8 @@ def prefetch(rows_of, start_step, rows, *, threads=1, workers=0, ahead=4):
 
 def in_background(dataset, threads, workers, ahead):
     """Iterator of a grain MapDataset, in its order, made by `threads` or, if not 0, by `workers` processes,
-    about `ahead` items early. Call its close() when done. An error in an item is raised by next()."""
+    about `ahead` items early. Call its close() when done, which may wait ten seconds for a worker that is
+    busy. An error in an item is raised by next()."""
     if threads < 1 or workers < 0:
         raise ValueError(f"threads are at least 1 and workers at least 0, not {threads} and {workers}")
     if not workers:
@@ -230,7 +231,7 @@ def in_background(dataset, threads, workers, ahead):
 
 
 def _end_with(parent, *_):
-    """In a worker: ends it when its parent is gone, which nobody else would after a SIGKILL."""
+    """In a worker: ends it when its parent is gone, which nobody else would after a SIGTERM or SIGKILL."""
 
     def watch():
         while os.getppid() == parent:
