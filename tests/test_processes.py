@@ -139,7 +139,10 @@ def test_two_processes_train_in_one_workdir_and_one_goes_on(space, tmp_path):
     flags = ["--config", "transformer:tiny", f"--config.data.shards={space.shards}", "--config.save_every=1"]
     flags += ["--config.keep=1", "--config.log_every=1", "--config.mesh.data=4", "--config.steps=6"]
     train = lambda processes, workdir, stop: run(
-        processes, TRAIN, [(tmp_path / workdir, stop, *flags)] * processes, JAX_COMPILATION_CACHE_DIR=space.compiled
+        processes,
+        TRAIN,
+        [(tmp_path / workdir, stop, *flags)] * processes,
+        JAX_COMPILATION_CACHE_DIR=space.compiled,
     )
     train(1, "one", 6)
     train(2, "two", 4)

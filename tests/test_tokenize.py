@@ -72,6 +72,20 @@ class Stop(BaseException):
     pass
 
 
+def stop_at_shard(monkeypatch, number):
+    """The shard that is finished as the `number`th is not."""
+    real, left = shards_module.Writer.finish, number
+
+    def finish(self, **facts):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Stop
+        return real(self, **facts)
+
+    monkeypatch.setattr(shards_module.Writer, "finish", finish)
+
+
 def test_stopped_anywhere_it_goes_on(space, whole, tmp_path, monkeypatch):
     """Where a shard is written, where it gets its name, where the manifest does."""
     rng = random.Random(0)
@@ -151,14 +165,26 @@ def test_killed_at_random_points_nothing_is_lost_or_twice(space, whole, tmp_path
 @pytest.mark.soak
 def test_twenty_kills_at_any_time_of_two_processes(space, whole, tmp_path):
     """By the clock, wherever they are, both writing the same folder; then one finishes."""
-    flags = ["tokenize", "--source", "world:train", "--documents", N, "--seed", 5, "--tokenizer", space.tokenizer]
+    flags = [
+        "tokenize",
+        "--source",
+        "world:train",
+        "--documents",
+        N,
+        "--seed",
+        5,
+        "--tokenizer",
+        space.tokenizer,
+    ]
     flags += ["--text", space.text, "--max-side", 16, "--shard-size", SIZE, "--out", tmp_path]
     command = [sys.executable, "-m", "mmgen", *map(str, flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(space.compiled)}
     rng = random.Random(0)
     for _ in range(20):
         running = [
-            subprocess.Popen(command, env={**environment, "MMGEN_DISTRIBUTED": f"{rank}/2"}, stderr=subprocess.DEVNULL)
+            subprocess.Popen(
+                command, env={**environment, "MMGEN_DISTRIBUTED": f"{rank}/2"}, stderr=subprocess.DEVNULL
+            )
             for rank in range(2)
         ]
         time.sleep(rng.uniform(4, 9))
@@ -184,16 +210,7 @@ def test_a_late_process_finds_all_done(space, whole, tmp_path):
 
 def test_overwriting_goes_on_too(space, whole, tmp_path, monkeypatch):
     tokenize(space, world(documents=30), tmp_path)
-    real, left = shards_module.Writer.finish, 4
-
-    def finish(self, **facts):
-        nonlocal left
-        left -= 1
-        if not left:
-            raise Stop
-        return real(self, **facts)
-
-    monkeypatch.setattr(shards_module.Writer, "finish", finish)
+    stop_at_shard(monkeypatch, 4)
     with pytest.raises(Stop):
         tokenize(space, world(), tmp_path, overwrite=True)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens-*.json")}
@@ -226,9 +243,14 @@ def test_a_folder_can_be_made_anew_with_its_own_tokenizer(space, whole, tmp_path
 
 
 def test_all_phrasings_of_a_document_are_cut_at_the_same_turn(space, tmp_path):
-    draw = lambda texts: [{"role": "user", "parts": [{"text": texts}]}, {"role": "assistant", "parts": [{"image": "a.png"}]}]
+    draw = lambda texts: [
+        {"role": "user", "parts": [{"text": texts}]},
+        {"role": "assistant", "parts": [{"image": "a.png"}]},
+    ]
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    source = jsonl(tmp_path / "a.jsonl", [draw(["1", "2" * 20]) + draw(["3" * n, "4" * (41 - n)]) for n in range(1, 41)])
+    source = jsonl(
+        tmp_path / "a.jsonl", [draw(["1", "2" * 20]) + draw(["3" * n, "4" * (41 - n)]) for n in range(1, 41)]
+    )
     manifest = tokenize(space, source, tmp_path / "s", phrasings=2, longest=170, overlong="cut", max_bad=1.0)
     shards, text = Shards(tmp_path / "s"), TextModel(space.text)
     assert 0 < manifest["cut"] < 40 and manifest["longest"] <= 170
@@ -356,16 +378,7 @@ def tar(path, count, bad=(), sizes=((32, 32),)):
 def test_what_is_skipped_is_counted_across_stops(space, tmp_path, monkeypatch):
     path = tar(tmp_path / "a.tar", 60, bad=(3, 20, 21, 50))
     source = lambda: open_source(f"tars:{path}", (32, 32))
-    real, left = shards_module.Writer.finish, 3
-
-    def finish(self, **facts):
-        nonlocal left
-        left -= 1
-        if not left:
-            raise Stop
-        return real(self, **facts)
-
-    monkeypatch.setattr(shards_module.Writer, "finish", finish)
+    stop_at_shard(monkeypatch, 3)
     with pytest.raises(Stop):
         tokenize(space, source(), tmp_path / "s")
     manifest = tokenize(space, source(), tmp_path / "s")

@@ -33,7 +33,9 @@ class Rows:
         self.batch_size, self.row_length, self.max_bad = batch_size, row_length, max_bad
         self.threads, self.workers = threads, workers
         if batch_size < 1 or row_length < 1:
-            raise ValueError(f"a batch has rows and a row tokens, at least one; found {batch_size} x {row_length}")
+            raise ValueError(
+                f"a batch has rows and a row tokens, at least one; found {batch_size} x {row_length}"
+            )
         if shards.manifest["grammar_hash"] != grammar.hash:
             raise ValueError(
                 f"{shards} was written with the grammar {shards.manifest['grammar']}, this run has "

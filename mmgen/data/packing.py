@@ -325,7 +325,11 @@ def _kept(path, columns):
     """What `_keep` wrote: int64 [N, columns]; nothing where there is no file or a damaged one."""
     try:
         known = np.load(path) if path else None
-        return known if known.dtype == np.int64 and known.shape[1:] == (columns,) else np.zeros((0, columns), int)
+        return (
+            known
+            if known.dtype == np.int64 and known.shape[1:] == (columns,)
+            else np.zeros((0, columns), int)
+        )
     except Exception:  # numpy reads a header as Python, which can go wrong in many ways
         return np.zeros((0, columns), int)
 

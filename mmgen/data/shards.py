@@ -31,7 +31,18 @@ from mmgen.data.packing import DROP_IMAGES, DROP_TEXT, VARIANTS, Part
 from mmgen.grammar import Grammar
 
 VERSION = 2
-_NEEDED = {"count", "shards", "bytes", "tokens", "longest", "phrasings", "dtype", "grammar", "grammar_hash", "parts"}
+_NEEDED = {
+    "count",
+    "shards",
+    "bytes",
+    "tokens",
+    "longest",
+    "phrasings",
+    "dtype",
+    "grammar",
+    "grammar_hash",
+    "parts",
+}
 
 
 class DamagedRecord(ValueError):
@@ -60,7 +71,9 @@ class Writer:
             raise ValueError(f"document {len(self.lengths)}: {len(rows)} phrasings, at most {self.phrasings}")
         images = {int((tokens == self.grammar.boi).sum()) for tokens in rows}
         if len(images) > 1:
-            raise ValueError(f"document {len(self.lengths)}: its phrasings have {sorted(images)} images, not the same")
+            raise ValueError(
+                f"document {len(self.lengths)}: its phrasings have {sorted(images)} images, not the same"
+            )
         record = np.concatenate(rows[:1] + [_without_images(tokens, self.grammar) for tokens in rows[1:]])
         self.writer.write(record.astype(self.dtype).tobytes())
         lengths = np.zeros((self.phrasings, 3), np.int32)
@@ -110,7 +123,9 @@ def begin(folder, job, *, overwrite=False):
         if theirs and not overwrite:
             if theirs.get("job") == mark_of(job):
                 return theirs
-            raise FileExistsError(f"{folder} already holds other finished shards; choose another folder or --overwrite")
+            raise FileExistsError(
+                f"{folder} already holds other finished shards; choose another folder or --overwrite"
+            )
         if not theirs and _created(path, job):
             return None
         other = json.loads(path.read_text()) if path.exists() else {}
@@ -341,7 +356,9 @@ class Shards:
         try:
             return self._reader(shard).read(numbers)
         except (ValueError, RuntimeError, IndexError) as error:
-            open(self.files[shard], "rb").close()  # a file that is gone, or one too many, is no damage: OSError
+            open(
+                self.files[shard], "rb"
+            ).close()  # a file that is gone, or one too many, is no damage: OSError
             if len(numbers) == 1 or isinstance(error, DamagedRecord):
                 return [None] * len(numbers)
             return [self._read(shard, np.array([number]))[0] for number in numbers]
@@ -436,9 +453,7 @@ def _manifest(folder):
     if version == VERSION and _NEEDED - manifest.keys():
         raise ValueError(f"{path} is damaged ({sorted(_NEEDED - manifest.keys())} missing): tokenise again")
     if version != VERSION:
-        raise ValueError(
-            f"{folder} is of shard version {version}, this code reads {VERSION}: tokenise again"
-        )
+        raise ValueError(f"{folder} is of shard version {version}, this code reads {VERSION}: tokenise again")
     return manifest
 
 

@@ -83,9 +83,7 @@ def _number_table(title, numbers):
 def _figure(case):
     kind = "ok" if case.ok else "bad"
     why = "" if case.ok else f"<br><b>{html.escape(case.why)}</b>"
-    return (
-        f"<figure class={kind}><img src='{png(case.pixels)}'>{html.escape(case.item.prompt)}{why}</figure>"
-    )
+    return f"<figure class={kind}><img src='{png(case.pixels)}'>{html.escape(case.item.prompt)}{why}</figure>"
 
 
 def png(pixels):

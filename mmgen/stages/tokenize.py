@@ -94,7 +94,9 @@ def tokenize(
                 for first in range(start, stop, batch):
                     pulled = [next(items) for _ in range(first, min(first + batch, stop))]
                     assert pulled[0][0] == first, (pulled[0][0], first)
-                    for i, rows, drawn, shortened in _encode(pulled, tokenizer, grammar, text, longest, overlong):
+                    for i, rows, drawn, shortened in _encode(
+                        pulled, tokenizer, grammar, text, longest, overlong
+                    ):
                         if isinstance(rows, BadImage):
                             skipped[rows.reason] += 1
                             bad.saw(rows)
@@ -148,7 +150,9 @@ class _Items:
     def __getitem__(self, k):
         number = int(np.searchsorted(self.stops, k, side="right"))
         start, stop = self.spans[number]
-        first = stop - (int(self.stops[number]) - k) * self.RUN  # counted from the end, so the first run is short
+        first = (
+            stop - (int(self.stops[number]) - k) * self.RUN
+        )  # counted from the end, so the first run is short
         return [(i, self._item(i)) for i in range(max(first, start), first + self.RUN)]
 
     def _item(self, i):

@@ -19,7 +19,9 @@ def setup(config, workdir):
     keep = ("grammar", "grammar_hash", "text_hash", "tokenizer_hash", "patch", "levels", "color_digits")
     missing = [name for name in keep if name not in shards.manifest]
     if missing:
-        raise ValueError(f"{shards}: the manifest says no {', '.join(missing)}; make shards with `mmgen tokenize`")
+        raise ValueError(
+            f"{shards}: the manifest says no {', '.join(missing)}; make shards with `mmgen tokenize`"
+        )
     vocabulary = {name: shards.manifest[name] for name in keep} | {"shards": shards.identity}
     _check(shards, vocabulary, workdir)
     loss = dict(text=data.text_weight, image=data.image_weight, user=data.user_weight)
