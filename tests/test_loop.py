@@ -206,7 +206,7 @@ def test_shards_may_move_but_not_change(space, tmp_path):
         loop.train(config_of([*moved, f"--config.data.shards={shards}"]), tmp_path / "run")
 
 
-def test_a_mistake_does_not_claim_the_workdir(space, tmp_path):
+def test_settings_that_make_no_sense_claim_nothing(space, tmp_path):
     for mistake, words in (
         ("--config.data.row_length=8", "longer than a row"), ("--config.data.batch_size=0", "at least one"),
         ("--config.seed=-1", "2\\*\\*32"), ("--config.data.text_drop=2.0", "from 0 to 1"),
