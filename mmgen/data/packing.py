@@ -323,15 +323,14 @@ class _Table:
 
 def _kept(path, columns):
     """What `_keep` wrote: int64 [N, columns]; nothing where there is no file or a damaged one."""
+    nothing = np.zeros((0, columns), np.int64)
+    if not path or not os.path.exists(path):
+        return nothing
     try:
-        known = np.load(path) if path else None
-        return (
-            known
-            if known.dtype == np.int64 and known.shape[1:] == (columns,)
-            else np.zeros((0, columns), int)
-        )
+        known = np.load(path)
     except Exception:  # numpy reads a header as Python, which can go wrong in many ways
-        return np.zeros((0, columns), int)
+        return nothing
+    return known if known.dtype == np.int64 and known.shape[1:] == (columns,) else nothing
 
 
 def _keep(path, known):

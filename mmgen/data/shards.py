@@ -127,7 +127,10 @@ def begin(folder, job, *, overwrite=False):
                 f"{folder} already holds other finished shards; choose another folder or --overwrite"
             )
         if not theirs and _created(path, job):
-            return None
+            if not manifest.exists():
+                return None
+            path.unlink()  # another process has finished it meanwhile
+            continue
         other = json.loads(path.read_text()) if path.exists() else {}
         changed = sorted(name for name in job.keys() | other.keys() if job.get(name) != other.get(name))
         if not theirs and not changed:
