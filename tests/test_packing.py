@@ -51,6 +51,7 @@ def test_every_document_once_an_epoch_and_no_row_too_long(lengths, window, seed,
         assert again.row(first + row)[0].tolist() == rows[row].tolist()
 
 
+@pytest.mark.smoke
 def test_rows_are_a_function_of_their_number(tmp_path):
     lengths = np.random.default_rng(0).integers(1, 30, 1000)
     one, other = plan(lengths, window=64, folder=tmp_path), plan(lengths, window=64)

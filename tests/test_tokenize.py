@@ -56,6 +56,7 @@ def assert_same_shards(a, b):
     assert not list(a.glob("*.tmp")) and not list(a.glob("tokens-*.npy")) and not (a / "job.json").exists()
 
 
+@pytest.mark.smoke
 def test_what_is_written_reads_back(space, whole):
     shards, source, text = Shards(whole), world(), TextModel(whole / "text.model")
     assert len(shards) == N and shards.manifest["shards"] == [12] * 7 + [6]
@@ -321,6 +322,7 @@ def test_another_job_is_refused(space, tmp_path, monkeypatch):
             tokenize(space, changed.pop("source"), tmp_path, **changed)
 
 
+@pytest.mark.smoke
 def test_phrasings_are_kept(space, tmp_path):
     source = world(documents=30)
     manifest = tokenize(space, source, tmp_path, phrasings=3)
