@@ -15,7 +15,7 @@ mkdir -p "$dir"
 
 [ -e "$dir/text.model" ] || mmgen text "${world[@]}" --pieces 384 --out "$dir/text.model"
 mmgen train --config "tokenizer:$variant" --workdir "$dir/tokenizer"
-[ -e "$dir/shards/manifest.json" ] || mmgen tokenize "${world[@]}" --tokenizer "$dir/tokenizer" \
+mmgen tokenize "${world[@]}" --tokenizer "$dir/tokenizer" \
   --text "$dir/text.model" --max-side 16 --out "$dir/shards"
 mmgen train --config "transformer:$variant" --workdir "$dir/transformer" --config.data.shards="$dir/shards"
 mmgen sample --checkpoint "$dir/transformer" --prompt "a large red circle above a small blue star" \

@@ -69,6 +69,22 @@ def test_what_is_written_reads_back(space, whole):
         assert document.turns[1].parts[0].codes.shape == (8, 8)
 
 
+def flags_of(space, out):
+    """The command that makes `whole`."""
+    flags = [
+        "tokenize",
+        "--source",
+        "world:train",
+        "--documents",
+        N,
+        "--seed",
+        5,
+        "--tokenizer",
+        space.tokenizer,
+    ]
+    return [*flags, "--text", space.text, "--max-side", 16, "--shard-size", SIZE, "--out", out]
+
+
 class Stop(BaseException):
     pass
 
@@ -139,18 +155,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_killed_at_random_points_nothing_is_lost_or_twice(space, whole, tmp_path):
-    flags = [
-        "tokenize",
-        "--source",
-        "world:train",
-        "--documents",
-        N,
-        "--seed",
-        5,
-        "--tokenizer",
-        space.tokenizer,
-    ]
-    flags += ["--text", space.text, "--max-side", 16, "--shard-size", SIZE, "--out", tmp_path]
+    flags = flags_of(space, tmp_path)
     for _ in range(3):
         done = run_python(KILLED, random.randrange(1, 40), *flags, compiled=space.compiled, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
@@ -166,18 +171,7 @@ def test_killed_at_random_points_nothing_is_lost_or_twice(space, whole, tmp_path
 @pytest.mark.soak
 def test_twenty_kills_at_any_time_of_two_processes(space, whole, tmp_path):
     """By the clock, wherever they are, both writing the same folder; then one finishes."""
-    flags = [
-        "tokenize",
-        "--source",
-        "world:train",
-        "--documents",
-        N,
-        "--seed",
-        5,
-        "--tokenizer",
-        space.tokenizer,
-    ]
-    flags += ["--text", space.text, "--max-side", 16, "--shard-size", SIZE, "--out", tmp_path]
+    flags = flags_of(space, tmp_path)
     command = [sys.executable, "-m", "mmgen", *map(str, flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(space.compiled)}
     rng = random.Random(0)
@@ -302,10 +296,9 @@ if __name__ == "__main__":
 """
     script = tmp_path / "run.py"  # workers import the main module again
     script.write_text(code)
-    flags = ["--source", "world:train", "--documents", N, "--seed", 5, "--tokenizer", space.tokenizer]
-    flags += ["--text", space.text, "--max-side", 16, "--shard-size", SIZE, "--out", tmp_path / "s"]
+    flags = flags_of(space, tmp_path / "s")
     run = f"import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path({str(script)!r}, run_name='__main__')"
-    run_python(run, "run", "tokenize", *flags, "--workers", 2, devices=3)
+    run_python(run, "run", *flags, "--workers", 2, devices=3)
     assert_same_shards(tmp_path / "s", whole)
 
 

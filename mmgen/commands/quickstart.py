@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from mmgen import text
-from mmgen.data.shards import Shards
 from mmgen.data.sources import open_source, texts
 from mmgen.evals import probe, report, suites
 from mmgen.runtime import config as configs
@@ -55,9 +54,8 @@ def main(argv):
 
     part("tokenised shards")
     shards_dir = workdir / "shards"
-    if not (shards_dir / "manifest.json").exists():
-        tokenize(source, tokenizer_dir, text_path, shards_dir, max_side=config.max_side)
-    print(f"{len(Shards(shards_dir))} documents in {shards_dir}")
+    manifest = tokenize(source, tokenizer_dir, text_path, shards_dir, max_side=config.max_side)
+    print(f"{manifest['count']} documents in {shards_dir}")
 
     part("transformer")
     with config.transformer.unlocked():

@@ -87,10 +87,6 @@ class Rows:
         rows = np.arange(self.batch_size) if rows is None else rows
         return prefetch(self.rows_of, start_step, rows, threads=self.threads, workers=self.workers)
 
-    def epoch_of(self, step):
-        """The epoch that the first row of batch `step` belongs to."""
-        return self.plan.find(step * self.batch_size)[0]
-
     def _tokens(self, documents, variants):
         """The tokens of each document's variant, a list of int arrays; empty for a damaged document."""
         tokens, bad = self.shards.records(documents), 0

@@ -93,7 +93,7 @@ class Plan:
     lengths: int array or memory map [N, P, 3]: of each phrasing its tokens, and those that DROP_TEXT
     and DROP_IMAGES take away; phrasings that a document does not have are 0.
     text_drop, image_drop: chances of these, drawn independently. A document longer than a row is a
-    ValueError, or with overlong="drop" left out and counted.
+    ValueError, or with overlong="drop" left out: see `dropped`.
     folder: where the number of rows of each window is kept, so that a resumed run need not pack again
     what came before; None keeps it in memory. identity: what else, by a hash, the documents are.
     """

@@ -39,7 +39,7 @@ import re
 import numpy as np
 
 from mmgen import __version__
-from mmgen.data import images, readers, tars
+from mmgen.data import images, readers, tars, tfds_data
 from mmgen.data.filters import Filter
 from mmgen.data.images import BadImage
 from mmgen.data.native import check_turns
@@ -122,7 +122,7 @@ def open_source(
         case "records":
             reader = readers.Records(where, keep, skipped, limits)
         case "tfds":
-            reader = readers.Tfds(where, keep, skipped, limits, data_dir)
+            reader = tfds_data.Tfds(where, keep, skipped, limits, data_dir)
         case "text":
             reader = readers.Text(where, keep, skipped, max_chars)
     if keep.found or len(reader):
