@@ -1,0 +1,271 @@
+"""Every attention against a slow one in NumPy: values and gradients, on rows of several documents."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import run_python
+
+from mmgen.models import attention as module
+from mmgen.models.attention import attention
+
+ALL = ("xla", "chunked", "gpu", "splash")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Kernels of other machines run in Pallas's interpreter, and chunks are small enough to be several."""
+    monkeypatch.setattr(module, "CHUNK", 32)
+    for name in ("gpu", "splash"):
+        kernel = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setitem(module.IMPLEMENTATIONS, name, kernel)
+
+
+def rows(T):
+    """Two rows of documents and padding: the borders are at no multiple of anything."""
+    first = np.repeat([1, 2, 3, 0], [T // 3, T // 4, 5, T - T // 3 - T // 4 - 5])
+    second = np.repeat([1, 2, 3], [1, T // 2 + 1, T - T // 2 - 2])
+    return np.stack([first, second]).astype(np.int32)
+
+
+def draw(shape, kv_heads, dtype=np.float32, seed=0):
+    """q, k, v and the slope of the output."""
+    B, T, N, C = shape
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(B, T, n, C)).astype(dtype) for n in (N, kv_heads, kv_heads, N)]
+
+
+def slow(q, k, v, slope, mask):
+    """(y, dq, dk, dv) in float64, one head of one row at a time; mask bool [B, T, S]."""
+    q, k, v, slope = (x.astype(np.float64) for x in (q, k, v, slope))
+    y, dq, dk, dv = (np.zeros(x.shape) for x in (q, q, k, v))
+    B, T, N, C = q.shape
+    for b in range(B):
+        for n in range(N):
+            m = n // (N // k.shape[2])
+            Q, K, V, D = q[b, :, n], k[b, :, m], v[b, :, m], slope[b, :, n]
+            weights = np.where(mask[b], np.exp(Q @ K.T / C**0.5), 0)
+            weights /= weights.sum(1, keepdims=True)
+            slopes = D @ V.T
+            d = weights * (slopes - (weights * slopes).sum(1, keepdims=True)) / C**0.5
+            y[b, :, n], dq[b, :, n] = weights @ V, d @ K
+            dk[b, :, m] += d.T @ Q
+            dv[b, :, m] += weights.T @ D
+    return y, dq, dk, dv
+
+
+def packed(segments):
+    T = segments.shape[1]
+    return np.tril(np.ones((T, T), bool)) & (segments[:, :, None] == segments[:, None, :])
+
+
+def outcome(q, k, v, slope, see=None, **options):
+    """(y, dq, dk, dv)."""
+
+    def both(q, k, v, slope):
+        y, back = jax.vjp(lambda *x: attention(*x, see, **options), q, k, v)
+        return y, *back(slope)
+
+    return jax.jit(both)(q, k, v, slope)
+
+
+def assert_close(found, expected, tolerance):
+    for name, a, b in zip(("y", "dq", "dk", "dv"), found, expected, strict=True):
+        a = np.asarray(a, np.float64)
+        assert np.isfinite(a).all(), name
+        assert np.abs(a - b).max() <= tolerance * max(1, np.abs(b).max()), (name, np.abs(a - b).max())
+
+
+def check_packed(impl, kv_heads, T=128):
+    given, segments = draw((2, T, 4, 32), kv_heads), rows(T)
+    assert_close(outcome(*given, segments, impl=impl), slow(*given, packed(segments)), 3e-6)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("impl", ALL)
+def test_packed_rows(impl):
+    check_packed(impl, 2)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("impl", ALL)
+def test_kv_heads(impl, kv_heads):
+    check_packed(impl, kv_heads)
+
+
+@pytest.mark.parametrize("impl", ["gpu", "splash"])
+def test_several_blocks(impl):
+    check_packed(impl, 2, T=384)
+
+
+@pytest.mark.parametrize("impl", ["xla", "gpu", "splash"])
+def test_every_query_sees_all(impl):
+    given = draw((2, 128, 4, 32), 2)
+    assert_close(outcome(*given, impl=impl), slow(*given, np.ones((2, 128, 128), bool)), 3e-6)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_bfloat16(impl):
+    given, segments = draw((2, 128, 4, 32), 2), rows(128)
+    found = outcome(*(jnp.asarray(x, jnp.bfloat16) for x in given), segments, impl=impl)
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
+    assert_close(found, slow(*given, packed(segments)), 0.03)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_a_document_knows_nothing_of_its_neighbours(impl):
+    given, segments = draw((2, 128, 4, 32), 2), rows(128)
+    other = [np.where((segments == 2)[..., None, None], x + 1, x) for x in given]
+    for a, b in zip(outcome(*given, segments, impl=impl), outcome(*other, segments, impl=impl)):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.array_equal(a[segments != 2], b[segments != 2])
+        assert not np.array_equal(a[segments == 2], b[segments == 2])
+
+
+def test_bias():
+    """As decoding has it: more keys than queries, each row with its own number of them; and one seen nowhere."""
+    q, k, v, slope = draw((2, 3, 4, 8), 2)
+    k, v = (np.concatenate([x, x[:, ::-1] + 1], 1) for x in (k, v))
+    mask = np.arange(6) <= np.array([[0, 1, 2], [3, 4, 5]])[..., None]
+    found = outcome(q, k, v, slope, module.bias_of(mask), impl="auto")
+    assert_close(found, slow(q, k, v, slope, mask), 3e-6)
+    same = np.broadcast_to(mask[:1], mask.shape)
+    found = outcome(q, k, v, slope, module.bias_of(mask[0]))
+    assert_close(found, slow(q, k, v, slope, same), 3e-6)
+    assert np.isfinite(attention(q, k, v, module.bias_of(np.zeros((3, 6), bool)))).all()
+
+
+def test_auto_is_the_reference_where_there_is_no_kernel():
+    given, segments = draw((2, 40, 2, 8), 1), rows(40)
+    for a, b in zip(outcome(*given, segments, impl="auto"), outcome(*given, segments), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_auto_takes_the_kernel_that_suits(monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setitem(module.IMPLEMENTATIONS, "gpu", lambda q, *_: seen.append(q.shape[1]) or q)
+    q, k, v, _ = draw((2, 128, 2, 16), 1)
+    attention(q, k, v, rows(128), impl="auto")
+    attention(q[:, :1], k, v, impl="auto")
+    attention(q[:, :40], k[:, :40], v[:, :40], rows(40), impl="auto")
+    attention(q, k, v, module.bias_of(packed(rows(128))), impl="auto")
+    assert seen == [128]
+
+
+@pytest.mark.parametrize(
+    "options, see, T, expected",
+    [
+        ({"impl": "flash"}, None, 128, "unknown attention 'flash'; known: auto, xla, chunked, gpu, splash"),
+        ({"impl": "gpu"}, np.zeros((2, 128, 128), np.float32), 128, "segments, not a bias"),
+        ({"impl": "splash"}, rows(120), 120, "a multiple of 128"),
+        ({"impl": "gpu"}, None, 128, "16 to 128 channels"),
+        ({"impl": "chunked"}, None, 128, "packed rows alone"),
+        ({}, np.zeros((2, 128), bool), 128, "found bool"),
+        ({}, rows(64), 128, r"int segments \(2, 128\)"),
+    ],
+)
+def test_errors(options, see, T, expected):
+    q, k, v, _ = draw((2, T, 2, 8), 1)
+    with pytest.raises(ValueError, match=expected):
+        attention(q, k, v, see, **options)
+
+
+def test_heads_must_be_a_multiple():
+    q, k, v, _ = draw((2, 16, 3, 8), 2)
+    with pytest.raises(ValueError, match="N a multiple of K"):
+        attention(q, k, v)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype, C", [("bfloat16", 64), ("float32", 128)])
+@pytest.mark.parametrize(
+    "impl, platform, call", [("gpu", "cuda", "__gpu$xla.gpu.triton"), ("splash", "tpu", "tpu_custom_call")]
+)
+def test_lowers_for_machines_that_are_not_here(monkeypatch, impl, platform, call, dtype, C):
+    monkeypatch.setitem(module.IMPLEMENTATIONS, impl, getattr(module, impl))
+    shapes = [jax.ShapeDtypeStruct((2, 1024, n, C), dtype) for n in (4, 2, 2, 4)]
+    segments = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
+
+    def both(q, k, v, slope, segments):
+        y, back = jax.vjp(lambda *x: attention(*x, segments, impl=impl), q, k, v)
+        return y, *back(slope)
+
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(call)]
+    exported = jax.export.export(jax.jit(both), platforms=[platform], disabled_checks=unchecked)
+    text = exported(*shapes, segments).mlir_module()
+    assert text.count(f"custom_call @{call}") >= 3  # forward, and twice backward
+
+
+MESHES = """
+import dataclasses, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import NamedSharding
+import test_attention as t
+from mmgen.models import attention as module
+from mmgen.runtime import mesh as meshes
+from mmgen.runtime.presets import SHARDING
+
+module.CHUNK = 4
+B, T, N, C = 8, 64, 4, 8
+segments = np.tile(t.rows(T), (B // 2, 1))
+names = [("batch", "length", "heads", "head_dim")] * 4
+for sizes in ({"data": 8}, {"tensor": 4, "data": 2}, {"context": 4, "data": 2}, {"context": 2, "tensor": 2, "data": 2},
+              {"context": 2, "fsdp": 2, "replica": 2}):
+    mesh = meshes.make_mesh(sizes)
+    for kv_heads in (1, 2):
+        for dtype, tolerance in ((np.float32, 2e-6), (np.float64, 1e-13)):
+            given = t.draw((B, T, N, C), kv_heads, dtype)
+            with meshes.use(mesh, SHARDING):
+                found = t.outcome(*given, segments)
+            assert {x.dtype for x in found} == {np.dtype(dtype)}
+            alone = t.outcome(*given, segments)
+            t.assert_close(alone, t.slow(*given, t.packed(segments)), tolerance)
+            t.assert_close(found, [np.asarray(x) for x in alone], tolerance)
+
+    # Full attention, a bias, and what does not divide: one row, one query.
+    full = t.draw((B, T, N, C), 2, np.float64)
+    bias = module.bias_of(t.packed(segments))
+    one = [x[:1] for x in full]
+    for given, see in ((full, None), (full, bias), (full, bias[0]), (one, bias[:1]), (one, segments[:1])):
+        with meshes.use(mesh, SHARDING):
+            found = t.outcome(*given, see)
+        t.assert_close(found, [np.asarray(x) for x in t.outcome(*given, see)], 1e-13)
+    q, k, v, _ = one
+    alone = module.attention(q[:, :1], k, v, bias[:1, :1])
+    with meshes.use(mesh, SHARDING):
+        y = jax.jit(module.attention)(q[:, :1], k, v, bias[:1, :1])
+        np.testing.assert_allclose(y, alone, atol=1e-13)
+
+# Laid out as the rules say, nothing travels but what must: nothing at all without the ring, and no gathering in it.
+def compiled(sizes, see, shape=(B, T, N, C), **options):
+    mesh = meshes.make_mesh(sizes)
+    lay = lambda x, axes: jax.ShapeDtypeStruct(
+        x.shape, jnp.float32 if x.dtype == np.float64 else x.dtype, sharding=NamedSharding(mesh, meshes.spec(axes, SHARDING)))
+    def both(q, k, v, slope, see):
+        y, back = jax.vjp(lambda *x: module.attention(*x, see, **options), q, k, v)
+        return y, *back(slope)
+    with meshes.use(mesh, SHARDING):
+        given = [lay(x, names[0]) for x in t.draw(shape, shape[2])]
+        return jax.jit(both).lower(*given, lay(see, ("batch", "length"))).compile()
+
+travels = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+text = compiled({"tensor": 4, "data": 2}, segments).as_text()
+assert not any(way in text for way in travels)
+text = compiled({"context": 4, "tensor": 2}, segments).as_text()
+assert [way for way in travels if way in text] == ["collective-permute"]
+
+try:
+    with meshes.use(meshes.make_mesh({"context": 8}), SHARDING):
+        module.attention(*(x[:, :60] for x in full[:3]), segments[:, :60])
+    raise SystemExit("a row that does not divide passed")
+except ValueError as error:
+    assert "60" in str(error) and "context" in str(error), error
+"""
+
+
+def test_meshes_agree_with_one_device():
+    run_python(MESHES, devices=8)
