@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole road on this machine, stage by stage, with the devices that JAX finds.
 #
-#   launch/local.sh runs/first              # quickstart sizes
-#   launch/local.sh runs/tiny tiny 300      # seconds: VARIANT and number of documents
+#   launch/road.sh runs/first              # quickstart sizes
+#   launch/road.sh runs/tiny tiny 300      # seconds: VARIANT and number of documents
 #
 # Run it again and it goes on where it was. Tried: on two CPU cores. On GPUs or TPUs install the extra
 # first (pip install -e '.[gpu]'); several devices of one machine need nothing more.
 set -euo pipefail
-dir=${1:?usage: launch/local.sh FOLDER [VARIANT [DOCUMENTS]]}
+dir=${1:?usage: launch/road.sh FOLDER [VARIANT [DOCUMENTS]]}
 variant=${2:-quickstart}
 documents=${3:-90000}
 world=(--source world:train --documents "$documents")
