@@ -67,9 +67,9 @@ def test_keeps_the_last_steps(workdir):
     assert checkpoint.steps(workdir) == [4, 5]
     assert sorted(p.name for p in (workdir / "checkpoints").glob("[0-9]*")) == [
         "4",
-        "4.sha256",
+        "4.json",
         "5",
-        "5.sha256",
+        "5.json",
     ]
 
 
@@ -91,8 +91,8 @@ def test_a_lost_or_an_added_file_is_damage(workdir):
     assert checkpoint.latest(workdir) is None
 
 
-def test_a_step_without_its_digest_was_never_finished(workdir):
-    (workdir / "checkpoints" / "2.sha256").unlink()
+def test_a_step_without_its_manifest_was_never_finished(workdir):
+    (workdir / "checkpoints" / "2.json").unlink()
     assert checkpoint.steps(workdir) == [1] and checkpoint.latest(workdir) == 1
 
 
@@ -103,7 +103,7 @@ def test_going_on_from_an_earlier_step_replaces_later_ones(workdir, accident, ag
     if accident == "damaged":
         flip(workdir, 2)
     elif accident == "unfinished":
-        (workdir / "checkpoints" / "2.sha256").unlink()
+        (workdir / "checkpoints" / "2.json").unlink()
     else:
         checkpoint.save(workdir, 4, state(4))
         flip(workdir, 4)
