@@ -105,15 +105,15 @@ def topology(name):
     return Topology(name, chip, devices, hosts, shapes[chips])
 
 
-def gather_seconds(topology, size, ways):
-    """The least time in which each of `ways` neighbouring devices can receive the parts of the others of an
-    array of `size` bytes, or send its own sums of it away: no protocol can do it faster than the wires.
+def gather_seconds(topology, size, ways, inner=1):
+    """The least time in which each of `ways` devices can receive the parts of the others of an array of `size`
+    bytes, or send its own sums of it away: no protocol can do it faster than the wires.
 
     Within a torus or a host all links of a device receive at once. Between hosts each host takes in what it
-    lacks through all its NICs, once.
+    lacks through all its NICs, once. The devices stand `inner` apart: the size of the mesh axes further in.
     """
     chip = topology.chip
-    local = min(ways, chip.per_host) if chip.platform == "gpu" else ways
+    local = ways if chip.network is None else max(1, min(ways, chip.per_host // inner))
     within = size * (local - 1) / local / chip.link
     hosts = math.ceil(ways / local)
     between = size * (hosts - 1) / hosts / (local * chip.network) if hosts > 1 else 0.0
