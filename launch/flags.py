@@ -1,6 +1,8 @@
 """What the launchers share: their own flags end at `--`, and those of `mmgen train` begin."""
 
 import argparse
+import hashlib
+import os
 import re
 
 
@@ -48,9 +50,10 @@ def shared_workdir(parser, training):
 
 
 def name_of(workdir):
-    """A name for the run: the same whenever it is launched again, and fit for every scheduler."""
-    last = re.sub(r"[^a-z0-9]+", "-", workdir.rstrip("/").rpartition("/")[2].lower()).strip("-")
-    return f"mmgen-{last}"[:40].rstrip("-")
+    """A name for the run in this (absolute) workdir: always the same, of no other, and fit for every scheduler."""
+    workdir = os.path.normpath(workdir)
+    last = re.sub(r"[^a-z0-9]+", "-", os.path.basename(workdir).lower()).strip("-")[:24]
+    return f"mmgen-{last}-{hashlib.sha256(workdir.encode()).hexdigest()[:4]}"
 
 
 def word(text):

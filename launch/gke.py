@@ -30,7 +30,7 @@ def main(argv):
     parser.add_argument("--gpus-per-node", type=flags.count(1), default=8)
     parser.add_argument("--image", required=True)
     parser.add_argument("--claim", required=True, help="PersistentVolumeClaim, found at /data")
-    parser.add_argument("--name", type=flags.word, help="default: mmgen- and the workdir's last part")
+    parser.add_argument("--name", type=flags.word, help="default: from the workdir")
     parser.add_argument("--namespace", type=flags.word, default="default")
     parser.add_argument("--spot", action="store_true")
     parser.add_argument("--max-restarts", type=flags.count(0), default=10)

@@ -9,6 +9,7 @@ failure starts it again --retries times within the allocation. Submitted again, 
 same name to end and goes on from there.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def main(argv):
     parser.add_argument("--time", type=flags.word, default="24:00:00")
     parser.add_argument("--partition", type=flags.word)
     parser.add_argument("--account", type=flags.word)
-    parser.add_argument("--name", type=flags.word, help="default: mmgen- and the workdir's last part")
+    parser.add_argument("--name", type=flags.word, help="default: from the workdir")
     parser.add_argument("--venv", default=".venv")
     parser.add_argument(
         "--signal", type=flags.count(60), default=300, help="seconds for saving before the end"
@@ -60,7 +61,7 @@ def main(argv):
     args, training = flags.parse(parser, argv)
 
     settings = {
-        "job-name": args.name or flags.name_of(flags.value(training, "--workdir")),
+        "job-name": args.name or flags.name_of(os.path.abspath(flags.value(training, "--workdir"))),
         "dependency": "singleton",  # one job of a name at a time: two would write the same workdir
         "nodes": args.nodes,
         "ntasks-per-node": 1,  # one process a node, which holds all GPUs of its node

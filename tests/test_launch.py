@@ -408,28 +408,59 @@ def test_a_jobset_that_has_ended_makes_room(play, tmp_path, state, deleted):
 # -- the real thing
 
 
-def test_two_processes_train_as_one_does_and_resume(tmp_path):
-    """Also where the first try is stopped by SIGTERM."""
-    flags = [
-        "--config",
-        "tokenizer:tiny",
-        "--config.steps=4",
-        "--config.log_every=1",
-        "--config.save_every=2",
-    ]
-    flags += ["--config.mesh.data=2", "--config.data.source.documents=16"]
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-    train = lambda workdir, processes, devices: launch(
-        "local", "--processes", processes, "--devices-per-process", devices,
-        "--", *flags, "--workdir", tmp_path / workdir, **compiled,
-    )  # fmt: skip
-    status, output = finish(train("one", 1, 2), within=300)
+FLAGS = ["--config", "tokenizer:tiny", "--config.mesh.data=2", "--config.data.source.documents=16"]
+
+
+def train(workdir, *more, processes=2, flags=(), **environment):
+    """Starts a run on two devices, of one process or of two."""
+    devices = ("--processes", processes, "--devices-per-process", 2 // processes)
+    return launch("local", *devices, *flags, "--", *FLAGS, *more, "--workdir", workdir, **environment)
+
+
+def test_two_processes_train_as_one_does_and_go_on(tmp_path, compiled):
+    more = ["--config.steps=4", "--config.log_every=1", "--config.save_every=2"]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    status, output = finish(train(tmp_path / "one", *more, processes=1, **cache), within=300)
     assert status == 0, output
-    status, output = finish(train("two", 2, 1), within=300)
-    assert status == 0 and "[0] " in output, output
+    status, output = finish(train(tmp_path / "two", *more, **cache), within=300)
+    assert status == 0 and "[1] " in output, output
     expected, found = records(tmp_path / "one"), records(tmp_path / "two")
     assert [line["step"] for line in found] == [1, 2, 3, 4]
-    for a, b in zip(expected, found):
-        np.testing.assert_allclose([a[name] for name in a], [b[name] for name in a], rtol=2e-4)
-    status, output = finish(train("two", 2, 1), within=300)
+    names = ("loss", "grad_norm", "batch_psnr")
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose([a[name] for name in names], [b[name] for name in names], rtol=2e-4)
+    status, output = finish(
+        train(tmp_path / "two", *more, **cache), within=300
+    )  # there is nothing left to do
     assert status == 0 and "steps 4 -> 4" in output and records(tmp_path / "two") == found
+
+
+@pytest.mark.soak
+def test_a_real_run_that_is_told_to_stop_and_one_that_is_stuck(tmp_path):
+    """Half a minute each: the run saves and ends with 75; goes on; and a process that stands still ends all."""
+    more = ["--config.steps=100000", "--config.log_every=20", "--config.step_limit=5"]
+    log = tmp_path / "log"
+
+    def started():
+        process = train(tmp_path / "run", *more, flags=("--grace", 5))
+        with open(log, "a") as copy:
+            for line in process.stdout:
+                copy.write(line)
+                if line.startswith("[1] step "):
+                    return process
+        raise AssertionError(log.read_text())
+
+    process = started()
+    process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 75, output
+    process = started()
+    assert (
+        "steps 0 -> 100000" in log.read_text() and log.read_text().count("steps 0 ->") == 2
+    )  # a line a process
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], stdout=subprocess.PIPE, text=True
+    ).stdout.split()
+    os.kill(int(children[1]), signal.SIGSTOP)
+    status, output = finish(process, within=60)
+    assert status == 1 and "Timeout (0:00:05)!" in output and "SIGKILL to process 1" in output, output
