@@ -15,8 +15,15 @@ import pytest
 from mmgen.runtime import checkpoint
 from mmgen.runtime.checkpoint import Checkpoints
 from tests.conftest import run_python
-from tests.test_checkpoint import like, same, state, workdir  # noqa: F401  (workdir is a fixture)
+from tests.test_checkpoint import like, same, state
 from tests.test_processes import run
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state(step))
+    return tmp_path
 
 
 def files_of(workdir, step):
@@ -41,7 +48,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_to_every_file_is_seen(workdir, damage, caplog):  # noqa: F811
+def test_every_damage_to_every_file_is_seen(workdir, damage, caplog):
     seen = 0
     for path in files_of(workdir, 2):
         if damage == "accompanied" and path.name == "2.json":
@@ -59,7 +66,7 @@ def test_every_damage_to_every_file_is_seen(workdir, damage, caplog):  # noqa: F
     assert seen > 20 and caplog.text.count("2 is damaged") == seen - (damage == "deleted")
 
 
-def test_every_byte_of_a_manifest_counts(workdir):  # noqa: F811
+def test_every_byte_of_a_manifest_counts(workdir):
     path = workdir / "checkpoints" / "2.json"
     whole = path.read_bytes()
     for at in random.sample(range(len(whole)), 300):
@@ -68,7 +75,7 @@ def test_every_byte_of_a_manifest_counts(workdir):  # noqa: F811
             checkpoint.manifest(workdir, 2)
 
 
-def test_a_training_run_sets_damage_aside_and_a_reader_does_not(workdir, caplog):  # noqa: F811
+def test_a_training_run_sets_damage_aside_and_a_reader_does_not(workdir, caplog):
     folder = workdir / "checkpoints"
     before = sorted(folder.rglob("*"))
     damaged = next(path for path in files_of(workdir, 2) if path.parts[-2:] == ("params", "manifest.ocdbt"))
@@ -89,13 +96,13 @@ def test_a_training_run_sets_damage_aside_and_a_reader_does_not(workdir, caplog)
     assert checkpoint.steps(workdir) == [1, 2]
 
 
-def test_damage_to_the_optimizer_does_not_stop_a_sampler(workdir):  # noqa: F811
+def test_damage_to_the_optimizer_does_not_stop_a_sampler(workdir):
     flip(next(path for path in files_of(workdir, 2) if "optimizer/manifest" in str(path)))
     assert checkpoint.latest(workdir) == 1
     assert checkpoint.load_weights(workdir, jax.eval_shape(lambda: state(1)["params"]))[1] == 2
 
 
-def test_leftovers_are_tidied_when_a_run_opens_the_folder(workdir):  # noqa: F811
+def test_leftovers_are_tidied_when_a_run_opens_the_folder(workdir):
     folder = workdir / "checkpoints"
     for name in ("3.saving", "3.saving.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-17", "1.removing"):
         shutil.copytree(folder / "1", folder / name)
