@@ -200,7 +200,6 @@ def test_lowers_for_machines_that_are_not_here(monkeypatch, impl, platform, call
 
 
 MESHES = """
-import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import NamedSharding
@@ -212,58 +211,79 @@ from mmgen.runtime.presets import SHARDING
 module.CHUNK = 4
 B, T, N, C = 8, 64, 4, 8
 segments = np.tile(t.rows(T), (B // 2, 1))
-names = [("batch", "length", "heads", "head_dim")] * 4
-for sizes in ({"data": 8}, {"tensor": 4, "data": 2}, {"context": 4, "data": 2}, {"context": 2, "tensor": 2, "data": 2},
-              {"context": 2, "fsdp": 2, "replica": 2}):
-    mesh = meshes.make_mesh(sizes)
-    for kv_heads in (1, 2):
-        for dtype, tolerance in ((np.float32, 2e-6), (np.float64, 1e-13)):
-            given = t.draw((B, T, N, C), kv_heads, dtype)
-            with meshes.use(mesh, SHARDING):
-                found = t.outcome(*given, segments)
+draw = lambda kv_heads, dtype=np.float64: t.draw((B, T, N, C), kv_heads, dtype)
+expected = {kv_heads: t.slow(*draw(kv_heads), t.packed(segments)) for kv_heads in (1, 2)}
+everything = {"context": 2, "tensor": 2, "data": 2}
+for sizes in ({"data": 8}, {"tensor": 4, "data": 2}, {"context": 4, "data": 2}, everything, {"context": 4, "fsdp": 2}):
+    with meshes.use(meshes.make_mesh(sizes), SHARDING):
+        for kv_heads, dtype, tolerance in (1, np.float64, 1e-13), (2, np.float64, 1e-13), (2, np.float32, 2e-6):
+            found = t.outcome(*draw(kv_heads, dtype), segments)
             assert {x.dtype for x in found} == {np.dtype(dtype)}
-            alone = t.outcome(*given, segments)
-            t.assert_close(alone, t.slow(*given, t.packed(segments)), tolerance)
-            t.assert_close(found, [np.asarray(x) for x in alone], tolerance)
+            t.assert_close(found, expected[kv_heads], tolerance)
 
-    # Full attention, a bias, and what does not divide: one row, one query.
-    full = t.draw((B, T, N, C), 2, np.float64)
-    bias = module.bias_of(t.packed(segments))
-    one = [x[:1] for x in full]
-    for given, see in ((full, None), (full, bias), (full, bias[0]), (one, bias[:1]), (one, segments[:1])):
-        with meshes.use(mesh, SHARDING):
-            found = t.outcome(*given, see)
-        t.assert_close(found, [np.asarray(x) for x in t.outcome(*given, see)], 1e-13)
-    q, k, v, _ = one
-    alone = module.attention(q[:, :1], k, v, bias[:1, :1])
-    with meshes.use(mesh, SHARDING):
-        y = jax.jit(module.attention)(q[:, :1], k, v, bias[:1, :1])
-        np.testing.assert_allclose(y, alone, atol=1e-13)
+# Full attention, a bias, and what does not divide: one row, one query.
+full, mask = draw(2), t.packed(segments)
+one, bias = [x[:1] for x in full], module.bias_of(mask)
+with meshes.use(meshes.make_mesh(everything), SHARDING):
+    for given, see, mask_of in (
+        (full, None, np.ones_like(mask)), (full, bias, mask), (full, bias[:1], np.broadcast_to(mask[:1], mask.shape)),
+        (one, bias[0], mask[:1]), (one, segments[:1], mask[:1]),
+    ):
+        t.assert_close(t.outcome(*given, see), t.slow(*given, mask_of), 1e-13)
+    q, k, v, slope = one[0][:, :1], *one[1:3], one[3][:, :1]
+    t.assert_close(t.outcome(q, k, v, slope, bias[:1, :1]), t.slow(q, k, v, slope, mask[:1, :1]), 1e-13)
+    try:
+        module.attention(*(x[:, :63] for x in full[:3]), segments[:, :63])
+        raise SystemExit("a row that does not divide passed")
+    except ValueError as error:
+        assert "63" in str(error) and "context" in str(error), error
 
-# Laid out as the rules say, nothing travels but what must: nothing at all without the ring, and no gathering in it.
-def compiled(sizes, see, shape=(B, T, N, C), **options):
+    # Computed again in the backward pass of a loop over layers, as the transformer has it.
+    def deep(q, k, v, slope):
+        layer = jax.checkpoint(lambda x, _: (module.attention(x, k, v, segments), None))
+        return (jax.lax.scan(layer, q, None, 2)[0] * slope).sum()
+    found = jax.jit(jax.grad(deep, (0, 1, 2)))(*full)
+alone = jax.jit(jax.grad(deep, (0, 1, 2)))(*full)
+for a, b in zip(found, alone):
+    np.testing.assert_allclose(a, b, atol=1e-12)
+
+def lay(sizes, dtype, shape, kv_heads):
     mesh = meshes.make_mesh(sizes)
-    lay = lambda x, axes: jax.ShapeDtypeStruct(
-        x.shape, jnp.float32 if x.dtype == np.float64 else x.dtype, sharding=NamedSharding(mesh, meshes.spec(axes, SHARDING)))
-    def both(q, k, v, slope, see):
-        y, back = jax.vjp(lambda *x: module.attention(*x, see, **options), q, k, v)
-        return y, *back(slope)
+    one = lambda shape, dtype, axes: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, meshes.spec(axes, SHARDING)))
+    B, T, N, C = shape
+    given = [one((B, T, n, C), dtype, ("batch", "length", "heads", None)) for n in (N, kv_heads, kv_heads, N)]
+    return mesh, *given, one((B, T), jnp.int32, ("batch", "length"))
+
+def both(q, k, v, slope, see, impl="xla"):
+    y, back = jax.vjp(lambda *x: module.attention(*x, see, impl=impl), q, k, v)
+    return y, *back(slope)
+
+# Laid out as the rules say, nothing travels but what must: nothing without a ring, and nothing is gathered in it.
+for sizes, expected in ({"tensor": 4, "data": 2}, []), ({"context": 4, "tensor": 2}, ["collective-permute"]):
+    mesh, *given = lay(sizes, jnp.float32, (B, T, N, C), N)
     with meshes.use(mesh, SHARDING):
-        given = [lay(x, names[0]) for x in t.draw(shape, shape[2])]
-        return jax.jit(both).lower(*given, lay(see, ("batch", "length"))).compile()
+        text = jax.jit(both).lower(*given).compile().as_text()
+    travels = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert [way for way in travels if way in text] == expected
 
-travels = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-text = compiled({"tensor": 4, "data": 2}, segments).as_text()
-assert not any(way in text for way in travels)
-text = compiled({"context": 4, "tensor": 2}, segments).as_text()
-assert [way for way in travels if way in text] == ["collective-permute"]
+# Memory grows with a row, not with its square.
+module.CHUNK, memory = 32, []
+for sizes, T in ({"data": 8}, 1024), ({"context": 4, "data": 2}, 1024), ({"context": 4, "data": 2}, 2048):
+    mesh, *given = lay(sizes, jnp.float32, (8, T, 2, 8), 2)
+    with meshes.use(mesh, SHARDING):
+        memory.append(jax.jit(both).lower(*given).compile().memory_analysis().temp_size_in_bytes)
+assert memory[1] < memory[0] / 4 and memory[2] < 2.2 * memory[1], memory
 
-try:
-    with meshes.use(meshes.make_mesh({"context": 8}), SHARDING):
-        module.attention(*(x[:, :60] for x in full[:3]), segments[:, :60])
-    raise SystemExit("a row that does not divide passed")
-except ValueError as error:
-    assert "60" in str(error) and "context" in str(error), error
+# Kernels lower within a mesh for machines that are not here.
+jax.config.update("jax_enable_x64", False)
+for impl, platform, call in ("gpu", "cuda", "__gpu$xla.gpu.triton"), ("splash", "tpu", "tpu_custom_call"):
+    mesh, *given = lay({"data": 4, "tensor": 2}, jnp.bfloat16, (4, 256, 8, 64), 2)
+    with meshes.use(mesh, SHARDING):
+        work = jax.jit(lambda *x: both(*x, impl=impl))
+        unchecked = [jax.export.DisabledSafetyCheck.custom_call(call)]
+        text = jax.export.export(work, platforms=[platform], disabled_checks=unchecked)(*given).mlir_module()
+    assert call in text
 """
 
 

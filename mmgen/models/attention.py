@@ -205,17 +205,19 @@ def _around(visit, carry, block, axes):
 
 
 def _places(T, axes):
-    return (lax.axis_index(axes) if axes else 0) * T + jnp.arange(T)
+    """int [1, T]: where in the whole row this device's tokens stand."""
+    return (lax.axis_index(axes) if axes else 0) * T + jnp.arange(T)[None]
 
 
-def _chunks(x, axis):
-    """x with its tokens, [..., S, ...], cut into [S / CHUNK, ..., CHUNK, ...]; in one where they do not divide."""
-    size = CHUNK if x.shape[axis] % CHUNK == 0 else x.shape[axis]
-    return jnp.moveaxis(x.reshape(x.shape[:axis] + (-1, size) + x.shape[axis + 1 :]), axis, 0)
+def _chunks(x):
+    """[B, S, ...] -> [S / CHUNK, B, CHUNK, ...], or one chunk where these do not divide."""
+    size = CHUNK if x.shape[1] % CHUNK == 0 else x.shape[1]
+    return jnp.moveaxis(x.reshape(x.shape[:1] + (-1, size) + x.shape[2:]), 1, 0)
 
 
-def _pieces(k, v, segments, places):
-    return _chunks(k, 1), _chunks(v, 1), _chunks(segments, 1), _chunks(places, 0)
+def _mask(segments, places, theirs, at):
+    """bool [B, T, S]: which queries, of these segments and places, see which keys."""
+    return (segments[:, :, None] == theirs[:, None]) & (places[:, :, None] >= at[:, None])
 
 
 def _logits(q, k, mask):
@@ -235,7 +237,7 @@ def _ring_forward(q, k, v, segments, axes):
 
     def piece(state, x):
         k, v, theirs, at = x
-        mask = (segments[:, :, None] == theirs[:, None, :]) & (places[:, None] >= at)
+        mask = _mask(segments, places, theirs, at)
 
         def attend(state):
             top, total, y = state
@@ -251,7 +253,7 @@ def _ring_forward(q, k, v, segments, axes):
         return lax.cond(mask.any(), attend, lambda state: state, state), None
 
     def visit(state, block):
-        return lax.scan(piece, state, _pieces(*block))[0], block
+        return lax.scan(piece, state, jax.tree.map(_chunks, block))[0], block
 
     rows = (B, K, N // K, T)
     state = (jnp.full(rows + (1,), LOW, high), jnp.zeros(rows + (1,), high), jnp.zeros(rows + (C,), high))
@@ -272,8 +274,8 @@ def _ring_backward(axes, kept, slope):
     q, k, v = _fold(q, k, v)
 
     def piece(dq, x):
-        k, v, theirs, at, dk, dv = x
-        mask = (segments[:, :, None] == theirs[:, None, :]) & (places[:, None] >= at)
+        (k, v, theirs, at), (dk, dv) = x
+        mask = _mask(segments, places, theirs, at)
 
         def attend(sums):
             dq, dk, dv = sums
@@ -291,9 +293,8 @@ def _ring_backward(axes, kept, slope):
         return dq, (dk, dv)
 
     def visit(dq, block):
-        block, sums = block
-        dq, pieces = lax.scan(piece, dq, _pieces(*block) + tuple(_chunks(x, 1) for x in sums))
-        return dq, (block, tuple(jnp.moveaxis(x, 0, 1).reshape(k.shape) for x in pieces))
+        dq, sums = lax.scan(piece, dq, jax.tree.map(_chunks, block))
+        return dq, (block[0], tuple(jnp.moveaxis(x, 0, 1).reshape(k.shape) for x in sums))
 
     sums = (jnp.zeros(k.shape, high), jnp.zeros(k.shape, high))
     dq, (_, sums) = _around(visit, jnp.zeros(q.shape, high), ((k, v, segments, places), sums), axes)
@@ -309,11 +310,12 @@ def gpu(q, k, v, see=None, *, interpret=False):
     """JAX's Pallas kernel for GPUs (Triton; arXiv:2205.14135). Unlike others it reads segments in both passes:
     jax.nn.dot_product_attention's cuDNN knows a row's length but not where its documents end. Newer JAX says
     that Triton kernels will go; "chunked" then remains. Kv-heads are repeated to as many as there are heads."""
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas.ops.gpu import attention as triton  # warns on newer JAX; only GPUs need it
 
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    # Tiles of q, k and v fit in the shared memory of any GPU since Ampere.
-    side = 128 if q.shape[-1] * q.dtype.itemsize <= 128 else 64
+    # Tiles of 16 KiB: one of q and two of both k and v, 80 KiB, are within what any GPU since Ampere has for them.
+    side = min(128, 2**14 // q.dtype.itemsize // pl.next_power_of_2(q.shape[-1]))
     blocks = triton.BlockSizes(side, side, 32, 32, 32, 32)
     return triton.mha(
         q, k, v, see, sm_scale=q.shape[-1] ** -0.5, causal=see is not None, block_sizes=blocks,
