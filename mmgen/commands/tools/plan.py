@@ -1,6 +1,7 @@
 """`mmgen tools plan --config transformer:VARIANT --topology NAME [--config.a.b=value ...]`."""
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -361,7 +362,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, 
 def collectives(text):
     """{name: [how many run in a step, bytes of their results on each device]} of a compiled module's text.
 
-    What stands in the body of a loop counts as often as the constant in its condition says.
+    What stands in the body of a loop counts as often as the constant in its condition says, and of the branches
+    of a condition the one that moves most.
     """
     found, calls, bounds, name, entry = {}, {}, {}, None, None
     for line in text.splitlines():
@@ -381,25 +383,33 @@ def collectives(text):
             ):  # the start of an asynchronous one gives (operands, results)
                 shapes = shapes[len(shapes) // 2 :]
             count = lambda dims: math.prod(int(n) for n in dims.split(",") if n)
-            found[name].append((match[2], sum(_BYTES.get(kind, 0) * count(dims) for kind, dims in shapes)))
-        for group in re.findall(r"(?:calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)", line):
-            calls[name] += [(callee, None) for callee in re.findall(r"[\w.\-]+", group)]
+            size = sum(_BYTES.get(kind, 0) * count(dims) for kind, dims in shapes)
+            found[name].append((match[2], 1, size))
         loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
         if loop:
-            calls[name].append((loop[2], loop[1]))
-    totals = {}
+            calls[name].append(([loop[2]], loop[1]))
+        for group in re.findall(r"(?:calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)", line):
+            calls[name].append((re.findall(r"[\w.\-]+", group), None))
 
-    def visit(name, times):
-        for kind, size in found.get(name, ()):
-            count, sum_ = totals.get(kind, (0, 0))
-            totals[kind] = (count + times, sum_ + times * size)
-        for callee, condition in calls.get(
+    @functools.cache
+    def totals(name):
+        """(name, count, bytes) of all that one run of a computation starts."""
+        total = list(found.get(name, ()))
+        for callees, condition in calls.get(
             name, ()
         ):  # a scan's condition compares its counter with a constant
-            visit(callee, times * max(bounds.get(condition, ()), default=1))
+            times = max(bounds.get(condition, ()), default=1)
+            most = max(
+                (totals(callee) for callee in callees), key=lambda run: sum(size for _, _, size in run)
+            )
+            total += [(kind, times * count, times * size) for kind, count, size in most]
+        return total
 
-    visit(entry, 1)
-    return {kind: list(total) for kind, total in sorted(totals.items())}
+    summed = {}
+    for kind, count, size in totals(entry):
+        before = summed.get(kind, [0, 0])
+        summed[kind] = [before[0] + count, before[1] + size]
+    return dict(sorted(summed.items()))
 
 
 def show_compiled(plan):
