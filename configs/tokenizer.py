@@ -5,7 +5,7 @@ mmgen train --config tokenizer:quickstart --workdir runs/tokenizer
 
 import ml_collections
 
-from mmgen.runtime.presets import MESH, OPTIMIZER, SHARDING
+from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
 VARIANTS = ("quickstart", "tiny", "emoji", "photos")
 
@@ -48,6 +48,7 @@ def get_config(variant):
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 2000, 2
     c.mesh, c.sharding = MESH, SHARDING
+    c.update(LOOP)
     c.keep_pages = True  # on CPU a third faster for large models: see runtime/memory.py
 
     if variant in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars

@@ -6,7 +6,7 @@
 
 import ml_collections
 
-from mmgen.runtime.presets import MESH, OPTIMIZER, SHARDING
+from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
 VARIANTS = ("quickstart", "tiny", "emoji", "350m", "1b", "7b")
 
@@ -23,9 +23,11 @@ def get_config(variant):
     m.tied = False  # one table for reading and writing tokens
     m.factored = True  # codes share what is learned of their FSQ digits
     m.around = True  # give each place the codes around it at the input, where they are factored
+    m.vocab_multiple = 1  # round the tables' rows up to a multiple, which a tensor axis can share
     m.before = 3  # tokens before each one that are mixed into it at the input; 0 for none
     m.dtype = "float32"  # of the computation; parameters are float32
-    m.remat = False  # recompute activations in the backward pass
+    m.remat = "none"  # what the backward pass computes again instead of keeping: see models/layers.py: REMAT
+    m.attention = "auto"  # or "xla", "splash" (TPU), "gpu": see models/attention.py
     m.unroll = True  # write the layers out instead of scanning them: faster on CPU
 
     c.data = d = ml_collections.ConfigDict()
@@ -40,13 +42,15 @@ def get_config(variant):
     d.threads, d.workers = 1, 0  # that make batches ahead: threads or, if not 0, processes
     d.text_weight, d.image_weight, d.user_weight = 1.0, 1.0, False
 
-    c.loss = dict(z=1e-4)  # weight of log Z squared
+    # Weight of log Z squared; and how many tokens a device turns into logits at a time (0: all)
+    c.loss = dict(z=1e-4, chunk=0)
 
     c.steps = 8200
     c.optimizer = OPTIMIZER | dict(adam_learning_rate=6e-3, beta2=0.98)
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 10_000, 500, 2
     c.mesh, c.sharding = MESH, SHARDING
+    c.update(LOOP)
     c.keep_pages = True  # on CPU a third faster: see runtime/memory.py
 
     if variant == "emoji":  # names -> 64 px pictures of 16 x 16 codes
@@ -66,7 +70,8 @@ def get_config(variant):
         }[variant]
         m.width, m.layers, m.heads, m.kv_heads, m.mlp = width, layers, heads, kv_heads, mlp
         m.head_dim, m.rope_base = width // heads, 100_000.0
-        m.dtype, m.remat, m.unroll = "bfloat16", True, False
+        m.dtype, m.remat, m.unroll, m.vocab_multiple = "bfloat16", "attention", False, 256
+        c.loss.chunk = 2048
         d.batch_size, d.row_length = 256, 4096
         c.steps, c.optimizer.warmup, c.optimizer.weight_decay, c.optimizer.final = 100_000, 2_000, 0.1, 0.1
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 5e-3, 3e-4
@@ -74,5 +79,6 @@ def get_config(variant):
         c.ema = 0.9999
         c.keep_pages = False
         c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 5_000, 2_000, 3
+        c.spike, c.keep_every = 20.0, 10_000
         c.mesh.data, c.mesh.fsdp = 1, -1
     return c

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from mmgen.models import layers
+from mmgen.models.attention import attention, bias_of
 
 CONFIG = ml_collections.ConfigDict(dict(width=24, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=40))
 
@@ -42,14 +43,14 @@ def test_attention_against_numpy(heads, kv_heads, with_bias):
     if with_bias:
         bias[:, :, 0] = 0.5  # every query sees something
         bias = bias.astype(np.float32)
-    np.testing.assert_allclose(layers.attention(q, k, v, bias), reference(q, k, v, bias), atol=2e-5)
+    np.testing.assert_allclose(attention(q, k, v, bias), reference(q, k, v, bias), atol=2e-5)
 
 
 def test_attention_takes_large_logits_and_other_names_are_errors():
     q, k, v = 300 * normal(0, 1, 4, 2, 8), 300 * normal(1, 1, 4, 2, 8), normal(2, 1, 4, 2, 8)
-    np.testing.assert_allclose(layers.attention(q, k, v), reference(q, k, v, None), atol=1e-4)
+    np.testing.assert_allclose(attention(q, k, v), reference(q, k, v, None), atol=1e-4)
     with pytest.raises(ValueError, match="'xla'"):
-        layers.attention(q, k, v, impl="flash")
+        attention(q, k, v, impl="flash")
     with pytest.raises(ValueError, match="multiple"):
         odd = ml_collections.ConfigDict({**CONFIG.to_dict(), "kv_heads": 3})
         layers.Attention(odd, nnx.Rngs(0), dtype=jnp.float32)
@@ -113,11 +114,14 @@ def stack():
     return blocks, normal(5, 2, 9, CONFIG.width), cos_sin
 
 
-@pytest.mark.parametrize("options", [dict(remat=True), dict(unroll=True)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(remat="full"), dict(remat="attention", unroll=True), dict(remat="dots"), dict(unroll=True)],
+)
 def test_scan_remat_and_unroll_are_one_function(stack, options):
     blocks, x, cos_sin = stack
     graphdef, params = nnx.split(blocks)
-    bias = layers.bias_of(jnp.tril(jnp.ones((9, 9), bool)))[None]
+    bias = bias_of(jnp.tril(jnp.ones((9, 9), bool)))[None]
 
     def value(params, **options):
         y = layers.scan(nnx.merge(graphdef, params), x, cos_sin, bias, **options)

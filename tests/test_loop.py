@@ -11,7 +11,7 @@ import pytest
 
 from mmgen.runtime import checkpoint
 from mmgen.runtime.config import ConfigError
-from mmgen.stages import loop
+from mmgen.stages import loop, program
 from tests.conftest import STEPS, arrays, assert_same_arrays, config_of, mmgen, records, run_python
 
 # Dies while batch `sys.argv[1]` is prepared in the background: at a step of the loop that nobody chose.
@@ -59,7 +59,7 @@ def test_killed_and_resumed_is_bit_identical(space, tmp_path):
     # A kill can also leave half a line, a line from after the checkpoint, and a step without a digest.
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": STEPS, "loss": 0.0}) + '\n{"step": 9, "lo')
-    (tmp_path / "checkpoints" / "6.sha256").unlink(missing_ok=True)
+    (tmp_path / "checkpoints" / "6.json").unlink(missing_ok=True)
     assert mmgen(*command) == 0
     assert_same_run(tmp_path, space.transformer)
 
@@ -145,24 +145,77 @@ def test_shards_of_another_tokenizer_need_another_workdir(space, tmp_path):
         loop.train(config_of(flags), workdir)
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run(space, tmp_path, monkeypatch, capsys):
-    """At the latest before it is saved, so that running again does not resume from it."""
+def poison(monkeypatch, when):
+    """Makes the loss not a number in steps for which `when(step, batch)`."""
     setup = loop.setup
 
     def poisoned(config, workdir):
         stage = setup(config, workdir)
 
         def loss(model, batch, key):
-            value, parts = stage.loss(model, batch, key)
-            return value + jax.numpy.where(batch["images"].sum() > 0, np.nan, 0.0), parts
+            sums = stage.loss(model, batch, key)
+            total, weight = sums["loss"]
+            return sums | {"loss": (total + jax.numpy.where(batch["poison"].any(), np.nan, 0.0), weight)}
 
-        return stage._replace(loss=loss)
+        class Poisoned:
+            def prefetch(self, start, rows):
+                for step, batch, bad in stage.data.prefetch(start, rows):
+                    yield step, batch | {"poison": np.full((len(rows), 1), when(step))}, bad
+
+        return stage._replace(loss=loss, data=Poisoned())
 
     monkeypatch.setattr(loop, "setup", poisoned)
-    flags = [*space.tokenizer_flags, "--config.log_every=100", "--workdir", tmp_path]
-    assert mmgen("train", *flags) == 1
-    assert "loss nan" in capsys.readouterr().err
-    assert checkpoint.latest(tmp_path) is None
+
+
+def test_steps_that_are_not_finite_are_left_out(space, tmp_path, monkeypatch):
+    """As if they had never been: but for the step's number, the run is one that stood still meanwhile."""
+    poison(monkeypatch, lambda step: step in (2, 3))
+    flags = [*space.tokenizer_flags, "--config.save_every=1", "--config.keep=9", "--config.log_every=1"]
+    loop.train(config_of(flags), tmp_path)
+    at = lambda step: {name: x for name, x in arrays(tmp_path, step).items() if "['step']" not in name}
+    same = lambda a, b: all(
+        np.array_equal(a[name], b[name]) for name in a if "skipped" not in name and "in_row" not in name
+    )
+    assert same(at(2), at(3)) and same(at(3), at(4)) and not same(at(4), at(5))
+    lines = {line["step"]: line for line in records(tmp_path)}
+    assert [lines[step]["skipped"] for step in range(1, 7)] == [0, 0, 1, 2, 2, 2]
+    assert [lines[step]["skipped_in_row"] for step in range(1, 7)] == [0, 0, 1, 2, 0, 0]
+    assert np.isnan(lines[3]["loss"]) and np.isfinite(lines[5]["loss"])
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_see_it_again(
+    space, tmp_path, monkeypatch, capsys, limit
+):
+    poison(monkeypatch, lambda step: step >= 2)
+    flags = [*space.tokenizer_flags, f"--config.max_skipped={limit}", "--config.log_every=100"]
+    assert mmgen("train", *flags, "--workdir", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert f"{limit} steps in a row" in error and "loss nan" in error and "Traceback" not in error
+    done = 2 + limit
+    assert checkpoint.latest(tmp_path) == done  # of good parameters: the bad steps are not in it
+    assert all(np.isfinite(x).all() for x in arrays(tmp_path, done).values())
+    bundle = tmp_path / "bundles" / f"{done}-0"
+    assert json.loads((bundle / "measured.json").read_text())["skipped_in_row"] == limit
+    config = config_of(flags)
+    batch = dict(np.load(bundle / "batch.npz"))
+    _, expected, _ = next(
+        loop.setup(config, tmp_path / "other").data.prefetch(done - 1, np.arange(config.data.batch_size))
+    )
+    assert batch.keys() == expected.keys() and all(
+        np.array_equal(batch[name], expected[name]) for name in batch
+    )
+
+
+def test_spikes_of_the_gradient_are_skipped(space, tmp_path, monkeypatch):
+    """Once enough norms are known to say what a spike is."""
+    monkeypatch.setattr(program, "_KNOWN", 3)
+    flags = [flag for flag in space.tokenizer_flags if "log_every" not in flag]
+    flags += ["--config.log_every=1", "--config.max_skipped=99"]
+    loop.train(config_of([*flags, "--config.spike=1e-3"]), tmp_path / "low", stop_at=6)
+    assert [line["skipped"] for line in records(tmp_path / "low")] == [0, 0, 0, 1, 2, 3]
+    loop.train(config_of([*flags, "--config.spike=1e3"]), tmp_path / "high", stop_at=6)
+    assert records(tmp_path / "high")[-1]["skipped"] == 0
 
 
 def test_the_moving_average_is_kept_and_sampled_from(space, tmp_path):

@@ -25,13 +25,13 @@ from pathlib import Path
 import jax
 from flax import nnx
 from mmgen.runtime import mesh as meshes, optimizer
-from mmgen.stages import loop
+from mmgen.stages import loop, program
 from tests.conftest import config_of
 
 out, flags, shapes = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 assert jax.device_count() == 8
 layouts = {}
-init = loop._shardings
+init = program._shardings
 
 def watched(shapes, params, mesh):
     found = init(shapes, params, mesh)
@@ -39,7 +39,7 @@ def watched(shapes, params, mesh):
         layouts[jax.tree_util.keystr(path)] = str(sharding.spec)
     return found
 
-loop._shardings = watched
+program._shardings = watched
 for name, shape in shapes.items():
     config = config_of(flags)
     with config.unlocked():

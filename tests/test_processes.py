@@ -146,7 +146,7 @@ def test_two_processes_train_in_one_workdir_and_one_goes_on(space, tmp_path):
     )
     train(1, "one", 6)
     train(2, "two", 4)
-    assert [path.name for path in (tmp_path / "two" / "checkpoints").glob("*.sha256")] == ["4.sha256"]
+    assert [path.name for path in (tmp_path / "two" / "checkpoints").glob("*.json")] == ["4.json"]
     train(1, "two", 6)
     expected, found = records(tmp_path / "one"), records(tmp_path / "two")
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]

@@ -1,5 +1,6 @@
 """The transformer: segments and time do not leak, cached decoding is the full pass, the loss its formula."""
 
+import functools
 import math
 
 import jax
@@ -197,19 +198,22 @@ def test_the_loss_by_brute_force(model, batch):
         for name, value in (("all", entropy + z_loss * log_z**2), (kind, entropy)):
             sums[name][0] += weight * value
             sums[name][1] += weight
-    loss = jax.jit(
-        lambda model, batch: transformer.loss(model, batch, code_start=GRAMMAR.code_start, z_loss=z_loss)
-    )
-    value, parts = loss(model, batch)
-    assert float(value) == pytest.approx(sums["all"][0] / sums["all"][1], rel=1e-4)
-    assert {name: float(x) for name, x in parts.items()} == pytest.approx(
-        {name: sums[name][0] / sums[name][1] for name in ("image_loss", "text_loss")}, rel=1e-4
-    )
+    for chunk in (0, 5):
+        found = jax.jit(
+            functools.partial(transformer.loss, code_start=GRAMMAR.code_start, z=z_loss, chunk=chunk)
+        )(model, batch)
+        mean = {name: float(total / weight) for name, (total, weight) in found.items()}
+        assert mean["loss"] == pytest.approx(sums["all"][0] / sums["all"][1], rel=1e-4)
+        for name in ("image_loss", "text_loss"):
+            assert mean[name] == pytest.approx(sums[name][0] / sums[name][1], rel=1e-4)
+            assert float(found[name][1]) == pytest.approx(sums[name][1])
 
 
 def test_what_weighs_nothing_teaches_nothing(model, batch):
     graphdef, params = nnx.split(model)
-    loss = lambda p, batch: transformer.loss(nnx.merge(graphdef, p), batch, code_start=92, z_loss=1e-2)[0]
+    loss = lambda p, batch: transformer.loss(nnx.merge(graphdef, p), batch, code_start=92, z=1e-2, chunk=0)[
+        "loss"
+    ][0]
     gradient = jax.jit(jax.grad(loss))
     silent = gradient(params, batch | {"weights": np.zeros_like(batch["weights"])})
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(silent))
@@ -223,6 +227,23 @@ def test_tied_embeddings_have_no_head_and_start_alike():
     x = jax.random.normal(jax.random.key(0), (64, 32))
     scales = [float(jnp.std(model.logits(x))) for model in (tied, untied)]
     assert scales[0] == pytest.approx(scales[1], rel=0.15) and 0.7 < scales[0] < 1.4
+
+
+def test_padded_rows_of_the_vocabulary_are_never_read_written_or_learned(batch):
+    """More rows than tokens, for a tensor axis: same shapes of logits, no gradient beyond them."""
+    model = build(levels=LEVELS, vocab_multiple=16)
+    assert model.embedding.shape[0] == model.head.shape[0] == -(-V // 16) * 16 > V
+    assert model.logits(hidden(model, batch)).shape[-1] == V
+    graphdef, params = nnx.split(model)
+
+    def loss(params):
+        return transformer.loss(nnx.merge(graphdef, params), batch, code_start=92, z=1e-2, chunk=0)["loss"][0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    for name in ("embedding", "head"):
+        assert np.any(gradient[name][...][:V]) and not np.any(gradient[name][...][V:])
+        params[name][...] = params[name][...].at[V:].set(9.0)
+    assert float(jax.jit(loss)(params)) == float(value)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -257,7 +278,7 @@ def test_bfloat16_computes_finitely_on_float32_parameters(batch):
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.split(model)[1]))
     graphdef, params = nnx.split(model)
     loss = lambda graphdef: (
-        lambda p: transformer.loss(nnx.merge(graphdef, p), batch, code_start=92, z_loss=1e-4)[0]
+        lambda p: transformer.loss(nnx.merge(graphdef, p), batch, code_start=92, z=1e-4, chunk=0)["loss"][0]
     )
     value, gradient = jax.jit(jax.value_and_grad(loss(graphdef)))(params)
     assert all(np.isfinite(leaf).all() and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))

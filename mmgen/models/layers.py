@@ -1,4 +1,4 @@
-"""The one attention, the one MLP and their small parts, used by every model.
+"""The blocks around the one attention (attention.py), the one MLP and their small parts, used by every model.
 
 Shapes: B batch, T tokens, D model, N heads, K kv-heads, C channels a head, F hidden.
 """
@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from mmgen.models.attention import attention
+from mmgen.runtime import mesh as meshes
 from mmgen.runtime.mesh import constrain
 
 
@@ -17,7 +20,8 @@ def normal(rngs, shape, scale):
 
 
 class Linear(nnx.Module):
-    """y = x @ w (+ b). The input is flattened to two axes: on CPU that is twice as fast."""
+    """y = x @ w (+ b). On one device the input is flattened to two axes: on CPU that is twice as fast. On several
+    it keeps its axes, since what merges two that are split cannot stay split."""
 
     def __init__(self, shape, axes, rngs, *, bias=False, scale=None, dtype=jnp.float32):
         self.dtype = dtype
@@ -25,10 +29,17 @@ class Linear(nnx.Module):
         self.b = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
 
     def __call__(self, x):
-        w = self.w[...].astype(self.dtype)
-        y = x.astype(self.dtype).reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
-        y = y.reshape(x.shape[:-1] + w.shape[1:])
+        x, w = x.astype(self.dtype), self.w[...].astype(self.dtype)
+        if meshes.current() is None:
+            y = (x.reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)).reshape(x.shape[:-1] + w.shape[1:])
+        else:
+            y = jnp.tensordot(x, w, 1)
         return y if self.b is None else y + self.b[...].astype(self.dtype)
+
+
+def high(x):
+    """x in float32, or as it is where it is more precise."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rms_norm(x, epsilon=1e-6):
@@ -37,7 +48,7 @@ def rms_norm(x, epsilon=1e-6):
     A learned scale would only rescale the rows of the matrix that follows (as in nanochat we leave it
     out); on CPU, leaving all norms away saved a fifth of a step.
     """
-    y = x.astype(jnp.float32)
+    y = high(x)
     return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
@@ -58,39 +69,8 @@ def rope(positions, channels, base):
 def rotate(x, cos_sin):
     """Rotates the channel halves of x [B, T, N, C] by the angles of cosines and sines [B, T, C/2]."""
     cos, sin = (y[:, :, None] for y in cos_sin)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(high(x), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-def attention(q, k, v, bias=None, *, impl="xla"):
-    """Softmax attention with grouped queries.
-
-    q [B, T, N, C]; k, v [B, S, K, C] with N a multiple of K; bias float32, broadcastable to
-    [B, T, S] (0 where a query may look, very negative where not), or None for full attention.
-    Returns [B, T, N, C]. The softmax is in float32.
-    """
-    if impl != "xla":
-        raise ValueError(f"unknown attention implementation {impl!r}; known: 'xla'")
-    B, T, N, C = q.shape
-    S, K = k.shape[1:3]
-    G = N // K
-    # Two plain batched matrix products over B*K: on CPU 1.5 times as fast as five-axis einsums.
-    q = (q * C**-0.5).reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, C)
-    k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, S, C) for x in (k, v))
-    logits = jnp.einsum("btc,bsc->bts", q, k, preferred_element_type=jnp.float32)
-    logits = logits.reshape(B, K, G, T, S)
-    if bias is not None:
-        logits = logits + bias[:, None, None]
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True)
-    y = jnp.einsum("bts,bsc->btc", weights.astype(v.dtype).reshape(B * K, G * T, S), v)
-    y = y.reshape(B, K, G, T, C) / total.astype(v.dtype)
-    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, C)
-
-
-def bias_of(mask):
-    """The additive bias of a bool mask (True: may look)."""
-    return jnp.where(mask, 0.0, -1e30).astype(jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -111,10 +91,10 @@ class Attention(nnx.Module):
         # Normed q and k bound the logits by sqrt(C); twice that lets a head look at one place alone.
         return 2.0 * q, k, self.v(x)
 
-    def __call__(self, x, cos_sin, bias=None, impl="xla"):
+    def __call__(self, x, cos_sin, see=None, impl="xla"):
         q, k, v = self.qkv(x, cos_sin)
         q = constrain(q, ("batch", "length", "heads", "head_dim"))
-        return self.project(attention(q, k, v, bias, impl=impl))
+        return self.project(checkpoint_name(attention(q, k, v, see, impl=impl), "attention"))
 
     def project(self, y):
         return self.out(y.reshape(y.shape[:2] + (-1,)))
@@ -129,11 +109,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x):
         y = self.wi(x)
-        return self.wo(jax.nn.silu(y[..., 0, :]) * y[..., 1, :])
+        y = jax.nn.silu(y[..., 0, :]) * y[..., 1, :]
+        return self.wo(constrain(y, ("batch", "length", "mlp")) if y.ndim == 3 else y)
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block: x + attention, x + MLP. The bias makes it causal or not."""
+    """Pre-norm transformer block: x + attention, x + MLP. `see` makes it causal or not (attention.py)."""
 
     def __init__(self, config, rngs, *, dtype):
         # Residual outputs start small so that depth does not grow the stream (GPT-2's scaling).
@@ -142,11 +123,13 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs, dtype=dtype, out_scale=shrink * (N * C) ** -0.5)
         self.mlp = MLP(config.width, F, rngs, dtype=dtype, out_scale=shrink * F**-0.5)
 
-    def __call__(self, x, cos_sin, bias=None, impl="xla"):
-        x = x + self.attention(rms_norm(x), cos_sin, bias, impl)
-        x = constrain(x, ("batch", "length", None))
+    def __call__(self, x, cos_sin, see=None, impl="xla"):
+        # Between the halves the stream may be split over its tokens further than within them ("stream" beside
+        # "length" in the rules): norms and sums are then not computed by every tensor device again.
+        x = x + self.attention(rms_norm(x), cos_sin, see, impl)
+        x = checkpoint_name(constrain(x, ("batch", "stream", None)), "stream")
         x = x + self.mlp(rms_norm(x))
-        return constrain(x, ("batch", "length", None))
+        return checkpoint_name(constrain(x, ("batch", "stream", None)), "stream")
 
 
 def stack(make, layers, rngs):
@@ -154,18 +137,41 @@ def stack(make, layers, rngs):
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
 
 
-def scan(blocks, x, *args, remat=False, unroll=False):
+_policies = jax.checkpoint_policies
+# What the backward pass finds kept of each layer; the rest it computes again. Named are the outputs of the
+# attention ("attention") and of both halves of a block, which are the stream after them ("stream").
+REMAT = {
+    "none": None,  # everything is kept
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # outputs of linear layers; attention is done again
+    "attention": _policies.save_only_these_names("attention", "stream"),
+    "full": _policies.nothing_saveable,  # the layer's input alone
+    "offload": _policies.save_and_offload_only_these_names(  # as "attention", in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["attention", "stream"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def scan(blocks, x, *args, remat="none", unroll=False):
     """Runs stacked blocks over x with `lax.scan`; each layer's slice is merged in the body.
 
-    `unroll` writes the layers out one after the other: longer to compile, and on CPU a quarter to
-    a third faster to run, since no stacked residuals are sliced.
+    `remat` is a name of `REMAT`. `unroll` writes the layers out one after the other: longer to compile, and on
+    CPU a quarter to a third faster to run, since no stacked residuals are sliced.
     """
+    if remat not in REMAT:
+        raise ValueError(f"no remat policy {remat!r}; known: {', '.join(REMAT)}")
     graphdef, params = nnx.split(blocks)
 
     def body(x, layer):
         return nnx.merge(graphdef, layer)(x, *args), None
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, params, unroll=unroll)[0]
+    if (
+        remat != "none"
+    ):  # within a loop nothing can be merged with what is computed again; outside it must not be
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=unroll)
+    return jax.lax.scan(body, x, params, unroll=unroll)[0]
 
 
 def unstack(blocks, layers):

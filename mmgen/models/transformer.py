@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 
 from mmgen.models import layers
+from mmgen.models.attention import attention, bias_of
+from mmgen.models.cross_entropy import cross_entropy
 from mmgen.runtime.mesh import constrain
 
 _OCTAVES = 6  # of the place features: periods of 4, 8, ... 128 patches
@@ -38,13 +40,16 @@ class Transformer(nnx.Module):
         if color_digits:
             parts += [range(color_digits), range(color_digits, len(levels))]
         self.levels, self.parts = tuple(levels), tuple(parts)
-        own = (jnp.arange(vocab) < vocab - codes)[:, None]
-        self.embedding = nnx.Param(own * layers.normal(rngs, (vocab, D), 1.0), axes=("vocab", "embed"))
+        # Tables may have more rows than tokens, so that a tensor axis can share them evenly.
+        self.vocab, self.code_start = vocab, vocab - codes
+        self.rows = -(-vocab // config.vocab_multiple) * config.vocab_multiple
+        own = (jnp.arange(self.rows) < vocab - codes)[:, None]
+        self.embedding = nnx.Param(own * layers.normal(rngs, (self.rows, D), 1.0), axes=("vocab", "embed"))
         self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=self.dtype), config.layers, rngs)
         self.head = (
             None
             if config.tied
-            else nnx.Param(own * layers.normal(rngs, (vocab, D), D**-0.5), axes=("vocab", "embed"))
+            else nnx.Param(own * layers.normal(rngs, (self.rows, D), D**-0.5), axes=("vocab", "embed"))
         )
         scale = max(len(parts), 1) ** -0.5
         rows = sum(math.prod(levels[i] for i in part) for part in parts)
@@ -57,7 +62,7 @@ class Transformer(nnx.Module):
         self.place = layers.Linear((4 * _OCTAVES, D), ("place", "embed"), rngs, dtype=self.dtype)
 
         # What is drawn already around the next code decides most of it: given at once, no head has to find it.
-        self.code_start, self.max_side = vocab - codes, max_side
+        self.max_side = max_side
         self.around = (
             layers.Linear((AROUND * rows, D), ("place", "embed"), rngs, scale=D**-0.5, dtype=self.dtype)
             if config.around and levels
@@ -81,11 +86,13 @@ class Transformer(nnx.Module):
         return np.concatenate([np.eye(v.max() + 1, dtype=np.float32)[v] for v in values], 1)
 
     def _table(self, own, digits):
-        """[V, D]: each token's own row, and for a code those of its digits added."""
+        """[rows, D]: each token's own row, and for a code those of its digits added."""
         if digits is None:
             return own[...]
-        table = own[...]
-        return table.at[self.code_start :].add(self._digits() @ digits[...])
+        # Padded and added rather than written into a slice: a table that is split over its rows stays so.
+        return own[...] + jnp.pad(
+            self._digits() @ digits[...], ((self.code_start, self.rows - self.vocab), (0, 0))
+        )
 
     def embed(self, tokens, positions, around, before):
         """tokens int32 [B, T], positions int32 [B, T, 3], around int32 [B, T, AROUND], before int32 [B, T, N] -> [B, T, D].
@@ -105,16 +112,18 @@ class Transformer(nnx.Module):
         digits = jnp.pad(self._digits(), ((0, 1), (0, 0)))[around]  # the last row, 0, is that of -1
         return x + self.around(digits.reshape(digits.shape[:-2] + (-1,)))
 
+    def head_table(self):
+        """[rows, D]: what a normed hidden state is multiplied with to give logits."""
+        if self.head is None:
+            # Tied embeddings start at unit scale for the input; the output side is scaled to match.
+            return self._table(self.embedding, self.digit_embedding) * self.config.width**-0.5
+        return self._table(self.head, self.digit_head)
+
     def logits(self, x):
         """x [..., D] -> float32 logits [..., V]."""
         x = layers.rms_norm(x)
-        if self.head is None:
-            # Tied embeddings start at unit scale for the input; the output side is scaled to match.
-            head = self._table(self.embedding, self.digit_embedding) * self.config.width**-0.5
-        else:
-            head = self._table(self.head, self.digit_head)
-        y = jnp.einsum("nd,vd->nv", x.reshape(-1, x.shape[-1]), head.astype(self.dtype))
-        return y.astype(jnp.float32).reshape(x.shape[:-1] + (-1,))
+        y = jnp.einsum("nd,vd->nv", x.reshape(-1, x.shape[-1]), self.head_table().astype(self.dtype))
+        return layers.high(y).reshape(x.shape[:-1] + (-1,))[..., : self.vocab]
 
     def near(self, tokens, segments):
         """What `embed` needs of the tokens near each one: int32 [B, T, AROUND] and [B, T, N]."""
@@ -131,13 +140,11 @@ class Transformer(nnx.Module):
 
         A token sees itself and the earlier tokens of its own segment.
         """
-        T = tokens.shape[1]
-        causal = jnp.tril(jnp.ones((T, T), bool))
-        bias = layers.bias_of(causal & (segments[:, :, None] == segments[:, None, :]))
         x = self.embed(tokens, positions, *self.near(tokens, segments))
-        x = constrain(x, ("batch", "length", None))
+        x = constrain(x, ("batch", "stream", None))
+        c = self.config
         return layers.scan(
-            self.blocks, x, self.rope(positions), bias, remat=self.config.remat, unroll=self.config.unroll
+            self.blocks, x, self.rope(positions), segments, c.attention, remat=c.remat, unroll=c.unroll
         )
 
 
@@ -200,7 +207,7 @@ def step(model, blocks, cache, tokens, positions, lengths):
     B, T = tokens.shape
     S = cache["tokens"].shape[1]
     slots = lengths[:, None] + jnp.arange(T)
-    bias = layers.bias_of(jnp.arange(S) <= slots[:, :, None])
+    bias = bias_of(jnp.arange(S) <= slots[:, :, None])
     cos_sin = model.rope(positions)
     rows = jnp.arange(B)[:, None]
     read = cache["tokens"].at[rows, slots].set(tokens, mode="drop")
@@ -211,30 +218,37 @@ def step(model, blocks, cache, tokens, positions, lengths):
         q, k, v = block.attention.qkv(layers.rms_norm(x), cos_sin)
         keys = keys.at[rows, slots].set(k.astype(keys.dtype), mode="drop")
         values = values.at[rows, slots].set(v.astype(values.dtype), mode="drop")
-        y = layers.attention(q, keys.astype(q.dtype), values.astype(q.dtype), bias)
+        y = attention(q, keys.astype(q.dtype), values.astype(q.dtype), bias)
         x = x + block.attention.project(y)
         x = x + block.mlp(layers.rms_norm(x))
         pairs.append((keys, values))
     return x, {"layers": pairs, "tokens": read}
 
 
-def loss(model, batch, *, code_start, z_loss):
-    """Weighted next-token cross-entropy of a packed batch, and its parts.
+def loss(model, batch, *, code_start, z, chunk):
+    """Weighted next-token cross-entropy of a packed batch, and what is watched: {name: (sum, weight)}.
 
-    batch: tokens, segments int32 [B, T], positions int32 [B, T, 3], weights float32 [B, T] (of
-    each token as a target). Tokens from `code_start` on are image codes. `z_loss` times log Z
-    squared keeps the logits from drifting (arXiv:2204.02311). Returns the mean over weights, and
-    the cross-entropy of text and of image codes apart.
+    batch: tokens, segments int32 [B, T], positions int32 [B, T, 3], weights float32 [B, T] (of each token as a
+    target). Tokens from `code_start` on are image codes. `z` times log Z squared keeps the logits from drifting (arXiv:2204.02311). Beside "loss", the
+    cross-entropy of image codes and of text apart, the mean log Z and the root mean square of the last hidden
+    states, whose growth announces trouble long before the loss does.
     """
-    x = model(batch["tokens"][:, :-1], batch["segments"][:, :-1], batch["positions"][:, :-1])
-    logits = constrain(model.logits(x), ("batch", "length", "vocab"))
-    targets, weights = batch["tokens"][:, 1:], batch["weights"][:, 1:]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    entropy = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    mean = lambda value, weight: (value * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
+    x = model(batch["tokens"], batch["segments"], batch["positions"])
+    # The row is not cut by one for the shift: kernels and meshes want its full, even length. The last place has
+    # no target and no weight.
+    after = lambda y: jnp.pad(y[:, 1:], ((0, 0), (0, 1)))
+    targets, weights = after(batch["tokens"]), after(batch["weights"])
+    normed = constrain(layers.rms_norm(x), ("batch", "length", None))
+    total, entropy, log_z = cross_entropy(
+        normed, model.head_table(), targets, weights, model.vocab, z, chunk, model.dtype
+    )
+    of = lambda value, weight: ((value * weight).sum(), weight.sum())
     images = targets >= code_start
-    metrics = {
-        "image_loss": mean(entropy, weights * images),
-        "text_loss": mean(entropy, weights * ~images),
+    square = jnp.mean(jnp.square(jax.lax.stop_gradient(layers.high(x))), -1)
+    return {
+        "loss": (total, weights.sum()),
+        "image_loss": of(entropy, weights * images),
+        "text_loss": of(entropy, weights * ~images),
+        "log_z": of(log_z, weights),
+        "output_norm": of(jnp.sqrt(square), jnp.ones_like(weights)),
     }
-    return mean(entropy + z_loss * jnp.square(log_z), weights), metrics

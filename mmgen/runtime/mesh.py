@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ("replica", "data", "fsdp", "context", "tensor")
 
-_rules = None  # set while a program is traced, so that models can name activation axes
+_current = None  # (mesh, rules) while a program is traced, so that models can name activation axes
 
 
 def join():
@@ -77,6 +77,12 @@ def make_mesh(shape):
     return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
+def describe(mesh):
+    """One line: "mesh data=2 x fsdp=4, 8 devices of 2 processes"."""
+    shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one"
+    return f"mesh {shape}, {mesh.size} device(s) of {jax.process_count()} process(es)"
+
+
 def spec(axes, rules):
     """The PartitionSpec of logical axis names; every name must have a rule (None: replicated)."""
     missing = [axis for axis in axes if axis is not None and axis not in rules]
@@ -130,16 +136,17 @@ def local_rows(sharding, size):
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
 
 
-def check_batch(sharding, size):
-    """Raises ValueError where a batch of `size` rows does not divide over the devices."""
-    entry = sharding.spec[0] if len(sharding.spec) else None
-    names = entry if isinstance(entry, tuple) else (entry,)
-    ways = math.prod(sharding.mesh.shape[name] for name in names if name)
-    if size < 1 or size % ways:
-        raise ValueError(
-            f"a batch of {size} does not divide over {ways} devices of mesh axes {names}; change "
-            f"config.data.batch_size to a multiple of {ways}, or config.mesh"
-        )
+def check_batch(sharding, shape):
+    """Raises ValueError where a batch of `shape` (rows, or rows and tokens of a row) does not divide over the devices."""
+    settings = ("config.data.batch_size", "config.data.row_length")
+    for size, entry, setting in zip(shape, (*sharding.spec, None, None), settings):
+        names = entry if isinstance(entry, tuple) else (entry,)
+        ways = math.prod(sharding.mesh.shape[name] for name in names if name)
+        if size < 1 or size % ways:
+            raise ValueError(
+                f"{setting} of {size} does not divide over {ways} devices of mesh axes {names}; change "
+                f"it to a multiple of {ways}, or config.mesh"
+            )
 
 
 def global_batch(batch, rows, size, sharding):
@@ -149,7 +156,7 @@ def global_batch(batch, rows, size, sharding):
         def part(index):  # the devices' rows are runs of the batch, and all of them are here
             start, stop, _ = index[0].indices(size)
             first = np.searchsorted(rows, start)
-            return x[first : first + stop - start]
+            return x[(slice(first, first + stop - start), *index[1:])]
 
         return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
 
@@ -159,17 +166,22 @@ def global_batch(batch, rows, size, sharding):
 @contextlib.contextmanager
 def use(mesh, rules):
     """Makes `mesh` current and `rules` those that `constrain` reads."""
-    global _rules
-    before, _rules = _rules, rules
+    global _current
+    before, _current = _current, (mesh, rules)
     try:
         with jax.set_mesh(mesh):
             yield mesh
     finally:
-        _rules = before
+        _current = before
+
+
+def current():
+    """(mesh, rules) within `use` where the mesh has several devices, else None: nothing is to be laid out."""
+    return _current if _current and _current[0].size > 1 else None
 
 
 def constrain(x, axes):
     """Lays activation `x` out by its logical axes; outside `use` it does nothing."""
-    if _rules is None:
+    if _current is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, _rules))
+    return jax.lax.with_sharding_constraint(x, spec(axes, _current[1]))

@@ -15,10 +15,12 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class Metrics:
-    """Appends scalars to `metrics.jsonl` and TensorBoard's event files under `workdir`."""
+    """Appends scalars to `metrics.jsonl` and TensorBoard's event files under `workdir`, and to a project of
+    Weights & Biases where one is named."""
 
-    def __init__(self, workdir, start=0):
+    def __init__(self, workdir, start=0, project=""):
         """Cuts metrics.jsonl back to steps <= start, so a resumed run leaves no line twice."""
+        self._wandb = _wandb(workdir, project) if project else None
         self._path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in read(workdir) if line["step"] <= start] if self._path.exists() else []
         temporary = self._path.with_suffix(".tmp")
@@ -32,10 +34,49 @@ class Metrics:
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
 
     def close(self):
         self._file.close()
         self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb(workdir, project):
+    """The run of Weights & Biases that belongs to the workdir: started again, it goes on."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"config.wandb={project!r} needs the package: pip install wandb") from None
+    name = Path(workdir).resolve().name
+    config = json.loads((Path(workdir) / "config.json").read_text())
+    return wandb.init(project=project, id=name, name=name, resume="allow", dir=str(workdir), config=config)
+
+
+class Profile:
+    """A trace of steps `first` to `last` - 1 in `workdir`/profile, for TensorBoard or xprof; none if both are equal."""
+
+    def __init__(self, workdir, first, last, on=True):
+        self._folder, self._first, self._last = str(Path(workdir) / "profile"), first, last
+        self._wanted, self._tracing = on and first < last, False
+
+    def at(self, step):
+        """Begins or ends the trace where `step` is about to be computed."""
+        if self._wanted and not self._tracing and self._first <= step < self._last:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        elif self._tracing and step >= self._last:
+            self.__exit__()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = self._wanted = False
 
 
 def read(workdir):

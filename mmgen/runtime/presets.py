@@ -5,7 +5,8 @@
 SHARDING = {
     # activations
     "batch": ("replica", "data", "fsdp"),
-    "length": "context",
+    "length": "context",  # tokens of a row
+    "stream": "context",  # tokens of a row, between the halves of a block: ("context", "tensor") is sequence parallel
     # parameters
     "layers": None,
     "vocab": "tensor",
@@ -40,3 +41,15 @@ MESH = {
     "context": 1,
     "tensor": 1,
 }  # devices along each axis; -1: the rest
+
+LOOP = {
+    "accumulate": 1,  # parts that a batch is computed in, one after the other; their gradients are summed
+    "spike": 0.0,  # skip steps whose gradient norm is over so many times its running mean; 0: only what is not finite
+    "max_skipped": 10,  # steps skipped in a row after which the run gives up
+    "step_limit": 1800.0,  # seconds after which a step counts as stuck: stacks are dumped, the process ends; 0: never
+    "keep_every": 0,  # steps whose checkpoints stay for ever; 0: none
+    "best": "",  # "psnr:max": the best checkpoint by a metric stays as well
+    "init": "",  # workdir of another run whose weights a new run begins with
+    "profile": (0, 0),  # first step and the one after the last of a profiler trace
+    "wandb": "",  # project of Weights & Biases to log to
+}

@@ -2,13 +2,12 @@
 
 A stage (one file beside this one) is a function `setup(config, workdir) -> Stage` that says what
 is learned and from what; everything about meshes, optimizers, checkpoints, resuming and logging
-is here, once, in the order in which it happens.
+is here, once, in the order in which it happens. What is compiled is in program.py.
 """
 
 import contextlib
 import importlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -16,16 +15,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from mmgen.runtime import checkpoint, memory, optimizer
+from mmgen.runtime import checkpoint, hardware, memory
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime import metrics as metric_files
 from mmgen.runtime.config import ConfigError, nearest
+from mmgen.runtime.goodput import Goodput
+from mmgen.runtime.preemption import Preempted, Preemption
+from mmgen.runtime.watchdog import Watchdog
+from mmgen.stages import program as programs
 
 STAGES = ("tokenizer", "transformer")
 
@@ -36,11 +38,22 @@ _FREE = {
     "save_every",
     "evaluate_every",
     "keep",
+    "keep_every",
+    "best",
     "name",
     "prefetch",
     "mesh",
     "sharding",
     "keep_pages",
+    "step_limit",
+    "max_skipped",
+    "profile",
+    "wandb",
+    "init",  # where the first weights came from: read once, they may be gone
+    "model.remat",
+    "model.unroll",
+    "model.attention",
+    "loss.chunk",
     "data.threads",
     "data.workers",
     "data.max_bad",
@@ -52,12 +65,19 @@ class Stage(NamedTuple):
     """What a stage adds to the loop."""
 
     make: Callable[[nnx.Rngs], nnx.Module]
-    loss: Callable[[nnx.Module, dict, jax.Array], tuple[jax.Array, dict]]  # (model, batch, key)
-    data: Any  # .batch_size; .prefetch(start, rows) -> iterator of (step, those rows of the batch, how many are bad)
+    loss: Callable[
+        [nnx.Module, dict, jax.Array], dict
+    ]  # (model, batch, key) -> {name: (sum, weight)}, with "loss"
+    data: Any  # .prefetch(start, rows) -> iterator of (step, those rows of the batch, how many are bad)
+    shape: tuple[int, ...]  # of a batch: rows, or rows and tokens a row
+    axes: tuple[str, ...]  # their logical axes
     unit: str  # what throughput counts, e.g. "tokens"
     units_a_step: int
     evaluate: Callable[[nnx.GraphDef, dict, int], dict]  # held-out metrics; may write previews
     adopt: Callable[[], None] = lambda: None  # puts into the workdir what samples of the run need
+    identity: dict = {}  # what the data means (hashes of tokenizer, grammar, text): a run goes on with the same alone
+    flops: Callable[[dict], float] = lambda params: 0.0  # of a step, from the parameters' shapes, for MFU
+    grow: Callable[[Path], dict] = lambda workdir: {}  # how the rows of another run's tables lie in ours
 
 
 def setup(config, workdir):
@@ -71,7 +91,8 @@ def train(config, workdir, *, stop_at=None):
     """Trains from scratch or from the newest good checkpoint of `workdir`; returns the last metrics.
 
     The same command run again continues, and (on CPU) ends with the same bits as a run that was
-    never stopped. `stop_at` ends early, after saving, as an interruption would.
+    never stopped. `stop_at` ends early, after saving, as an interruption would. SIGTERM and SIGUSR1
+    are such interruptions: the run saves and raises `Preempted`, which ends a process with status 75.
     """
     workdir = Path(workdir)
     _check(config, workdir)
@@ -79,119 +100,157 @@ def train(config, workdir, *, stop_at=None):
         memory.keep_pages()
     stage = setup(config, workdir)
     mesh = meshes.make_mesh(dict(config.mesh))
-    rows = NamedSharding(mesh, meshes.spec(("batch",), config.sharding))
-    meshes.check_batch(rows, stage.data.batch_size)
+    layout = NamedSharding(mesh, meshes.spec(stage.axes, config.sharding))
+    meshes.check_batch(layout, stage.shape)
+    mine = meshes.local_rows(
+        NamedSharding(mesh, meshes.spec(stage.axes[:1], config.sharding)), stage.shape[0]
+    )
+    if stage.shape[0] % config.accumulate:
+        raise ConfigError(
+            f"config.accumulate={config.accumulate} does not divide config.data.batch_size={stage.shape[0]}"
+        )
     first = jax.process_index() == 0  # of the processes that share a workdir, the one that writes
     if first:  # after all that may refuse the config: a mistake does not claim the workdir
         stage.adopt()
         _record(config, workdir)
-    with meshes.use(mesh, config.sharding), contextlib.ExitStack() as within:
+    with contextlib.ExitStack() as within:
+        preemption = within.enter_context(Preemption())
+        within.enter_context(meshes.use(mesh, config.sharding))
+
         # -- state: shapes first, then shardings, then values, never all on one device
-        make = lambda key: stage.make(nnx.Rngs(key))
-        graphdef, abstract = nnx.split(nnx.eval_shape(make, jax.random.key(config.seed)))
-        tx = optimizer.make(config.optimizer, config.steps, abstract)
-
-        def init(key):
-            params = nnx.to_pure_dict(nnx.split(make(key))[1])
-            state = {
-                "params": params,
-                "optimizer": {"step": jnp.zeros((), jnp.int32), "moments": tx.init(params)},
-            }
-            if config.ema:
-                state["ema"] = jax.tree.map(jnp.copy, params)
-            return state
-
-        shapes = jax.eval_shape(init, jax.random.key(config.seed))
-        shardings = _shardings(shapes, meshes.param_shardings(abstract, mesh, config.sharding), mesh)
-        start = checkpoint.latest(workdir)
-        if start is None:
-            start, state = 0, jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-        else:
-            target = jax.tree.map(
-                lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings
+        program = programs.build(config, stage.make, stage.loss, mesh)
+        saves = within.enter_context(
+            checkpoint.Checkpoints(
+                workdir, keep=config.keep, keep_every=config.keep_every, **_best(config.best)
             )
-            state = checkpoint.restore(workdir, start, target)
-        count = sum(p.size for p in jax.tree.leaves(shapes["params"]))
+        )
+        start, pending = saves.latest(), None
+        if start is None:
+            start, state = 0, program.init(jax.random.key(config.seed))
+            if config.init:
+                state = _initial(state, stage, config)
+        else:
+            record = checkpoint.manifest(workdir, start)["record"]
+            pending = record.get("pending")
+            changed = checkpoint.diff(record.get("identity", stage.identity), stage.identity)
+            if changed:
+                raise checkpoint.CheckpointError(
+                    f"{workdir} learned from other data than these:\n" + "\n".join(changed)
+                )
+            state = checkpoint.restore(workdir, start, program.shapes)
+        saved = start
+        goodput = Goodput(workdir, start, write=first)
+        sizes = jax.tree.map(lambda s: s.size, program.shapes["params"])
+        count, flops = sum(jax.tree.leaves(sizes)), stage.flops(program.shapes["params"])
+        peak = hardware.peak_flops(jax.devices()[0], str(config.model.dtype))
         print(
-            f"{config.name}: {count / 1e6:.2f}M parameters, {mesh.size} device(s), "
+            f"{config.name}: {count / 1e6:.2f}M parameters, {meshes.describe(mesh)}, "
             f"steps {start} -> {config.steps}, workdir {workdir}",
             flush=True,
         )
 
-        # -- one step
-        key = jax.random.key(config.seed + 1)
-
-        def train_step(state, batch):
-            step = state["optimizer"]["step"]
-            step_key = jax.random.fold_in(key, step)
-            value = lambda params: stage.loss(nnx.merge(graphdef, params), batch, step_key)
-            (loss, parts), grads = jax.value_and_grad(value, has_aux=True)(state["params"])
-            updates, moments = tx.update(grads, state["optimizer"]["moments"], state["params"])
-            new = {
-                "params": optax.apply_updates(state["params"], updates),
-                "optimizer": {"step": step + 1, "moments": moments},
-            }
-            if config.ema:
-                # Early averages forget the initial values quickly: the horizon grows with the step.
-                decay = jnp.minimum(config.ema, (1 + step) / (10 + step))
-                new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - decay)
-            return new, {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
-
-        train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-
         # -- the loop
         stop = min(config.steps, stop_at or config.steps)
-        writer = metric_files.Metrics(workdir, start) if first else None
+        writer = metric_files.Metrics(workdir, start, project=config.wandb) if first else None
         last = {}
         if start >= stop:  # nothing left to do: report what was measured when it was done
-            for record in metric_files.read(workdir):
-                last |= {name: value for name, value in record.items() if name != "step"}
-        began, since, waited, bad = time.monotonic(), start, 0.0, 0
-        mine = meshes.local_rows(rows, stage.data.batch_size)
+            for line in metric_files.read(workdir):
+                last |= {name: value for name, value in line.items() if name != "step"}
+        if pending:  # the run was stopped while it measured this step
+            last = pending | stage.evaluate(program.graphdef, state.get("ema", state["params"]), start)
+            if first:
+                writer.write(start, last)
+        record = {"config": json.loads(config.to_json()), "identity": stage.identity}
+        record |= {"versions": metric_files.environment()["versions"]}
+
+        def save(step, metrics=None, **more):
+            with goodput.on("save"), watchdog.patient():
+                saves.save(step, state, record | more, metrics)
+
+        watchdog = Watchdog(config.step_limit)
+        within.callback(watchdog.rest)
+        profile = within.enter_context(metric_files.Profile(workdir, *config.profile, on=first))
         batches = within.enter_context(contextlib.closing(stage.data.prefetch(start, mine)))
         bar = tqdm(total=config.steps, initial=start, desc=config.name, disable=None, leave=False)
+        began, since, waited, bad, preempted, in_row = time.monotonic(), start, 0.0, 0, False, None
+        reached = start
         for step in range(start, stop):
-            wait = time.monotonic()
-            index, batch, skipped = next(batches)
-            assert index == step, (index, step)
-            waited, bad = waited + time.monotonic() - wait, bad + skipped
-            batch = meshes.global_batch(batch, mine, stage.data.batch_size, rows)
-            state, measured = train_step(state, batch)
+            batch = None
+            if not preemption.reached(step):
+                wait = time.monotonic()
+                with goodput.on("data"), preemption.interruptible():
+                    index, batch, skipped = next(batches)
+                    assert index == step, (index, step)
+                waited += time.monotonic() - wait
+            if batch is None:  # a signal came before the step or while it waited for data
+                preempted = True
+                if saved < step:
+                    save(step)
+                break
+            bad += skipped
+            profile.at(step)
+            state, measured = program.step(state, meshes.global_batch(batch, mine, stage.shape[0], layout))
+            if step == start:  # compiling is no step: neither the watchdog nor throughput counts it
+                jax.block_until_ready(measured)
+                goodput.running()
+                began, since, waited = time.monotonic(), start + 1, 0.0
+            watchdog.arm()
             bar.update()
-            done = step + 1
-            log, save = done % config.log_every == 0, done % config.save_every == 0 or done == stop
+            reached = done = step + 1
+            # The step before is looked at while this one is computed, so that nothing waits; but for the one
+            # that may be one skipped step too many.
+            if in_row is None or int(in_row) >= config.max_skipped - 1:
+                jax.block_until_ready(measured)
+                if int(measured["skipped_in_row"]) >= config.max_skipped:
+                    save(done)
+                    saves.wait()
+                    _give_up(workdir, done, batch, measured)
+            in_row = measured["skipped_in_row"]
+            log, to_save = done % config.log_every == 0, done % config.save_every == 0 or done == stop
             measure = done % config.evaluate_every == 0 or done == config.steps
-            if log or save or measure:
-                # Reading the metrics of this step waits for it; between such steps nothing waits.
-                scalars = {name: float(value) for name, value in measured.items()}
-                if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
-                    raise FloatingPointError(
-                        f"loss {scalars['loss']}, gradient norm {scalars['grad_norm']} at step {done}; "
-                        f"see {workdir}/metrics.jsonl. The last checkpoint is from before; try a lower learning rate"
-                    )
             if log or measure:
-                last = scalars
-                now = time.monotonic()
-                rate = (done - since) / (now - began)
-                last |= {
-                    f"{stage.unit}_per_second": rate * stage.units_a_step,
-                    "data_wait": waited / (done - since),
-                }
+                # Reading the metrics of this step waits for it; between such steps nothing waits.
+                last = {name: float(value) for name, value in measured.items()}
+                steps, seconds = done - since, time.monotonic() - began
+                last["goodput"] = goodput.share(done)
+                if steps:  # beside the first of this process, which was compiled
+                    rate = steps / seconds
+                    last |= {
+                        f"{stage.unit}_per_second": rate * stage.units_a_step,
+                        "data_wait": waited / steps,
+                    }
+                    if flops:
+                        last["tflops_per_device"] = flops * rate / mesh.size / 1e12
+                    if flops and peak:
+                        last["mfu"] = flops * rate / mesh.size / peak
                 if bad:  # documents that could not be read, since the run began or went on
                     last["bad_documents"] = bad
-                eta = (config.steps - done) / rate
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
-                tqdm.write(f"step {done}/{config.steps}  {shown}  eta {eta:.0f} s")
+                eta = f"eta {(config.steps - done) * seconds / steps:.0f} s" if steps else ""
+                tqdm.write(f"step {done}/{config.steps}  {shown}  {eta}")
                 if measure:
-                    last |= stage.evaluate(graphdef, state.get("ema", state["params"]), done)
+                    found = None
+                    with goodput.on("evaluate"), watchdog.patient(), preemption.interruptible():
+                        found = stage.evaluate(program.graphdef, state.get("ema", state["params"]), done)
+                    if found is None:  # a signal came: it is measured when the run goes on
+                        preempted = True
+                        save(done, pending=last)
+                        break
+                    last |= found
                 if first:
                     writer.write(done, last)
                 began, since, waited = time.monotonic(), done, 0.0
-            if save:  # last: what is on disk of a saved step is whole, and resuming cuts back the rest
-                checkpoint.save(workdir, done, state, config.keep)
+            if to_save:  # last: what is on disk of a saved step is whole, and resuming cuts back the rest
+                save(done, last if log or measure else None)
+                saved = done
         bar.close()
+        with goodput.on("save"), watchdog.patient():
+            saves.wait()
+        goodput.share(reached)
         if first:
             writer.close()
+        if preempted:
+            raise Preempted(reached)
     return last
 
 
@@ -238,18 +297,42 @@ def _flat(tree, prefix=""):
     return flat
 
 
-def _shardings(shapes, params, mesh):
-    """The state's shardings: averages and optimizer moments lie as their parameters do.
+def _best(text):
+    """config.best, "NAME:min" or "NAME:max" or "", as arguments of `Checkpoints`."""
+    if not text:
+        return {}
+    name, _, mode = text.partition(":")
+    if not name or mode not in ("min", "max"):
+        raise ConfigError(f"config.best is written NAME:min or NAME:max, as in psnr:max; found {text!r}")
+    return {"best": name, "mode": mode}
 
-    A leaf whose path ends in a parameter's path (as moments' paths do) is laid out as it.
+
+def _initial(state, stage, config):
+    """The state with the weights of the run in config.init, as far as they fit; says what was taken."""
+    source = Path(config.init)
+    params, report = checkpoint.restore_weights(source, state["params"], grow=stage.grow(source))
+    counts = ", ".join(f"{len(names)} {what}" for what, names in report.items())
+    print(
+        f"weights from {source}: {counts}; left as initialised: {', '.join(report['left']) or 'none'}",
+        flush=True,
+    )
+    return (
+        state | {"params": params} | ({"ema": jax.tree.map(jax.numpy.copy, params)} if "ema" in state else {})
+    )
+
+
+def _give_up(workdir, done, batch, measured):
+    """Writes down what is needed to see again why the last steps were skipped, and raises FloatingPointError.
+
+    The state is the checkpoint of step `done`: skipped steps leave it as it was. The batch is this process's part.
     """
-    named = {tuple(k.key for k in path): s for path, s in jax.tree_util.tree_leaves_with_path(params)}
-
-    def one(path, leaf):
-        keys = [getattr(k, "key", None) for k in path]
-        for start in range(len(keys)):
-            if tuple(keys[start:]) in named and leaf.ndim:
-                return named[tuple(keys[start:])]
-        return NamedSharding(mesh, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    measured = {name: float(value) for name, value in measured.items()}
+    folder = Path(workdir) / "bundles" / f"{done}-{jax.process_index()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "batch.npz", **batch)
+    (folder / "measured.json").write_text(json.dumps(measured, indent=2))
+    raise FloatingPointError(
+        f"{measured['skipped_in_row']:.0f} steps in a row were skipped, the last is {done}: loss {measured['loss']}, "
+        f"gradient norm {measured['grad_norm']}. Checkpoint {done} is from before them; its batch is in {folder}. "
+        "Look with `mmgen tools replay`, try a lower learning rate or a larger config.spike"
+    )

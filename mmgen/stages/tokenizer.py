@@ -41,6 +41,8 @@ def setup(config, workdir):
         make=lambda rngs: Autoencoder(config.model, rngs),
         loss=functools.partial(loss, **config.loss),
         data=data,
+        shape=(config.data.batch_size,),
+        axes=("batch",),
         unit="images",
         units_a_step=config.data.batch_size,
         evaluate=evaluate,
@@ -48,7 +50,7 @@ def setup(config, workdir):
 
 
 def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits):
-    """Mean over images of log(mean squared error + floor), of pixels in [-1, 1], and the codes' rate.
+    """{name: (sum over images, images)} of log(mean squared error + floor), of pixels in [-1, 1], and the codes' rate.
 
     The first is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
     `floor` keeps an image that is already right from outweighing the others. `rate` weighs the nats that a
@@ -76,7 +78,8 @@ def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits):
     if rate:
         measured["code_nats"] = model.prior(values, model.quantizer.bound(features)).mean()
         total += rate * measured["code_nats"]
-    return total, measured
+    n = jnp.float32(len(images))
+    return {name: (value * n, n) for name, value in {"loss": total, **measured}.items()}
 
 
 def _disturbed(values, key, noise):

@@ -1,12 +1,15 @@
 """Stage `transformer`: next token over text and image codes, from tokenised shards."""
 
 import functools
+import itertools
 import json
 import shutil
 
 from mmgen.data.loader import Rows
 from mmgen.data.shards import Shards
+from mmgen.grammar import Grammar
 from mmgen.models import transformer
+from mmgen.runtime import hardware
 from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
 
@@ -45,14 +48,43 @@ def setup(config, workdir):
     return Stage(
         make=lambda rngs: transformer.of_codes(config.model, vocabulary, grammar.vocab_size, rngs),
         loss=lambda model, batch, key: transformer.loss(
-            model, batch, code_start=grammar.code_start, z_loss=config.loss.z
+            model, batch, code_start=grammar.code_start, **config.loss
         ),
         data=rows,
+        shape=(data.batch_size, data.row_length),
+        axes=("batch", "length"),
         unit="tokens",
         units_a_step=data.batch_size * data.row_length,
         evaluate=lambda graphdef, params, step: {},
         adopt=functools.partial(_adopt, shards, vocabulary, workdir),
+        identity=vocabulary,
+        flops=functools.partial(_flops, config),
+        grow=functools.partial(_grow, vocabulary),
     )
+
+
+def _flops(config, params):
+    """FLOPs of a step, see `hardware.flops_a_token`."""
+    m, (rows, tokens) = config.model, (config.data.batch_size, config.data.row_length)
+    _, multiplied = hardware.parameters(params, m.tied)
+    return rows * tokens * hardware.flops_a_token(multiplied, m.layers, tokens, m.heads * m.head_dim)
+
+
+def _grow(vocabulary, workdir):
+    """Which rows of the tables of the run in `workdir` mean what in ours: {pattern: [(theirs, ours, how many)]}.
+
+    A vocabulary is pieces, control tokens, heights, widths and codes: where one part has grown, the next begin later.
+    """
+    theirs = json.loads((workdir / "vocabulary.json").read_text())
+    if theirs["levels"] != vocabulary["levels"]:
+        raise ConfigError(
+            f"the codes of {workdir} have levels {theirs['levels']}, ours {vocabulary['levels']}: they mean other pictures"
+        )
+    old, new = (Grammar.from_dict(each["grammar"]) for each in (theirs, vocabulary))
+    spans, parts = [], lambda g: (0, g.pieces, g.h(1), g.w(1), g.code_start, g.vocab_size)
+    for (a, a_end), (b, b_end) in zip(*(itertools.pairwise(parts(g)) for g in (old, new))):
+        spans.append((a, b, min(a_end - a, b_end - b)))
+    return {"^(embedding|head)$": spans}
 
 
 def _mixture(pairs):
