@@ -161,11 +161,13 @@ worker = subprocess.Popen(["sleep", "600"])  # as a loader's worker, which does 
 (folder / f"{rank}.new").rename(folder / str(rank))
 with (folder / "starts").open("a") as starts:
     starts.write(f"{rank}\\n")
-while not (part.isdigit() and (folder / "go").exists()):
+while not (part[-1].isdigit() and (folder / "go").exists()):
     time.sleep(.01)
     if part == "chatty":
         print("still here", flush=True)
-os._exit(int(part))
+if part.startswith("slow"):
+    time.sleep(.3)
+os._exit(int(part[-1] if part.startswith("slow") else part))
 """
 
 
@@ -219,6 +221,14 @@ def test_when_one_has_ended_the_others_do(tmp_path, parts, stopped, status, word
     found, output = finish(process, within=5)
     assert found == status and all(word in output for word in words), output
     assert gone(pids)
+
+
+@pytest.mark.parametrize("first", ["0", "75"])
+def test_who_is_a_little_slower_is_left_alone(tmp_path, first):
+    process, _ = watch(tmp_path, first, "slow0", flags=("--grace", 20))
+    (tmp_path / "go").touch()
+    status, output = finish(process, within=10)
+    assert status == int(first) and "process 1 ended with status 0" in output and "SIGTERM" not in output
 
 
 def test_one_that_is_killed(tmp_path):
@@ -439,6 +449,7 @@ def test_two_processes_train_as_one_does_and_go_on(tmp_path, compiled):
 def test_a_real_run_that_is_told_to_stop_and_one_that_is_stuck(tmp_path):
     """Half a minute each: the run saves and ends with 75; goes on; and a process that stands still ends all."""
     more = ["--config.steps=100000", "--config.log_every=20", "--config.step_limit=5"]
+    more += ["--config.save_every=100000"]  # a process that freezes while it saves is given longer
     log = tmp_path / "log"
 
     def started():
