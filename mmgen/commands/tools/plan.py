@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
@@ -130,7 +131,7 @@ def layout(config, topology, vocabulary):
         config.model, vocabulary.manifest, vocabulary.grammar.vocab_size, nnx.Rngs(0)
     )
     state = nnx.split(nnx.eval_shape(make))[1]
-    shardings = dict(nnx.to_flat_state(nnx.from_tree(meshes.param_shardings(state, mesh, config.sharding))))
+    shardings = flatten_dict(meshes.param_shardings(state, mesh, config.sharding))
     lines = [f"# {config.name} on {topology.name}: {_mesh(mesh)}"]
     for path, variable in nnx.to_flat_state(state):
         axes = variable.get_metadata()["axes"]
