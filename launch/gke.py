@@ -37,6 +37,8 @@ def main(argv):
     parser.add_argument("--grace", type=flags.count(1), default=120, help="seconds for saving")
     args, training = flags.parse(parser, argv)
     workdir = flags.shared_workdir(parser, training)
+    if not workdir.startswith("/data/"):
+        parser.error(f"--workdir must be in /data, where the claim is found; {workdir} ends with its pod")
     name = args.name or flags.name_of(workdir)
     if args.tpu:
         try:
