@@ -1,5 +1,6 @@
 """Every attention against a slow one in NumPy: values and gradients, on rows of several documents."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_python
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from mmgen.models import attention as module
 from mmgen.models.attention import attention
@@ -186,6 +188,10 @@ def test_heads_must_be_a_multiple():
 )
 def test_lowers_for_machines_that_are_not_here(monkeypatch, impl, platform, call, dtype, C):
     monkeypatch.setitem(module.IMPLEMENTATIONS, impl, getattr(module, impl))
+    machine = contextlib.nullcontext()
+    if platform == "cuda":  # newer JAX asks which GPU it will be
+        device = AbstractDevice("NVIDIA H100", None, "gpu")
+        machine = use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
     shapes = [jax.ShapeDtypeStruct((2, 1024, n, C), dtype) for n in (4, 2, 2, 4)]
     segments = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
 
@@ -195,7 +201,8 @@ def test_lowers_for_machines_that_are_not_here(monkeypatch, impl, platform, call
 
     unchecked = [jax.export.DisabledSafetyCheck.custom_call(call)]
     exported = jax.export.export(jax.jit(both), platforms=[platform], disabled_checks=unchecked)
-    text = exported(*shapes, segments).mlir_module()
+    with machine:
+        text = exported(*shapes, segments).mlir_module()
     assert text.count(f"custom_call @{call}") >= 3  # forward, and twice backward
 
 
@@ -275,15 +282,14 @@ for sizes, T in ({"data": 8}, 1024), ({"context": 4, "data": 2}, 1024), ({"conte
         memory.append(jax.jit(both).lower(*given).compile().memory_analysis().temp_size_in_bytes)
 assert memory[1] < memory[0] / 4 and memory[2] < 2.2 * memory[1], memory
 
-# Kernels lower within a mesh for machines that are not here.
+# A kernel that cannot be partitioned lowers within a mesh, for machines that are not here.
 jax.config.update("jax_enable_x64", False)
-for impl, platform, call in ("gpu", "cuda", "__gpu$xla.gpu.triton"), ("splash", "tpu", "tpu_custom_call"):
-    mesh, *given = lay({"data": 4, "tensor": 2}, jnp.bfloat16, (4, 256, 8, 64), 2)
-    with meshes.use(mesh, SHARDING):
-        work = jax.jit(lambda *x: both(*x, impl=impl))
-        unchecked = [jax.export.DisabledSafetyCheck.custom_call(call)]
-        text = jax.export.export(work, platforms=[platform], disabled_checks=unchecked)(*given).mlir_module()
-    assert call in text
+mesh, *given = lay({"data": 4, "tensor": 2}, jnp.bfloat16, (4, 256, 8, 64), 2)
+with meshes.use(mesh, SHARDING):
+    work = jax.jit(lambda *x: both(*x, impl="splash"))
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call")]
+    text = jax.export.export(work, platforms=["tpu"], disabled_checks=unchecked)(*given).mlir_module()
+assert "tpu_custom_call" in text
 """
 
 
