@@ -6,7 +6,8 @@ Random float32 arrays, one folder on one disk, all contestants in turn in each r
 Ours saves until the manifest is on the disk, with the digests of all files, and restores after comparing all of
 them. The peers are Orbax's CheckpointManager with its defaults; the same without compression, which is how our
 arrays are stored, and so what digests cost; and its StandardCheckpointer. A peer's save ends when its files have
-their final name; it compares nothing. Files are read back from the system's cache, by all alike.
+their final name; it compares nothing. The managers delete the step before within a save, as ours do. Files are
+read back from the cache of the system, by all alike.
 """
 
 import argparse
@@ -41,7 +42,12 @@ def main():
     }
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
-    contestants = {"ours": Ours, "Orbax": Plain, "Orbax, not compressed": Bare, "StandardCheckpointer": Standard}
+    contestants = {
+        "ours": Ours,
+        "Orbax": Plain,
+        "Orbax, not compressed": Bare,
+        "StandardCheckpointer": Standard,
+    }
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         opened = {name: make(Path(folder) / str(i)) for i, (name, make) in enumerate(contestants.items())}
         times = {name: [] for name in contestants}
@@ -51,7 +57,9 @@ def main():
                 if step:  # the first warms up
                     times[name].append(measured)
     megabytes = args.arrays * args.mib * (1 << 20) / 1e6
-    print(f"{args.arrays} x {args.mib} MiB float32, {args.rounds} rounds; medians of MB/s, ratios over rounds\n")
+    print(
+        f"{args.arrays} x {args.mib} MiB float32, {args.rounds} rounds; medians of MB/s, ratios over rounds\n"
+    )
     print(f"{'':24}{'save':>8}{'ours x':>8}{'restore':>9}{'ours x':>8}{'blocked ms':>12}")
     rows = {}
     for name, each in times.items():
@@ -67,7 +75,11 @@ def main():
         a, b, c, d, e = rows[name].values()
         print(f"{name:24}{a:8.0f}{b:8.2f}{c:9.0f}{d:8.2f}{e:12.1f}")
     if args.json:
-        report = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "rows": rows}
+        report = {
+            "machine": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "rows": rows,
+        }
         Path(args.json).write_text(json.dumps(report | vars(args), indent=1))
 
 
@@ -82,6 +94,7 @@ def measure(one, step, params, abstract):
     restored = jax.block_until_ready(one.restore(step, abstract))
     seconds = time.perf_counter() - began
     assert all(np.array_equal(restored[name], params[name]) for name in params)
+    one.tidy(step)
     return saved, seconds, blocked
 
 
@@ -99,6 +112,9 @@ class Ours:
         assert self.checkpoints.latest() == step
         return checkpoint.restore(self.folder, step, {"params": abstract})["params"]
 
+    def tidy(self, step):
+        """The save of the next step deletes this one, and that is measured; so does the manager of a peer."""
+
 
 class Plain:
     def __init__(self, folder):
@@ -112,6 +128,8 @@ class Plain:
 
     def restore(self, step, abstract):
         return self.manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    tidy = Ours.tidy
 
 
 class Bare(Plain):
@@ -141,9 +159,10 @@ class Standard:
         self.checkpointer.wait_until_finished()
 
     def restore(self, step, abstract):
-        restored = self.checkpointer.restore(self.folder / str(step), abstract)
+        return self.checkpointer.restore(self.folder / str(step), abstract)
+
+    def tidy(self, step):
         shutil.rmtree(self.folder / str(step))
-        return restored
 
 
 def ratio(a, b):

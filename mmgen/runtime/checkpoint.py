@@ -34,6 +34,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 _FOLDER = "checkpoints"
 _FORMAT = 1
 _SEAL = b',\n "digest": "'
+_FILE_BYTES = (
+    32 << 20
+)  # files of 2 GB, Orbax's choice, take half as long again to save: one core writes and digests
 _TIMEOUT = 20 * 60  # seconds that processes wait for one another, as in Orbax
 _opened = (
     itertools.count()
@@ -133,7 +136,8 @@ class Checkpoints:
                 self._orbax = ocp.AsyncCheckpointer(
                     ocp.CompositeCheckpointHandler(**handlers), _TIMEOUT, async_options=options
                 )
-            args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+            save = functools.partial(ocp.args.PyTreeSave, ocdbt_target_data_file_size=_FILE_BYTES)
+            args = {name: save(tree) for name, tree in items.items()}
             self._orbax.save(self._saving(step), args=ocp.args.Composite(**args))
         except Exception as trouble:  # of any kind: to lose a save is better than to lose the run
             error = trouble
