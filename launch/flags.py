@@ -19,8 +19,8 @@ def parser(doc):
 
 
 def parse(parser, argv):
-    """argv -> (the launcher's flags, what comes after `--`), which must name a config and a workdir where it is
-    `mmgen train` that runs, and not another --command."""
+    """argv -> (the launcher's flags, what comes after `--`), which must name a config and a workdir unless
+    another --command is what runs."""
     cut = argv.index("--") if "--" in argv else len(argv)
     args, training = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     if cut == len(argv):
@@ -50,7 +50,7 @@ def shared_workdir(parser, training):
 
 
 def name_of(workdir):
-    """A name for the run in this (absolute) workdir: always the same, of no other, and fit for every scheduler."""
+    """A name for the run in this absolute path: its own, always the same, fit for every scheduler."""
     workdir = os.path.normpath(workdir)
     last = re.sub(r"[^a-z0-9]+", "-", os.path.basename(workdir).lower()).strip("-")[:24]
     return f"mmgen-{last}-{hashlib.sha256(workdir.encode()).hexdigest()[:4]}"

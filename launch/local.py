@@ -80,7 +80,7 @@ def environment(rank, args, port):
     if names and (each or several):
         if len(names) < args.processes * (each or 1) or (not each and len(names) % args.processes):
             raise ValueError(
-                f"{args.processes} processes with {each or 'equally many'} GPUs each; found {len(names)} GPUs: "
+                f"{args.processes} processes with {each or 'equally many'} GPUs each; found {len(names)}; "
                 "change --processes or --devices-per-process, or set JAX_PLATFORMS=cpu"
             )
         each = each or len(names) // args.processes
@@ -108,8 +108,8 @@ def free_port():
 def supervise(commands, grace):
     """Runs [(command, environment)] side by side -> (status, whether a signal to us ended them).
 
-    The status is that of the first process that did not end with 0 (128 + n for signal n). All have ended, with
-    whatever they started, at most twice `grace` seconds after the first of them.
+    The status is that of the first process that did not end with 0 (128 + n for signal n). All have ended,
+    with whatever they started, at most twice `grace` seconds after the first of them.
     """
     received = []
     before = {}
@@ -121,7 +121,8 @@ def supervise(commands, grace):
     try:
         for rank, (command, variables) in enumerate(commands):
             running[rank] = subprocess.Popen(
-                command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                command, env=variables,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 start_new_session=True,  # its workers are one group with it, and Ctrl-C is ours to pass on
             )  # fmt: skip
             readers.append(threading.Thread(target=copy, args=(rank, running[rank].stdout), daemon=True))

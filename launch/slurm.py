@@ -16,8 +16,9 @@ import sys
 
 import flags
 
-# The signal comes to this shell alone (B:); srun passes it on to the tasks, which save and end with 75. The first
-# task to end may have the others killed, so that srun says 137: once the signal came, any failure means "again".
+# The signal comes to this shell alone (B:); srun passes it on to the tasks, which save and end with 75. The
+# first task to end may have the others killed, so that srun says 137: once the signal came, any failure means
+# "again".
 # SIGTERM (scancel) is not caught: it ends the shell, and nothing is requeued.
 SCRIPT = """\
 set -uo pipefail

@@ -1,13 +1,15 @@
 """A run over all hosts of a Cloud TPU slice (or of several), asked for as a queued resource.
 
-    python launch/tpu.py --name v5p --zone us-east5-a --accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5 \\
+    python launch/tpu.py --name v5p --zone us-east5-a \\
+        --accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5 \\
         --package 'mmgen[tpu] @ git+https://HOST/mmgen' --before 'sudo mount SERVER:/share /mnt' -- \\
         --config transformer:7b --workdir /mnt/runs/7b --config.data.shards=/mnt/shards
 
-Needs gcloud here, and keeps running here: start it on a machine that stays on. What is there already is used, a
-resource that was preempted or failed is deleted and asked for again, and what still trains there is told to save
-first. So run it again, or let it: the run goes on. When the command of one host ends and others do not, these are
-told to end after --grace seconds and killed after as many more; then all start again, --retries times.
+Needs gcloud here, and keeps running here: start it on a machine that stays on. What is there already is used,
+a resource that was preempted or failed is deleted and asked for again, and what still trains there is told to
+save first. So run it again, or let it: the run goes on. When the command of one host ends and others do not,
+these are told to end after --grace seconds and killed after as many more; all start again,
+--retries times.
 The workdir must be on a file system that all hosts see; --before is run on each of them, and can mount it.
 The resource remains when the run is done: the last line says how to delete it.
 """
@@ -94,7 +96,8 @@ def gcloud_commands(args, training):
         "test -d ~/mmgen-venv || uv venv -q --python 3.12 ~/mmgen-venv; "
         f"uv pip install -q --python ~/mmgen-venv/bin/python {shlex.quote(args.package)}"
     )
-    train = f"MMGEN_DISTRIBUTED=auto PYTHONUNBUFFERED=1 ~/mmgen-venv/bin/{shlex.join(['mmgen', 'train', *training])}"
+    train = "MMGEN_DISTRIBUTED=auto PYTHONUNBUFFERED=1 "
+    train += f"~/mmgen-venv/bin/mmgen train {shlex.join(training)}"
     train += f"; status=$?; echo '{MARK}'$status; exit $status"
     return {
         "describe": [*base, "describe", args.name, *where, "--format=value(state.state)"],
