@@ -6,8 +6,8 @@
 
 IMAGE is a container with mmgen and its extra tpu or gpu; CLAIM a volume that several nodes may write, found
 at /data. One process a node. When one fails all are started again, up to --max-restarts times; those that
-saved because their node was taken away (status 75) or that were evicted, without limit. Launched again, a run that
-goes on is left alone, and one that has ended is started anew and resumes.
+saved because their node was taken away (status 75) or that were evicted, without limit. Launched again, a run
+that goes on is left alone, and one that has ended is started anew and resumes.
 """
 
 import json

@@ -8,7 +8,7 @@
 Needs gcloud here, and keeps running here: start it on a machine that stays on. What is there already is used,
 a resource that was preempted or failed is deleted and asked for again, and what still trains there is told to
 save first. So run it again, or let it: the run goes on. When the command of one host ends and others do not,
-these are told to end after --grace seconds and killed after as many more; all start again,
+these are told to end after --grace seconds and killed after as many more; then all start again,
 --retries times.
 The workdir must be on a file system that all hosts see; --before is run on each of them, and can mount it.
 The resource remains when the run is done: the last line says how to delete it.
