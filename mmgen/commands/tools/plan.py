@@ -258,10 +258,14 @@ def _advice(config, memory, excess, fsdp, devices):
             advice.append(f"--config.model.remat={remat} saves {saved / _GiB:.1f} GiB")
     if not config.loss.chunk:
         advice.append("--config.loss.chunk=2048 saves most of what the loss needs")
-    if tokens > excess:
-        advice.append(
-            f"--config.accumulate={2 * config.accumulate} saves {tokens / 2 / _GiB:.1f} GiB; so does half the batch"
-        )
+    for parts in (2, 4, 8, 16, 32) if config.accumulate == 1 else ():
+        # The sum of the gradients then lies beside those of a part.
+        saved = tokens * (1 - 1 / parts) - memory["parameters"]
+        if saved >= excess:
+            advice.append(
+                f"--config.accumulate={parts} saves {saved / _GiB:.1f} GiB, as would 1/{parts} of the batch"
+            )
+            break
     if fsdp < devices:
         advice.append(
             "a larger --config.mesh.fsdp: parameters, optimizer, ema and gradients are shared by as many"
