@@ -126,6 +126,21 @@ def test_a_document_knows_nothing_of_its_neighbours(impl):
         assert not np.array_equal(a[segments == 2], b[segments == 2])
 
 
+def test_what_is_kept_spares_the_backward_pass_a_forward_pass():
+    """Kept under its name, the output is not computed again: as many products as where everything is kept."""
+    given, segments = draw((2, 128, 4, 32), 2), rows(128)
+
+    def products(**options):
+        layer = jax.checkpoint(lambda *x: attention(*x, segments, impl="chunked"), **options)
+        return str(jax.make_jaxpr(jax.grad(lambda *x: layer(*x).sum(), (0, 1, 2)))(*given[:3])).count(
+            "dot_general"
+        )
+
+    policies = jax.checkpoint_policies
+    kept = products(policy=policies.save_only_these_names(module.NAME))
+    assert kept == products(policy=policies.everything_saveable) < products()
+
+
 def test_bias():
     """As decoding has it: more keys than queries, each row with its own number of them; and one seen nowhere."""
     q, k, v, slope = draw((2, 3, 4, 8), 2)

@@ -10,12 +10,14 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from mmgen.runtime import mesh as meshes
 
 LOW = -1e30  # the logit of a key that may not be seen: finite, so that a row without any gives no NaN
 CHUNK = 512  # keys at a time in `ring`
+NAME = "attention"  # for checkpoint policies: what, kept, spares the backward pass this forward pass
 
 
 def attention(q, k, v, see=None, *, impl="xla"):
@@ -26,7 +28,7 @@ def attention(q, k, v, see=None, *, impl="xla"):
       int [B, T]    the segments of packed rows (S = T): itself and what is before it in its own segment. Padding
                     is a segment as any other, 0;
       float         what this bias leaves it, broadcastable to [B, T, S]: see `bias_of`.
-    The softmax is in float32 at least, and in float64 where the inputs are.
+    The softmax is in float32 at least, and in float64 where the inputs are. The result bears the checkpoint name NAME.
 
     `impl` is "xla" (the reference, any case), "chunked" (packed rows on any backend, its logits never whole),
     "gpu" or "splash" (fused kernels of GPU and TPU, see there), or "auto": the kernel of the backend at hand,
@@ -101,6 +103,10 @@ def bias_of(mask):
     return jnp.where(mask, 0.0, LOW).astype(jnp.float32)
 
 
+def _named(x):
+    return checkpoint_name(x, NAME)
+
+
 def _is_bias(see):
     return see is not None and jnp.issubdtype(see.dtype, jnp.floating)
 
@@ -167,7 +173,7 @@ def xla(q, k, v, see=None):
     weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     y = jnp.einsum("bts,bsc->btc", weights.astype(v.dtype).reshape(B * K, -1, S), v)
-    return _unfold(y.reshape(logits.shape[:-1] + (C,)) / total.astype(v.dtype), K, shape)
+    return _named(_unfold(y.reshape(logits.shape[:-1] + (C,)) / total.astype(v.dtype), K, shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -259,7 +265,8 @@ def _ring_forward(q, k, v, segments, axes):
     state = (jnp.full(rows + (1,), LOW, high), jnp.zeros(rows + (1,), high), jnp.zeros(rows + (C,), high))
     (top, total, y), _ = _around(visit, state, (k, v, segments, places), axes)
     y = _unfold(y / total, K, inputs[0].shape).astype(q.dtype)
-    return y, (inputs, y, top + jnp.log(total))
+    y, norm = _named(y), _named(top + jnp.log(total))
+    return y, (inputs, y, norm)
 
 
 def _ring_backward(axes, kept, slope):
@@ -309,7 +316,8 @@ ring.defvjp(_ring_forward, _ring_backward)
 def gpu(q, k, v, see=None, *, interpret=False):
     """JAX's Pallas kernel for GPUs (Triton; arXiv:2205.14135). Unlike others it reads segments in both passes:
     jax.nn.dot_product_attention's cuDNN knows a row's length but not where its documents end. Newer JAX says
-    that Triton kernels will go; "chunked" then remains. Kv-heads are repeated to as many as there are heads."""
+    that Triton kernels will go; "chunked" then remains. Kv-heads are repeated to as many as there are heads, and the
+    backward pass begins with the forward pass under every remat policy: the kernel does not name what it keeps."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas.ops.gpu import attention as triton  # warns on newer JAX; only GPUs need it
 
@@ -317,10 +325,11 @@ def gpu(q, k, v, see=None, *, interpret=False):
     # Tiles of 16 KiB: one of q and two of both k and v, 80 KiB, are within what any GPU since Ampere has for them.
     side = min(128, 2**14 // q.dtype.itemsize // pl.next_power_of_2(q.shape[-1]))
     blocks = triton.BlockSizes(side, side, 32, 32, 32, 32)
-    return triton.mha(
+    y = triton.mha(
         q, k, v, see, sm_scale=q.shape[-1] ** -0.5, causal=see is not None, block_sizes=blocks,
         interpret=interpret,
     )  # fmt: skip
+    return _named(y)
 
 
 def splash(q, k, v, see=None, *, interpret=False):
@@ -331,8 +340,9 @@ def splash(q, k, v, see=None, *, interpret=False):
     side = next(side for side in (512, 256, 128) if T % side == 0)
     mask = kernels.FullMask((T, T)) if see is None else kernels.CausalMask((T, T))
     kernel = kernels.make_splash_mha_single_device(
-        kernels.MultiHeadMask([mask] * N), block_sizes=kernels.BlockSizes(*[side] * 8), interpret=interpret
-    )
+        kernels.MultiHeadMask([mask] * N), block_sizes=kernels.BlockSizes(*[side] * 8), interpret=interpret,
+        residual_checkpoint_name=NAME,
+    )  # fmt: skip
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
     segments = None if see is None else kernels.SegmentIds(see, see)
     y = jax.vmap(kernel)(heads_first(q * C**-0.5), heads_first(k), heads_first(v), segments)
