@@ -142,7 +142,7 @@ def test_what_is_kept_spares_the_backward_pass_a_forward_pass():
 
 
 def test_bias():
-    """As decoding has it: more keys than queries, each row with its own number of them; and one seen nowhere."""
+    """As decoding has it: more keys than queries, each row with its own number; and none seen at all."""
     q, k, v, slope = draw((2, 3, 4, 8), 2)
     k, v = (np.concatenate([x, x[:, ::-1] + 1], 1) for x in (k, v))
     mask = np.arange(6) <= np.array([[0, 1, 2], [3, 4, 5]])[..., None]
@@ -236,7 +236,9 @@ segments = np.tile(t.rows(T), (B // 2, 1))
 draw = lambda kv_heads, dtype=np.float64: t.draw((B, T, N, C), kv_heads, dtype)
 expected = {kv_heads: t.slow(*draw(kv_heads), t.packed(segments)) for kv_heads in (1, 2)}
 everything = {"context": 2, "tensor": 2, "data": 2}
-for sizes in ({"data": 8}, {"tensor": 4, "data": 2}, {"context": 4, "data": 2}, everything, {"context": 4, "fsdp": 2}):
+several = {"data": 8}, {"tensor": 4, "data": 2}, {"context": 4, "data": 2}, {"context": 4, "fsdp": 2}
+sizes_of = *several, everything
+for sizes in (*several, everything):
     with meshes.use(meshes.make_mesh(sizes), SHARDING):
         for kv_heads, dtype, tolerance in (1, np.float64, 1e-13), (2, np.float64, 1e-13), (2, np.float32, 2e-6):
             found = t.outcome(*draw(kv_heads, dtype), segments)
@@ -248,7 +250,8 @@ full, mask = draw(2), t.packed(segments)
 one, bias = [x[:1] for x in full], module.bias_of(mask)
 with meshes.use(meshes.make_mesh(everything), SHARDING):
     for given, see, mask_of in (
-        (full, None, np.ones_like(mask)), (full, bias, mask), (full, bias[:1], np.broadcast_to(mask[:1], mask.shape)),
+        (full, None, np.ones_like(mask)), (full, bias, mask),
+        (full, bias[:1], np.broadcast_to(mask[:1], mask.shape)),
         (one, bias[0], mask[:1]), (one, segments[:1], mask[:1]),
     ):
         t.assert_close(t.outcome(*given, see), t.slow(*given, mask_of), 1e-13)
@@ -281,7 +284,7 @@ def both(q, k, v, slope, see, impl="xla"):
     y, back = jax.vjp(lambda *x: module.attention(*x, see, impl=impl), q, k, v)
     return y, *back(slope)
 
-# Laid out as the rules say, nothing travels but what must: nothing without a ring, and nothing is gathered in it.
+# Laid out as the rules say, nothing travels without a ring, and within one nothing is gathered.
 for sizes, expected in ({"tensor": 4, "data": 2}, []), ({"context": 4, "tensor": 2}, ["collective-permute"]):
     mesh, *given = lay(sizes, jnp.float32, (B, T, N, C), N)
     with meshes.use(mesh, SHARDING):

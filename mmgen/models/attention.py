@@ -25,19 +25,21 @@ def attention(q, k, v, see=None, *, impl="xla"):
 
     q [B, T, N, C]; k, v [B, S, K, C] with N a multiple of K -> [B, T, N, C]. Each query sees, by `see`:
       None          every key;
-      int [B, T]    the segments of packed rows (S = T): itself and what is before it in its own segment. Padding
-                    is a segment as any other, 0;
+      int [B, T]    the segments of packed rows (S = T): itself and what is before it in its own segment.
+                    Padding is a segment as any other, 0;
       float         what this bias leaves it, broadcastable to [B, T, S]: see `bias_of`.
-    The softmax is in float32 at least, and in float64 where the inputs are. The result bears the checkpoint name NAME.
+    The softmax is in float32 at least, and in float64 where the inputs are. The result bears the checkpoint
+    name NAME.
 
     `impl` is "xla" (the reference, any case), "chunked" (packed rows on any backend, its logits never whole),
     "gpu" or "splash" (fused kernels of GPU and TPU, see there), or "auto": the kernel of the backend at hand,
     and "xla" where there is none or it does not suit the shapes, the precision or a bias.
 
-    Within `meshes.use` each device works on its own rows and heads, by the rules of "batch" and "heads"; keys and
-    values are repeated just as far as their heads must be for that. Where "length" is split as well, packed
-    rows go through `ring` whatever `impl` says, and otherwise all keys are gathered. An axis that does not divide
-    (a single row, the one query of a decoding step) is not split: its devices then do the same work.
+    Within `meshes.use` each device works on its own rows and heads, by the rules of "batch" and "heads"; keys
+    and values are repeated just as far as their heads must be for that. Where "length" is split as well,
+    packed rows go through `ring` whatever `impl` says, and otherwise all keys are gathered. An axis that does
+    not divide (a single row, the one query of a decoding step) is not split: its devices then do the same
+    work.
 
     Raises ValueError for an unknown `impl`, one that cannot do what is asked, and shapes that do not fit.
     """
@@ -46,13 +48,13 @@ def attention(q, k, v, see=None, *, impl="xla"):
     (B, T, N, C), (S, K) = q.shape, k.shape[1:3]
     if k.shape != (B, S, K, C) or v.shape != k.shape or N % K:
         raise ValueError(
-            f"attention expects q [B, T, N, C] and k, v [B, S, K, C] with N a multiple of K; found {q.shape}, "
-            f"{k.shape}, {v.shape}"
+            f"attention expects q [B, T, N, C] and k, v [B, S, K, C] with N a multiple of K; "
+            f"found {q.shape}, {k.shape}, {v.shape}"
         )
     if see is not None and not _is_bias(see) and (see.shape != (B, T) or S != T or see.dtype == bool):
         raise ValueError(
-            f"`see` is None, a float bias (bias_of makes one of a mask) or int segments {(B, T)} of as many keys as "
-            f"queries; found {see.dtype} {see.shape} and {S} keys"
+            f"`see` is None, a float bias (bias_of makes one of a mask) or int segments {(B, T)} of as many "
+            f"keys as queries; found {see.dtype} {see.shape} and {S} keys"
         )
     if meshes.current() is None:
         return _local(q, k, v, see, impl)
@@ -68,8 +70,8 @@ def attention(q, k, v, see=None, *, impl="xla"):
             return axes
         if axis == "length" and packed:
             raise ValueError(
-                f"packed rows of {size} tokens do not divide over {ways(axes)} devices of mesh axes {axes}: make "
-                f"config.data.row_length a multiple of {ways(axes)}, or change config.mesh"
+                f"packed rows of {size} tokens do not divide over {ways(axes)} devices of mesh axes {axes}: "
+                f"make config.data.row_length a multiple of {ways(axes)}, or change config.mesh"
             )
         return ()
 
@@ -145,8 +147,8 @@ def _unfit(q, k, see, impl):
 
 
 def _fold(q, k, v):
-    """[B, T, N, C], [B, S, K, C] -> [B*K, G*T, C], [B*K, S, C]: on CPU two plain batched matrix products over B*K
-    are 1.5 times as fast as five-axis einsums. The queries come scaled."""
+    """[B, T, N, C], [B, S, K, C] -> [B*K, G*T, C], [B*K, S, C]: on CPU two plain batched matrix products over
+    B*K are 1.5 times as fast as five-axis einsums. The queries come scaled."""
     (B, T, N, C), (S, K) = q.shape, k.shape[1:3]
     q = (q * C**-0.5).reshape(B, T, K, N // K, C).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, C)
     return q, *(x.transpose(0, 2, 1, 3).reshape(B * K, S, C) for x in (k, v))
@@ -180,14 +182,15 @@ def xla(q, k, v, see=None):
 def ring(q, k, v, segments, axes=()):
     """Attention in packed rows that lie split over the mesh axes `axes` (within shard_map), in their order.
 
-    q [B, T, N, C]; k, v [B, T, K, C]; segments int [B, T]: this device's parts. Keys, values, their segments and
-    their places travel around the ring while the softmax accumulates in float32 at least (arXiv:2310.01889), and
-    once more in the backward pass, where the gradients of k and v travel with them until they are home. A device
-    holds O(T) of the row and logits for `CHUNK` keys at a time.
+    q [B, T, N, C]; k, v [B, T, K, C]; segments int [B, T]: this device's parts. Keys, values, their segments
+    and their places travel around the ring while the softmax accumulates in float32 at least
+    (arXiv:2310.01889), and once more in the backward pass, where the gradients of k and v travel with them
+    until they are home. A device holds O(T) of the row and logits for `CHUNK` keys at a time.
 
-    Keys that no query here may see, as they come later or belong to other documents, cost no arithmetic. But the
-    last device of a causal row sees all and the first only itself, and the ring waits for the slowest: with one
-    long document a row this takes nearly twice the time that an even division (striped, arXiv:2311.09431) would.
+    Keys that no query here may see, as they come later or belong to other documents, cost no arithmetic. But
+    the last device of a causal row sees all and the first only itself, and the ring waits for the slowest:
+    with one long document a row this takes nearly twice the time that an even division (striped,
+    arXiv:2311.09431) would.
 
     With no axes, one device goes through its own keys chunk by chunk.
     """
@@ -203,7 +206,7 @@ def _turn(block, axes):
 
 
 def _around(visit, carry, block, axes):
-    """visit(carry, block) -> (carry, block) with this device's own block, then each other's as they come by."""
+    """visit(carry, block) -> (carry, block) with this device's own block, then with each other's in turn."""
     carry, block = visit(carry, block)
     if not axes:
         return carry, block
@@ -316,13 +319,14 @@ ring.defvjp(_ring_forward, _ring_backward)
 def gpu(q, k, v, see=None, *, interpret=False):
     """JAX's Pallas kernel for GPUs (Triton; arXiv:2205.14135). Unlike others it reads segments in both passes:
     jax.nn.dot_product_attention's cuDNN knows a row's length but not where its documents end. Newer JAX says
-    that Triton kernels will go; "chunked" then remains. Kv-heads are repeated to as many as there are heads, and the
-    backward pass begins with the forward pass under every remat policy: the kernel does not name what it keeps."""
+    that Triton kernels will go; "chunked" then remains. Kv-heads are repeated to as many as there are heads,
+    and the backward pass begins with the forward pass under every remat policy: the kernel does not name what
+    it keeps."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas.ops.gpu import attention as triton  # warns on newer JAX; only GPUs need it
 
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    # Tiles of 16 KiB: one of q and two of both k and v, 80 KiB, are within what any GPU since Ampere has for them.
+    # Tiles of 16 KiB: one of q, two of both k and v: 80 KiB are within what GPUs since Ampere have for them.
     side = min(128, 2**14 // q.dtype.itemsize // pl.next_power_of_2(q.shape[-1]))
     blocks = triton.BlockSizes(side, side, 32, 32, 32, 32)
     y = triton.mha(
