@@ -237,7 +237,6 @@ draw = lambda kv_heads, dtype=np.float64: t.draw((B, T, N, C), kv_heads, dtype)
 expected = {kv_heads: t.slow(*draw(kv_heads), t.packed(segments)) for kv_heads in (1, 2)}
 everything = {"context": 2, "tensor": 2, "data": 2}
 several = {"data": 8}, {"tensor": 4, "data": 2}, {"context": 4, "data": 2}, {"context": 4, "fsdp": 2}
-sizes_of = *several, everything
 for sizes in (*several, everything):
     with meshes.use(meshes.make_mesh(sizes), SHARDING):
         for kv_heads, dtype, tolerance in (1, np.float64, 1e-13), (2, np.float64, 1e-13), (2, np.float32, 2e-6):
