@@ -34,13 +34,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 _FOLDER = "checkpoints"
 _FORMAT = 1
 _SEAL = b',\n "digest": "'
-_FILE_BYTES = (
-    32 << 20
-)  # files of 2 GB, Orbax's choice, take half as long again to save: one core writes and digests
+_FILE_BYTES = 32 << 20  # Orbax's 2 GB take half as long again to save: one thread writes, and one digests
 _TIMEOUT = 20 * 60  # seconds that processes wait for one another, as in Orbax
-_opened = (
-    itertools.count()
-)  # the same in all processes of a run, which open the same things in the same order
+_opened = itertools.count()  # alike in all processes of a run, which open the same in the same order
 
 
 class CheckpointError(RuntimeError):
@@ -67,9 +63,7 @@ class Checkpoints:
             )
         self.workdir, self._folder = Path(workdir), _folder(workdir)
         self._keep, self._keep_every, self._best, self._mode = keep, keep_every, best, mode
-        self._first = (
-            jax.process_index() == 0
-        )  # of the processes that share the folder, the one that tidies it
+        self._first = jax.process_index() == 0  # the process that tidies the folder that all share
         self._name, self._topics = next(_opened), itertools.count()
         self._orbax = self._thread = self._said = None
         self.failed, self.error, self._counts = 0, None, True
@@ -117,7 +111,9 @@ class Checkpoints:
             "format": _FORMAT, "step": int(step), "record": record or {},
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
         }  # fmt: skip
-        json.dumps(content)  # what cannot be written is the caller's mistake, and raises here
+        content = json.loads(
+            json.dumps(content)
+        )  # as it is now; what is not JSON is a mistake, and raises here
         self.wait()
         self._open_topic()
         error, self._counts = None, False
@@ -140,7 +136,7 @@ class Checkpoints:
             args = {name: save(tree) for name, tree in items.items()}
             self._orbax.save(self._saving(step), args=ocp.args.Composite(**args))
         except Exception as trouble:  # of any kind: to lose a save is better than to lose the run
-            error = trouble
+            error = trouble.with_traceback(None)  # which would hold on to the arrays
         self._thread = threading.Thread(target=self._finish, args=(content, error), name=f"checkpoint {step}")
         self._thread.start()
 
@@ -159,7 +155,7 @@ class Checkpoints:
 
         Processes meet through the coordination service only: no device waits, and none is used.
         """
-        step = content["step"]
+        step, failed = content["step"], False
         try:
             try:
                 if error:
@@ -171,21 +167,22 @@ class Checkpoints:
             except Exception as trouble:  # the others wait for this process at the next meeting
                 self._agree(error=trouble)
         except Exception as trouble:
-            self.failed, self.error = self.failed + 1, str(trouble)
-            if self._first:
-                _delete(self._folder, step)
-                logging.warning(
-                    "the checkpoint of step %d was NOT saved: %s. The run goes on, and the steps before stay "
-                    "valid: %s. %s has %d MiB free; the next save tries again",
-                    step, trouble, steps(self.workdir), self._folder, _free(self._folder) >> 20,
-                )  # fmt: skip
-            return
-        self._counts = True
+            failed, self.failed, self.error = True, self.failed + 1, str(trouble)
+        self._counts = not failed
         if self._first:
             try:
-                self._retain()
+                if failed:
+                    left = [other for other in steps(self.workdir) if other != step]
+                    logging.warning(
+                        "the checkpoint of step %d was NOT saved: %s. The run goes on, and the steps before stay "
+                        "valid: %s. %s has %d MiB free; the next save tries again",
+                        step, self.error, left, self._folder, _free(self._folder) >> 20,
+                    )  # fmt: skip
+                    _delete(self._folder, step)
+                else:
+                    self._retain()
             except OSError as trouble:
-                logging.warning("checkpoints that are no longer needed stay in %s: %s", self._folder, trouble)
+                logging.warning("what is no longer needed stays in %s: %s", self._folder, trouble)
 
     def _count(self, content):
         """Makes a step count that is wholly written: every process digests its share of the files."""
