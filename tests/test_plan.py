@@ -1,5 +1,6 @@
 """Plans against arithmetic by hand, layouts against golden files, and the table of accelerators."""
 
+import importlib.util
 import json
 import math
 import os
@@ -155,6 +156,35 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs(tmp_path):
     layers = 2 * (32 * 2 * 16 + 2 * 32 * 16 + 2 * 16 * 32 + 32 * 2 * 64 + 64 * 32) * 4
     assert count >= 2 * 2 * 6 and size >= 2 * layers
     assert size <= 2 * layers + 12 * memory["parameters"] * 8
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_tpu_compiler_takes_the_step_and_our_flags(tmp_path):
+    code = """
+import sys
+from mmgen.runtime import hardware
+assert hardware.apply_flags("tpu") == hardware.xla_flags("tpu")
+from mmgen.commands.tools import plan
+plan.main(sys.argv[1:])
+"""
+    flags = [
+        "--config",
+        "transformer:tiny",
+        "--topology",
+        "v6e-4",
+        "--compile",
+        "--json",
+        tmp_path / "plan.json",
+    ]
+    flags += [
+        "--config.model.dtype=bfloat16",
+        "--config.model.head_dim=128",
+        "--config.data.row_length=256",
+        "--config.model.unroll=False",
+    ]
+    run_python(code, *flags)
+    compiled = json.loads((tmp_path / "plan.json").read_text())["compiled"]
+    assert compiled["real"] and compiled["attention"] == "splash" and 0 < compiled["all"] < GiB
 
 
 def test_topologies_count_as_their_makers_do():

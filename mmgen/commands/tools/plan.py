@@ -368,9 +368,10 @@ def collectives(text):
     """{name: [how many run in a step, bytes of their results on each device]} of a compiled module's text.
 
     What stands in the body of a loop counts as often as the constant in its condition says, and of the branches
-    of a condition the one that moves most.
+    of a condition the one that moves most. What a TPU fuses with other work stands there several times, for its
+    start, its steps and its end, and is one by its channel.
     """
-    found, calls, bounds, name, entry = {}, {}, {}, None, None
+    found, calls, bounds, channels, name, entry = {}, {}, {}, set(), None, None
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if header:
@@ -380,8 +381,9 @@ def collectives(text):
         elif name is None:
             continue
         bounds[name] += [int(n) for n in re.findall(r" s32\[\]\S* constant\((\d+)\)", line)]
-        match = _COLLECTIVE.search(line)
-        if match:
+        match, channel = _COLLECTIVE.search(line), re.search(r"channel_id=(\d+)", line)
+        if match and not (channel and channel[1] in channels):
+            channels |= {channel[1]} if channel else set()
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             if match[3] and match[1].startswith(
                 "("
