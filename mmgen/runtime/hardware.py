@@ -144,7 +144,8 @@ def flops_a_token(multiplied, layers, row_length, attention_width):
 # -- how XLA is set up
 
 # Flags and why. A flag that a jaxlib or libtpu does not know ends the process, so they are applied to the
-# versions that they were tried with only: jaxlib 0.10 to 0.12 and libtpu 0.0.42 to 0.0.52. None for CPU: of those tried each was slower or changed nothing.
+# versions that they were tried with only: jaxlib 0.10 to 0.12 and libtpu 0.0.42 to 0.0.52. None for CPU: of those
+# tried each was slower or changed nothing.
 _TRIED = ((0, 10), (0, 12))
 _FLAGS = {
     "cpu": (),
@@ -172,6 +173,9 @@ _FLAGS = {
         "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
         "--xla_tpu_overlap_compute_collective_tc=true",
         "--xla_enable_async_all_gather=true",
+        # Without this the compiler wrote each all-gather of 7b's weights over 64 chips of v5p as an all-reduce of
+        # mostly zeros: twice the traffic, and none of it beside other work (docs/planning.md).
+        "--xla_tpu_prefer_async_allgather_to_allreduce=true",
         # Gradient sums over data axes overlap with the backward pass (the same: DATA_PARALLEL_OVERLAP).
         "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
         "--xla_tpu_data_parallel_opt_different_sized_ops=true",
