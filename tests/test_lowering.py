@@ -1,4 +1,5 @@
-"""The training step and the sampler lower for TPU and for CUDA, kernels included, on a machine that has neither.
+"""The training step and the sampler lower for TPU and for CUDA, kernels included, on a machine that has
+neither.
 
 What is asserted is the exported module: JAX runs all its lowering rules, Pallas among them, and only the last
 step, to machine code, is left to the accelerator's own compiler.
@@ -24,8 +25,8 @@ VOCABULARY = Vocabulary(100, 8, (4, 4))
 KERNELS = {"tpu": ("splash", "tpu_custom_call"), "cuda": ("gpu", "__gpu$xla.gpu.triton")}
 SETTINGS = [
     "model.dtype='bfloat16'", "model.width=128", "model.heads=4", "model.kv_heads=2", "model.head_dim=64",
-    "model.mlp=256", "model.unroll=False", "model.vocab_multiple=128", "data.row_length=256", "data.batch_size=8",
-    "loss.chunk=128", "model.remat=attention", "accumulate=2", "ema=0.99",
+    "model.mlp=256", "model.unroll=False", "model.vocab_multiple=128", "data.row_length=256",
+    "data.batch_size=8", "loss.chunk=128", "model.remat=attention", "accumulate=2", "ema=0.99",
 ]  # fmt: skip
 
 
@@ -40,7 +41,8 @@ def make(config):
 
 
 def exported_step(platform, *overrides):
-    """The training step of the tiny model, exported from as many devices as there are -> its module's text."""
+    """The training step of the tiny model, exported from as many devices as there are -> its module's
+    text."""
     config = config_of(*overrides)
     mesh = meshes.make_mesh(dict(config.mesh))
     with meshes.use(mesh, config.sharding):
@@ -104,10 +106,11 @@ def test_the_sampler_lowers(platform):
     state = grammar.feed(np.array([grammar.bos, grammar.roles["user"], 7, grammar.end], np.int32))
     machine = type(state)(*(np.concatenate([field] * rows) for field in state))
     knobs = {
-        "seed": np.zeros(B, np.uint32), "room": np.full(B, 32, np.int32), "size": np.full((B, 2), 4, np.int32),
-        "image_only": np.ones(B, bool), "text_only": np.zeros(B, bool), "guidance": np.full(B, 3, np.float32),
+        "seed": np.zeros(B, np.uint32), "room": np.full(B, 32, np.int32),
+        "size": np.full((B, 2), 4, np.int32), "guidance": np.full(B, 3, np.float32),
+        "image_only": np.ones(B, bool), "text_only": np.zeros(B, bool), "keep_mode": np.zeros((B, 2), bool),
         "temperature": np.ones((B, 2), np.float32), "top_k": np.zeros((B, 2), np.int32),
-        "top_p": np.ones((B, 2), np.float32), "keep_mode": np.zeros((B, 2), bool),
+        "top_p": np.ones((B, 2), np.float32),
     }  # fmt: skip
     done = export.export(sampler._generate, platforms=[platform])(
         params, np.zeros((rows, 32), np.int32), np.zeros((rows, 32, 3), np.int32), np.full(rows, 4, np.int32),

@@ -123,7 +123,8 @@ def test_layouts_are_the_golden_ones(variant, topology, overrides):
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs(tmp_path):
-    """The real command, compiling for eight pretended devices: weights of both layers are gathered in both passes."""
+    """The real command, compiling for eight pretended devices: weights of both layers are gathered in both
+    passes."""
     flags = [
         "--config",
         "transformer:tiny",
@@ -249,5 +250,6 @@ from mmgen.runtime import hardware
 assert hardware.compilation_cache() == sys.argv[1] + "/.cache/mmgen/xla-" + jaxlib.__version__
 assert hardware.compilation_cache("elsewhere") == jax.config.jax_compilation_cache_dir  # the first stays
 """
-    environment = f"import os; os.environ['HOME'] = {str(tmp_path)!r}; os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)"
+    environment = f"import os; os.environ['HOME'] = {str(tmp_path)!r}; "
+    environment += "os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)"
     run_python(environment + code, tmp_path)

@@ -28,8 +28,8 @@ class Chip(NamedTuple):
 
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, where ICI is said per chip and for both
 # directions together; memory is what XLA says it has when a program is too large (v5p "of 95.74G hbm").
-# GPUs: NVIDIA's data sheets of the SXM modules, halved where they count sparsity or both directions; memory as
-# nvidia-smi shows it; network as in the DGX systems (8 x 200 Gb/s with A100, 8 x 400 Gb/s since).
+# GPUs: NVIDIA's data sheets of the SXM modules, halved where they count sparsity or both directions; memory
+# as nvidia-smi shows it; network as in the DGX systems (8 x 200 Gb/s with A100, 8 x 400 Gb/s since).
 # Device kinds as in jax/_src/pallas/mosaic/tpu_info.py and as cuDeviceGetName says.
 CHIPS = (
     Chip("v4", "tpu", ("TPU v4",), 275e12, 31.75 * _GiB, 1228e9, 300e9, None, 4),
@@ -72,8 +72,8 @@ class Topology(NamedTuple):
 _SHAPES = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {
-        4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
-        1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
+        4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+        512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
     },
 }  # fmt: skip
 
@@ -81,8 +81,8 @@ _SHAPES = {
 def topology(name):
     """The `Topology` that a name means: v5p-128, v5e-256, h100x64, ...
 
-    v4, v5p and tpu7x names count TensorCores, two a chip (v5p-128 has 64 chips); v5e and v6e names count chips,
-    and GPU names GPUs.
+    v4, v5p and tpu7x names count TensorCores, two a chip (v5p-128 has 64 chips); v5e and v6e names count
+    chips, and GPU names GPUs.
     """
     known = "v4-N, v5p-N, tpu7x-N (N TensorCores, two a chip), v5e-N, v6e-N (N chips), " + ", ".join(
         f"{chip.name}xN" for chip in CHIPS if chip.platform == "gpu"
@@ -106,8 +106,8 @@ def topology(name):
 
 
 def gather_seconds(topology, size, ways, inner=1):
-    """The least time in which each of `ways` devices can receive the parts of the others of an array of `size`
-    bytes, or send its own sums of it away: no protocol can do it faster than the wires.
+    """The least time in which each of `ways` devices can receive the parts of the others of an array of
+    `size` bytes, or send its own sums of it away: no protocol can do it faster than the wires.
 
     Within a torus or a host all links of a device receive at once. Between hosts each host takes in what it
     lacks through all its NICs, once. The devices stand `inner` apart: the size of the mesh axes further in.
@@ -121,8 +121,9 @@ def gather_seconds(topology, size, ways, inner=1):
 
 
 def parameters(params, tied=False):
-    """(all, multiplied) of a pytree of arrays or shapes: how many there are, and how many a token is multiplied
-    with. Tables named "...embedding" are only looked up, unless they are also the head (`tied`)."""
+    """(all, multiplied) of a pytree of arrays or shapes: how many there are, and how many a token is
+    multiplied with. Tables named "...embedding" are only looked up, unless they are also the head
+    (`tied`)."""
     total = looked_up = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total += leaf.size
@@ -131,12 +132,13 @@ def parameters(params, tied=False):
 
 
 def flops_a_token(multiplied, layers, row_length, attention_width):
-    """FLOPs of training on one token: 6 a parameter it is multiplied with (2 forward, 4 backward) and those of
-    causal attention, 12 * layers * row_length * heads * head_dim, halved since a token sees half of its row.
+    """FLOPs of training on one token: 6 a parameter it is multiplied with (2 forward, 4 backward) and those
+    of causal attention, 12 * layers * row_length * heads * head_dim, halved since a token sees half of its
+    row.
 
     What the backward pass computes again is not counted, so that utilisation by it is MFU (PaLM,
-    arXiv:2204.02311, appendix B, which does not halve attention). Rows packed with several documents cost less
-    than this where the kernel leaves out what segments hide.
+    arXiv:2204.02311, appendix B, which does not halve attention). Rows packed with several documents cost
+    less than this where the kernel leaves out what segments hide.
     """
     return 6 * multiplied + 6 * layers * row_length * attention_width
 
@@ -144,37 +146,37 @@ def flops_a_token(multiplied, layers, row_length, attention_width):
 # -- how XLA is set up
 
 # Flags and why. A flag that a jaxlib or libtpu does not know ends the process, so they are applied to the
-# versions that they were tried with only: jaxlib 0.10 to 0.12 and libtpu 0.0.42 to 0.0.52. None for CPU: of those
-# tried each was slower or changed nothing.
+# versions that they were tried with only: jaxlib 0.10 to 0.12 and libtpu 0.0.42 to 0.0.52. None for CPU: of
+# those tried each was slower or changed nothing.
 _TRIED = ((0, 10), (0, 12))
 _FLAGS = {
     "cpu": (),
     "gpu": (
         # Collectives start early and end late, behind the work that does not need them. Off by default.
         "--xla_gpu_enable_latency_hiding_scheduler=true",
-        # The scan over layers: the next layer's weights are gathered, and the last one's gradients are summed,
-        # while this one is computed, where otherwise each waits within its own turn of the loop.
+        # The scan over layers: the next layer's weights are gathered, and the last one's gradients are
+        # summed, while this one is computed, where otherwise each waits within its own turn of the loop.
         "--xla_gpu_enable_pipelined_all_gather=true",
         "--xla_gpu_enable_pipelined_reduce_scatter=true",
         "--xla_gpu_enable_pipelined_all_reduce=true",
-        # Few large messages instead of one a matrix: between hosts small ones do not fill the wire. A layer of
-        # the 7b preset is 0.4 GB in bfloat16. Memory grows by as much.
+        # Few large messages instead of one a matrix: between hosts small ones do not fill the wire. A layer
+        # of the 7b preset is 0.4 GB in bfloat16. Memory grows by as much.
         "--xla_gpu_all_gather_combine_threshold_bytes=268435456",
         "--xla_gpu_reduce_scatter_combine_threshold_bytes=268435456",
         "--xla_gpu_all_reduce_combine_threshold_bytes=268435456",
-        # Command buffers (CUDA graphs) keep their default, fusions and library calls, which suits both a training
-        # step and the body of a sampler's loop.
+        # Command buffers (CUDA graphs) keep their default, fusions and library calls, which suits both a
+        # training step and the body of a sampler's loop.
     ),
     "tpu": (
-        # All-gathers run beside matrix products, and are fused with them step by step (MaxText's set for dense
-        # models, benchmarks/xla_flags_library.py: CF_FOR_ALL_GATHER).
+        # All-gathers run beside matrix products, and are fused with them step by step (MaxText's set for
+        # dense models, benchmarks/xla_flags_library.py: CF_FOR_ALL_GATHER).
         "--xla_tpu_enable_async_collective_fusion=true",
         "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
         "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
         "--xla_tpu_overlap_compute_collective_tc=true",
         "--xla_enable_async_all_gather=true",
-        # Without this the compiler wrote each all-gather of 7b's weights over 64 chips of v5p as an all-reduce of
-        # mostly zeros: twice the traffic, and none of it beside other work (docs/planning.md).
+        # Without this the compiler wrote each all-gather of 7b's weights over 64 chips of v5p as an
+        # all-reduce of mostly zeros: twice the traffic, and none of it beside other work (docs/planning.md).
         "--xla_tpu_prefer_async_allgather_to_allreduce=true",
         # Gradient sums over data axes overlap with the backward pass (the same: DATA_PARALLEL_OVERLAP).
         "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
@@ -201,7 +203,8 @@ def expected_platform():
 
 
 def apply_flags(platform):
-    """Puts `xla_flags(platform)` into the environment, to be called before JAX touches a device. Returns those set.
+    """Puts `xla_flags(platform)` into the environment, to be called before JAX touches a device. Returns
+    those set.
 
     GPU flags go to XLA_FLAGS and TPU flags to LIBTPU_INIT_ARGS. What is set there already stays and wins.
     MMGEN_XLA_FLAGS=off leaves all as it is, and so does a jaxlib that they were not tried with.

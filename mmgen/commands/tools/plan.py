@@ -40,7 +40,7 @@ def main(argv):
     add("--max-side", type=int, default=64, help="of an image, in patches (%(default)s)")
     add("--levels", default="8,8,8,6,5", help="of the FSQ tokenizer (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="for the TPU itself where libtpu is installed, else for as many pretended CPU devices; minutes")  # fmt: skip
+        help="for the TPU where libtpu is installed, else for pretended CPU devices; minutes")  # fmt: skip
     add("--layout", action="store_true", help="print how each parameter is laid out, and nothing else")
     add("--json", metavar="FILE", help="write the numbers here too")
     args, rest = parser.parse_known_args(argv)
@@ -112,8 +112,8 @@ def _batch(config, mesh):
     mine = rows.shard_shape(shape)[0]
     if mine % config.accumulate:
         raise ValueError(
-            f"each device has {mine} rows, which do not make config.accumulate={config.accumulate} equal parts; "
-            "change it or config.data.batch_size"
+            f"each device has {mine} rows, which do not make config.accumulate={config.accumulate} equal "
+            "parts; change it or config.data.batch_size"
         )
     one = lambda dtype, *more: jax.ShapeDtypeStruct(shape + more, dtype, sharding=rows)
     return {
@@ -125,7 +125,8 @@ def _batch(config, mesh):
 
 
 def layout(config, topology, vocabulary):
-    """A line for each parameter: path, shape, logical axes, the mesh axes they lie over, bytes on each device."""
+    """A line for each parameter: path, shape, logical axes, the mesh axes they lie over, bytes on each
+    device."""
     mesh = _abstract(config, topology)
     make = lambda: transformer.of_codes(
         config.model, vocabulary.manifest, vocabulary.grammar.vocab_size, nnx.Rngs(0)
@@ -155,7 +156,8 @@ def _here(tree):
 
 def kept_a_token(model, tensor):
     """Bytes that one layer keeps of a token for the backward pass on each device, and how many all that it
-    computes of it takes: by hand from models/layers.py, for a fused attention whose logits are never whole."""
+    computes of it takes: by hand from models/layers.py, for a fused attention whose logits are never
+    whole."""
     D, F = model.width, model.mlp / tensor
     queries, keys = (heads * model.head_dim / tensor for heads in (model.heads, model.kv_heads))
     dots = (
@@ -176,7 +178,8 @@ def kept_a_token(model, tensor):
 
 
 def estimate(config, topology, vocabulary, mfu=0.5):
-    """The plan as a dict of numbers, by arithmetic from shapes: bytes are on each device, times in seconds."""
+    """The plan as a dict of numbers, by arithmetic from shapes: bytes are on each device, times in
+    seconds."""
     mesh, model = _abstract(config, topology), config.model
     batch = _batch(config, mesh)
     state = _build(config, vocabulary, mesh).shapes
@@ -197,9 +200,11 @@ def estimate(config, topology, vocabulary, mfu=0.5):
         "ema": _here(state.get("ema", {})),
         "gradients": params * (2 if config.accumulate > 1 else 1),
         "kept activations": model.layers * tokens * kept,
-        # Of two layers the weights, one that is computed and one that is on its way, and of one the gradients.
+        # Of two layers the weights, one that is computed and one that is on its way, and of one the
+        # gradients.
         "working on a layer": tokens * 2 * everything + layer * width * 3,
-        # Both tables and the head's gradient (float32, summed over chunks); logits, their softmax and gradient.
+        # Both tables and the head's gradient (float32, summed over chunks); logits, their softmax and
+        # gradient.
         "loss": table * (2 * width + 4) + 3 * chunk * table / model.width * 4,
     }
     needed, usable = sum(memory.values()), _USABLE * topology.chip.memory
@@ -209,8 +214,8 @@ def estimate(config, topology, vocabulary, mfu=0.5):
     all_tokens = batch["tokens"].size
     seconds = rate * all_tokens / (topology.devices * topology.chip.flops * mfu)
 
-    # Weights are gathered forward and backward and gradients are summed once, in the computation's precision and
-    # in every part of the batch; what tensor devices share is summed twice a layer and pass.
+    # Weights are gathered forward and backward and gradients are summed once, in the computation's precision
+    # and in every part of the batch; what tensor devices share is summed twice a layer and pass.
     inner = ways["context"] * tensor
     pass_of = lambda size, n, apart: hardware.gather_seconds(topology, size, n, apart)
     stream = tokens * model.width * width
@@ -324,9 +329,10 @@ def stand_ins(topology):
 def compile_step(config, topology, vocabulary, devices):
     """What the compiler says of one training step, as a dict: bytes are on each device.
 
-    With libtpu installed (the extra `plan`) a TPU slice need not be there to compile for it. For GPUs the step is
-    compiled for as many pretended CPU devices: the partitioner is the same, so that arguments, outputs and what
-    travels are exact but for what a GPU's own passes would merge; "temporary" is only a hint then.
+    With libtpu installed (the extra `plan`) a TPU slice need not be there to compile for it. For GPUs the
+    step is compiled for as many pretended CPU devices: the partitioner is the same, so that arguments,
+    outputs and what travels are exact but for what a GPU's own passes would merge; "temporary" is only a hint
+    then.
     """
     real = topology.chip.platform == devices[0].platform
     kernel = {"auto": "splash" if real else "chunked"}.get(config.model.attention, config.model.attention)
@@ -367,9 +373,9 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, 
 def collectives(text):
     """{name: [how many run in a step, bytes of their results on each device]} of a compiled module's text.
 
-    What stands in the body of a loop counts as often as the constant in its condition says, and of the branches
-    of a condition the one that moves most. What a TPU fuses with other work stands there several times, for its
-    start, its steps and its end, and is one by its channel.
+    What stands in the body of a loop counts as often as the constant in its condition says, and of the
+    branches of a condition the one that moves most. What a TPU fuses with other work stands there several
+    times, for its start, its steps and its end, and is one by its channel.
     """
     found, calls, bounds, channels, name, entry = {}, {}, {}, set(), None, None
     for line in text.splitlines():
