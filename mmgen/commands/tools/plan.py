@@ -329,7 +329,7 @@ def stand_ins(topology):
 def compile_step(config, topology, vocabulary, devices):
     """What the compiler says of one training step, as a dict: bytes are on each device.
 
-    With libtpu installed (the extra `plan`) a TPU slice need not be there to compile for it. For GPUs the
+    With libtpu installed (the extra `tpu`) a TPU slice need not be there to compile for it. For GPUs the
     step is compiled for as many pretended CPU devices: the partitioner is the same, so that arguments,
     outputs and what travels are exact but for what a GPU's own passes would merge; "temporary" is only a hint
     then.
