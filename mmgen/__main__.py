@@ -15,6 +15,10 @@ COMMANDS = {
 }
 TOOLS = {
     "inspect": "what lies in tokenised shards: statistics, and documents as a page to look at",
+    "plan": "memory, FLOPs and step time of a config on a pod, before there is one",
+    "export": "a run's weights as one safetensors file",
+    "replay": "the batch at which a run gave up, computed again",
+    "goodput": "where the wall time of a run went",
 }
 
 

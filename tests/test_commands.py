@@ -190,7 +190,7 @@ def test_quickstart_end_to_end(tmp_path, compiled, capsys):
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert page.count("data:image/png;base64,") >= 19 and "<polyline" in page and "http" not in page
     # Run again, it trains nothing and reports the same.
-    checkpoints = sorted((tmp_path / "run").rglob("*.sha256"))
+    checkpoints = sorted((tmp_path / "run").rglob("checkpoints/*.json"))
     times = [path.stat().st_mtime_ns for path in checkpoints]
     assert mmgen(*flags) == 0
     assert [path.stat().st_mtime_ns for path in checkpoints] == times and len(times) >= 3

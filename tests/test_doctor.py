@@ -109,8 +109,8 @@ def test_a_whole_workdir_is_ok(space):
 
 def test_a_damaged_checkpoint_is_a_warning(space, tmp_path):
     workdir = shutil.copytree(space.transformer, tmp_path / "run")
-    newest = max(int(path.stem) for path in (workdir / "checkpoints").glob("*.sha256"))
-    (workdir / "checkpoints" / f"{newest}.sha256").write_text("0" * 64)
+    newest = max(int(path.stem) for path in (workdir / "checkpoints").glob("*.json"))
+    (workdir / "checkpoints" / f"{newest}.json").write_text("0" * 64)
     assert levels(doctor.checkpoint(workdir)) == [doctor.WARNING, doctor.OK]
 
 

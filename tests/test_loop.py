@@ -199,12 +199,18 @@ def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_see_it_again(
     assert json.loads((bundle / "measured.json").read_text())["skipped_in_row"] == limit
     config = config_of(flags)
     batch = dict(np.load(bundle / "batch.npz"))
+    assert batch.pop("rows").tolist() == list(range(config.data.batch_size))
     _, expected, _ = next(
         loop.setup(config, tmp_path / "other").data.prefetch(done - 1, np.arange(config.data.batch_size))
     )
     assert batch.keys() == expected.keys() and all(
         np.array_equal(batch[name], expected[name]) for name in batch
     )
+    assert mmgen("tools", "replay", "--workdir", tmp_path, "--step", done) == 0
+    out = capsys.readouterr().out
+    assert "nan" in out and "0.00%" in out  # the loss, and gradients of which no element is finite
+    assert mmgen("tools", "replay", "--workdir", tmp_path, "--step", 1) == 1
+    assert f"{done}-0" in capsys.readouterr().err
 
 
 def test_spikes_of_the_gradient_are_skipped(space, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import argparse
 
 from mmgen.runtime import config as configs
-from mmgen.runtime import mesh
+from mmgen.runtime import hardware, mesh
 from mmgen.stages import loop
 
 
@@ -14,5 +14,7 @@ def main(argv):
     parser.add_argument("--workdir", required=True, help="folder of the run; made, or resumed")
     args, rest = parser.parse_known_args(argv)
     config = configs.load(args.config, configs.overrides(parser, rest))
+    hardware.apply_flags(hardware.expected_platform())
+    hardware.compilation_cache()
     mesh.join()
     loop.train(config, args.workdir)

@@ -47,9 +47,7 @@ def _run(x, head, targets, weights, vocab, z_loss, chunk, dtype, gradient):
     mesh, rules = current
     tokens, table = meshes.spec(("batch", "length"), rules), meshes.spec(("vocab", None), rules)
     hidden = PartitionSpec(*tokens, None)
-    axes = lambda spec: tuple(
-        a for entry in spec if entry for a in (entry if isinstance(entry, tuple) else (entry,))
-    )
+    axes = lambda spec: tuple(a for entry in spec for a in meshes.mesh_axes(entry))
     local = functools.partial(local, tokens_over=axes(tokens), vocab_over=axes(table))
     gradients = (hidden, table) if gradient else (None, None)
     return jax.shard_map(

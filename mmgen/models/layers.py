@@ -93,8 +93,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, cos_sin, see=None, impl="xla"):
         q, k, v = self.qkv(x, cos_sin)
-        q = constrain(q, ("batch", "length", "heads", "head_dim"))
-        return self.project(checkpoint_name(attention(q, k, v, see, impl=impl), "attention"))
+        return self.project(attention(q, k, v, see, impl=impl))
 
     def project(self, y):
         return self.out(y.reshape(y.shape[:2] + (-1,)))

@@ -4,6 +4,7 @@ Pre-norm RMSNorm, QK-norm, SwiGLU, grouped-query attention, (t, y, x) rotary emb
 layers. Shapes: B batch, T tokens, D model, V vocabulary, K kv-heads, C channels a head.
 """
 
+import functools
 import math
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 from mmgen.models import layers
 from mmgen.models.attention import attention, bias_of
 from mmgen.models.cross_entropy import cross_entropy
+from mmgen.runtime import mesh as meshes
 from mmgen.runtime.mesh import constrain
 
 _OCTAVES = 6  # of the place features: periods of 4, 8, ... 128 patches
@@ -103,9 +105,9 @@ class Transformer(nnx.Module):
         angles = offset[..., None] * (np.pi / 2 ** np.arange(1, _OCTAVES + 1, dtype=np.float32))
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles) - 1], -1)
         table = self._table(self.embedding, self.digit_embedding).astype(self.dtype)
-        x = table[tokens] + self.place(waves.reshape(waves.shape[:-2] + (-1,)))
+        x = lookup(table, tokens) + self.place(waves.reshape(waves.shape[:-2] + (-1,)))
         if self.before is not None:
-            earlier = table[jnp.maximum(before, 0)] * (before >= 0)[..., None]
+            earlier = lookup(table, before)
             x = x + self.before(earlier.reshape(earlier.shape[:-2] + (-1,)))
         if self.around is None:
             return x
@@ -146,6 +148,29 @@ class Transformer(nnx.Module):
         return layers.scan(
             self.blocks, x, self.rope(positions), segments, c.attention, remat=c.remat, unroll=c.unroll
         )
+
+
+def lookup(table, ids):
+    """Rows of table [V, D] for int ids [B, T, ...] -> [B, T, ..., D]; zeros where an id is negative.
+
+    Under a mesh each device looks up what lies in its own part of the vocabulary, and the parts are summed: the
+    compiler by itself would gather the whole table, or what was looked up, on every device.
+    """
+
+    def local(table, ids, over=()):
+        ids = ids - (jax.lax.axis_index(over) * table.shape[0] if over else 0)
+        here = (ids >= 0) & (ids < table.shape[0])
+        rows = jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0)
+        return jax.lax.psum(rows, over) if over else rows
+
+    if meshes.current() is None:
+        return local(table, ids)
+    mesh, rules = meshes.current()
+    rows, tokens = meshes.spec(("vocab", None), rules), meshes.spec(("batch", "length"), rules)
+    return jax.shard_map(
+        functools.partial(local, over=meshes.mesh_axes(rows[0])),
+        mesh=mesh, in_specs=(rows, tokens), out_specs=tokens, check_vma=False,
+    )(table, ids)  # fmt: skip
 
 
 def around_next(tokens, segments, code_start, max_side):

@@ -7,9 +7,11 @@ import os
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ("replica", "data", "fsdp", "context", "tensor")
+_LARGE = 1_000_000  # elements from which a parameter may not lie whole where it could be shared
 
 _current = None  # (mesh, rules) while a program is traced, so that models can name activation axes
 
@@ -17,7 +19,8 @@ _current = None  # (mesh, rules) while a program is traced, so that models can n
 def join():
     """Joins the other processes of a run, where MMGEN_DISTRIBUTED says that there are any.
 
-    "auto" lets JAX ask SLURM or the TPU slice; "RANK/COUNT" (as 0/2) is for
+    "auto" lets JAX ask SLURM (which then gives a task one GPU, unless JAX_LOCAL_DEVICE_IDS names several, as
+    launch/slurm.py does) or the TPU slice; "RANK/COUNT" (as 0/2) is for
     processes that know it themselves, with JAX_COORDINATOR_ADDRESS=HOST:PORT. See launch/.
     """
     place = _place()
@@ -74,7 +77,19 @@ def make_mesh(shape):
             f"mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, found {devices}; "
             "change config.mesh (-1 means 'all that are left')"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=auto)
+    # Several TPU slices: within one the wires are fast, between them is the data centre's network. Only the axis
+    # "replica" crosses it, where gradients alone are summed.
+    if sizes[0] % slices:
+        raise ValueError(
+            f"{slices} slices are joined by the data centre's network, which the axis replica={sizes[0]} does not "
+            f"cover: make config.mesh.replica a multiple of {slices}"
+        )
+    devices = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1, 1))
+    return jax.sharding.Mesh(devices, AXES, axis_types=auto)
 
 
 def describe(mesh):
@@ -84,25 +99,42 @@ def describe(mesh):
 
 
 def spec(axes, rules):
-    """The PartitionSpec of logical axis names; every name must have a rule (None: replicated)."""
+    """The PartitionSpec of logical axis names; every name must have a rule: a mesh axis, several (a tuple, or a
+    text with commas, as on the command line), or nothing (None or ""), which is replicated."""
     missing = [axis for axis in axes if axis is not None and axis not in rules]
     if missing:
         raise ValueError(
             f"no sharding rule covers the logical axes {missing}; "
             f"add them to config.sharding (has: {', '.join(sorted(rules))})"
         )
-    entries = []
-    for axis in axes:
-        entry = rules[axis] if axis is not None else None
-        entries.append(tuple(entry) if isinstance(entry, (list, tuple)) else entry)
-    used = [a for e in entries if e for a in (e if isinstance(e, tuple) else (e,))]
+    entries = [mesh_axes(rules[axis]) if axis is not None else () for axis in axes]
+    used = [a for entry in entries for a in entry]
+    unknown = sorted(set(used) - set(AXES))
+    if unknown:
+        raise ValueError(
+            f"the rules of {axes} name unknown mesh axes {unknown}; known axes: {', '.join(AXES)}"
+        )
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {axes} are laid twice over a mesh axis: {entries}")
-    return PartitionSpec(*entries)
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
+
+
+def mesh_axes(rule):
+    """A rule as a tuple of mesh axes."""
+    return tuple(filter(None, rule.split(","))) if isinstance(rule, str) else tuple(rule or ())
 
 
 def param_shardings(state, mesh, rules):
-    """Pure dict of NamedShardings for an `nnx.State`, from each parameter's own `axes`."""
+    """Pure dict of NamedShardings for an `nnx.State`, from each parameter's own `axes`.
+
+    Raises ValueError where a parameter names no axes, an axis has no rule or does not divide, and where a large
+    parameter lies whole on devices that could share it: one with over 1 % of all elements and over a million,
+    along a mesh axis of those that the rules split parameters over.
+    """
+    flat = nnx.to_flat_state(state)
+    total = sum(variable.size for _, variable in flat)
+    logical = [axis for _, variable in flat for axis in variable.get_metadata().get("axes") or ()]
+    splitting = {a for name in logical for a in mesh_axes(rules.get(name))}
 
     def one(path, variable):
         axes = variable.get_metadata().get("axes")
@@ -114,16 +146,22 @@ def param_shardings(state, mesh, rules):
         if variable.ndim != len(axes):
             raise ValueError(f"parameter {name}: shape {variable.shape} but axes {axes}")
         partition = spec(axes, rules)
-        for size, entry in zip(variable.shape, partition):
-            ways = math.prod(mesh.shape[a] for a in (entry if isinstance(entry, tuple) else (entry,)) if a)
+        for axis, size, entry in zip(axes, variable.shape, partition):
+            ways = math.prod(mesh.shape[a] for a in mesh_axes(entry))
             if size % ways:
                 raise ValueError(
-                    f"parameter {name}: axis of size {size} ({axes}) does not divide over "
-                    f"{ways} devices of mesh axes {entry}"
+                    f"parameter {name}: its axis {axis!r} of size {size} does not divide over {ways} devices of mesh "
+                    f"axes {entry}; change the size, config.mesh, or replicate it with config.sharding.{axis}="
                 )
+        over = {a for entry in partition for a in mesh_axes(entry)}
+        whole = [a for a in AXES if a in splitting - over and mesh.shape[a] > 1]
+        if whole and variable.size > max(_LARGE, total // 100):
+            raise ValueError(
+                f"parameter {name} {variable.shape}, {variable.size / total:.0%} of all, lies whole along mesh axes "
+                f"{whole}, of {[mesh.shape[a] for a in whole]} devices: give one of its axes {axes} a rule in config.sharding"
+            )
         return NamedSharding(mesh, partition)
 
-    flat = nnx.to_flat_state(state)
     return nnx.to_pure_dict(nnx.from_flat_state([(path, one(path, v)) for path, v in flat]))
 
 
@@ -140,8 +178,8 @@ def check_batch(sharding, shape):
     """Raises ValueError where a batch of `shape` (rows, or rows and tokens of a row) does not divide over the devices."""
     settings = ("config.data.batch_size", "config.data.row_length")
     for size, entry, setting in zip(shape, (*sharding.spec, None, None), settings):
-        names = entry if isinstance(entry, tuple) else (entry,)
-        ways = math.prod(sharding.mesh.shape[name] for name in names if name)
+        names = mesh_axes(entry)
+        ways = math.prod(sharding.mesh.shape[name] for name in names)
         if size < 1 or size % ways:
             raise ValueError(
                 f"{setting} of {size} does not divide over {ways} devices of mesh axes {names}; change "

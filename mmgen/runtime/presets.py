@@ -46,7 +46,7 @@ LOOP = {
     "accumulate": 1,  # parts that a batch is computed in, one after the other; their gradients are summed
     "spike": 0.0,  # skip steps whose gradient norm is over so many times its running mean; 0: only what is not finite
     "max_skipped": 10,  # steps skipped in a row after which the run gives up
-    "step_limit": 1800.0,  # seconds after which a step counts as stuck: stacks are dumped, the process ends; 0: never
+    "step_limit": 600.0,  # seconds after which a step counts as stuck: stacks are dumped, the process ends; 0: never
     "keep_every": 0,  # steps whose checkpoints stay for ever; 0: none
     "best": "",  # "psnr:max": the best checkpoint by a metric stays as well
     "init": "",  # workdir of another run whose weights a new run begins with

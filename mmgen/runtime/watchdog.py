@@ -12,7 +12,7 @@ class Watchdog:
     `allowance` times as long.
     """
 
-    def __init__(self, seconds, allowance=20):
+    def __init__(self, seconds, allowance=4):
         self._seconds, self._allowance = seconds, allowance
 
     def arm(self, factor=1):

@@ -204,7 +204,7 @@ def train(config, workdir, *, stop_at=None):
                 if int(measured["skipped_in_row"]) >= config.max_skipped:
                     save(done)
                     saves.wait()
-                    _give_up(workdir, done, batch, measured)
+                    _give_up(workdir, done, mine, batch, measured)
             in_row = measured["skipped_in_row"]
             log, to_save = done % config.log_every == 0, done % config.save_every == 0 or done == stop
             measure = done % config.evaluate_every == 0 or done == config.steps
@@ -321,15 +321,15 @@ def _initial(state, stage, config):
     )
 
 
-def _give_up(workdir, done, batch, measured):
+def _give_up(workdir, done, rows, batch, measured):
     """Writes down what is needed to see again why the last steps were skipped, and raises FloatingPointError.
 
-    The state is the checkpoint of step `done`: skipped steps leave it as it was. The batch is this process's part.
+    The state is the checkpoint of step `done`: skipped steps leave it as it was. The batch is this process's `rows`.
     """
     measured = {name: float(value) for name, value in measured.items()}
     folder = Path(workdir) / "bundles" / f"{done}-{jax.process_index()}"
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "batch.npz", **batch)
+    np.savez(folder / "batch.npz", rows=rows, **batch)
     (folder / "measured.json").write_text(json.dumps(measured, indent=2))
     raise FloatingPointError(
         f"{measured['skipped_in_row']:.0f} steps in a row were skipped, the last is {done}: loss {measured['loss']}, "

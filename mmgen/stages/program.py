@@ -21,6 +21,7 @@ class Program(NamedTuple):
     graphdef: Any  # of the model; nnx.merge(graphdef, params) is one
     shapes: dict  # the state as ShapeDtypeStructs that carry their shardings
     init: Callable  # key -> state, laid out, never all of it on one device
+    gradients: Callable  # (params, batch, step) -> ({name: (sum, weight)}, gradients of the mean loss)
     step: Callable  # (state, batch) -> (state, metrics); jitted, the state is donated
 
 
@@ -71,23 +72,24 @@ def build(config, make, loss, mesh):
         (_, sums), grads = jax.value_and_grad(value, has_aux=True)(params)
         return sums, jax.lax.with_sharding_constraint(grads, shardings["params"])
 
-    def step(state, batch):
-        params, watch = state["params"], state["optimizer"]["watch"]
-        at = state["optimizer"]["step"]
+    def gradients(params, batch, at):
         step_key = jax.random.fold_in(key, at)
         if config.accumulate == 1:
             sums, grads = part(params, batch, step_key)
         else:
-            body = lambda total, x: (jax.tree.map(jnp.add, total, part(params, x[0], x[1])), None)
+            body = lambda total, x: (jax.tree.map(jnp.add, total, part(params, *x)), None)
             xs = (_parts(batch, config.accumulate), jax.random.split(step_key, config.accumulate))
-            zeros = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype),
-                jax.eval_shape(part, params, *jax.tree.map(lambda x: x[0], xs)),
-            )
+            one = jax.eval_shape(part, params, *jax.tree.map(lambda x: x[0], xs))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
             (sums, grads), _ = jax.lax.scan(body, zeros, xs)
-        measured = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in sums.items()}
         weight = jnp.maximum(sums["loss"][1], 1e-9)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        return sums, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+
+    def step(state, batch):
+        params, watch = state["params"], state["optimizer"]["watch"]
+        at = state["optimizer"]["step"]
+        sums, grads = gradients(params, batch, at)
+        measured = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in sums.items()}
         norm = optax.tree.norm(grads)
 
         updates, moments = tx.update(grads, state["optimizer"]["moments"], params)
@@ -122,6 +124,7 @@ def build(config, make, loss, mesh):
         graphdef,
         shapes,
         jax.jit(init, out_shardings=shardings),
+        gradients,
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
     )
 
