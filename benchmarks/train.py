@@ -210,8 +210,11 @@ def ours(shape, batches, _):
     from mmgen.runtime import mesh as meshes
     from mmgen.stages import program
 
-    hardware.apply_flags(hardware.expected_platform())
+    platform = hardware.expected_platform()
+    hardware.apply_flags(platform)
     config = configs.load("transformer:quickstart")
+    if platform == "cpu" and config.keep_pages:
+        memory.keep_pages()  # before JAX has threads
     m = config.model
     m.width, m.layers, m.heads, m.kv_heads = (shape[k] for k in ("width", "layers", "heads", "kv_heads"))
     m.head_dim, m.mlp, m.dtype = m.width // m.heads, shape["mlp"], shape["dtype"]
@@ -220,8 +223,6 @@ def ours(shape, batches, _):
     o = config.optimizer
     o.name, o.learning_rate, o.clip, o.weight_decay, (o.beta1, o.beta2) = "adamw", RATE, CLIP, DECAY, BETAS
     config.steps, o.warmup, o.final, config.ema = 1_000_000, 0, 1.0, 0.0
-    if jax.default_backend() == "cpu" and config.keep_pages:
-        memory.keep_pages()
     mesh = meshes.make_mesh(dict(config.mesh))
     layout = NamedSharding(mesh, meshes.spec(("batch", "length"), config.sharding))
     rows = np.arange(shape["batch"])
