@@ -460,7 +460,7 @@ def test_a_real_run_that_is_told_to_stop_and_one_that_is_stuck(tmp_path):
         with open(log, "a") as copy:
             for line in process.stdout:
                 copy.write(line)
-                if line.startswith("[1] step "):
+                if line.startswith("[0] step "):
                     return process
         raise AssertionError(log.read_text())
 

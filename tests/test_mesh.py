@@ -144,7 +144,9 @@ def test_every_parameter_is_covered_or_an_error():
     assert layout(Model)["blocks"]["w"].spec == PartitionSpec(None, "fsdp", "tensor")
     with pytest.raises(ValueError, match="no sharding rule covers"):
         layout(lambda: Model(("embed", "mpl")))
-    with pytest.raises(ValueError, match="blocks/w: axis of size 10 .* does not divide over 4"):
+    with pytest.raises(
+        ValueError, match="blocks/w: its axis 'mlp' of size 10 does not divide over 4 .*config.sharding.mlp="
+    ):
         layout(lambda: Model(shape=(8, 10)))
     with pytest.raises(ValueError, match="blocks/w: shape"):
         layout(lambda: Model(("embed",)))
@@ -155,6 +157,55 @@ def test_every_parameter_is_covered_or_an_error():
 
     with pytest.raises(ValueError, match="parameter w names no logical axes"):
         layout(Bare)
+
+
+def test_a_large_parameter_may_not_lie_whole_where_it_could_be_shared():
+    one = lambda axes, shape: layout(lambda: layers.Linear(shape, axes, nnx.Rngs(0)))
+    assert one(("embed", "mlp"), (1024, 2048))["w"].spec == PartitionSpec("fsdp", "tensor")
+    assert one(("place", "mlp"), (512, 1024))["w"].spec == PartitionSpec(None, "tensor")  # not that large
+    with pytest.raises(
+        ValueError, match=r"w \(1024, 2048\), 100% of all, lies whole along .*'tensor'.* of \[4\] devices"
+    ):
+        layout(lambda: Two(("embed", "place")))
+
+
+class Two(nnx.Module):
+    """A large matrix of the axes given, and one that says that rules split parameters over fsdp and tensor."""
+
+    def __init__(self, axes):
+        self.w = nnx.Param(np.zeros((1024, 2048), np.float32), axes=axes)
+        self.other = nnx.Param(np.zeros((8, 8), np.float32), axes=("embed", "mlp"))
+
+
+def test_rules_as_they_are_written_on_a_command_line():
+    rules = SHARDING | {"stream": "context,tensor", "kv_heads": ""}
+    assert meshes.spec(("batch", "stream", "kv_heads"), rules) == PartitionSpec(
+        ("replica", "data", "fsdp"), ("context", "tensor"), None
+    )
+    with pytest.raises(ValueError, match="unknown mesh axes .*'tensr'"):
+        meshes.spec(("mlp",), SHARDING | {"mlp": "tensr"})
+
+
+def test_slices_are_joined_by_the_axis_replica_alone(monkeypatch):
+    """The slow network lies between devices of different slices: only `replica` may cross it."""
+
+    class Device:
+        platform, device_kind, process_index = "tpu", "TPU v5p", 0
+
+        def __init__(self, i):
+            self.id, self.slice_index, self.coords, self.core_on_chip = i, i // 4, (i % 4, 0, 0), 0
+
+    devices = [Device(i) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    made = {}
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda array, axes, axis_types: made.update(array=array))
+    meshes.make_mesh({"replica": 2, "fsdp": -1})
+    assert made["array"].shape == (2, 1, 4, 1, 1)
+    for replica in (0, 1):
+        assert {d.slice_index for d in made["array"][replica].ravel()} == {replica}
+    with pytest.raises(ValueError, match="multiple of 2"):
+        meshes.make_mesh({"fsdp": 8})
 
 
 def test_constraints_outside_a_mesh_do_nothing():

@@ -50,7 +50,7 @@ json.dump({"mine": mine.tolist(), "digests": digests, "total": int(total)}, open
 """
 
 
-def run(processes, code, arguments, **environment):
+def run(processes, code, arguments, status=0, **environment):
     """Runs `code` in so many processes of one run, four devices in all, with the arguments of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -67,7 +67,7 @@ def run(processes, code, arguments, **environment):
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error[-3000:]
+        assert process.returncode == status, error[-3000:]
 
 
 def read(folder, plans, processes, start, stop, tmp_path):

@@ -1,9 +1,14 @@
 """`mmgen train --config NAME:VARIANT --workdir DIR [--config.a.b=value ...]`."""
 
 import argparse
+import os
+import sys
+
+import jax
 
 from mmgen.runtime import config as configs
 from mmgen.runtime import hardware, mesh
+from mmgen.runtime.preemption import EXIT, Preempted
 from mmgen.stages import loop
 
 
@@ -17,4 +22,12 @@ def main(argv):
     hardware.apply_flags(hardware.expected_platform())
     hardware.compilation_cache()
     mesh.join()
-    loop.train(config, args.workdir)
+    try:
+        loop.train(config, args.workdir)
+    except Preempted:
+        if jax.process_count() > 1:
+            raise  # an orderly end: the others are told
+        # All is saved. A thread that is stuck in reading would hold up an orderly end until the machine is gone.
+        print("stopped by a signal, after saving; run again to go on", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT)

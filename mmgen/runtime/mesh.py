@@ -57,38 +57,45 @@ def _place():
     return int(rank), int(count)
 
 
-def make_mesh(shape):
-    """Builds the mesh from `{axis: size}`; axes left out have size 1, one may be -1 (the rest).
+def sizes(shape, devices):
+    """The size of every axis of AXES for `{axis: size}`; axes left out have size 1, one may be -1 (the rest).
 
-    Raises ValueError where the sizes do not fill the devices exactly.
+    Raises ValueError where they do not fill the number of devices exactly.
     """
     unknown = sorted(set(shape) - set(AXES))
     if unknown:
         raise ValueError(f"unknown mesh axes {unknown}; known axes: {', '.join(AXES)}")
-    sizes = [shape.get(axis, 1) for axis in AXES]
-    devices = jax.device_count()
-    if sizes.count(-1) == 1:
-        fixed = math.prod(size for size in sizes if size != -1)
+    found = [shape.get(axis, 1) for axis in AXES]
+    if found.count(-1) == 1:
+        fixed = math.prod(size for size in found if size != -1)
         if devices % fixed:
             raise ValueError(f"mesh {dict(shape)}: {devices} devices do not divide by {fixed}")
-        sizes[sizes.index(-1)] = devices // fixed
-    if math.prod(sizes) != devices or min(sizes) < 1:
+        found[found.index(-1)] = devices // fixed
+    if math.prod(found) != devices or min(found) < 1:
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, found {devices}; "
+            f"mesh {dict(zip(AXES, found))} needs {math.prod(found)} devices, found {devices}; "
             "change config.mesh (-1 means 'all that are left')"
         )
+    return tuple(found)
+
+
+def make_mesh(shape):
+    """The mesh of all devices from `{axis: size}`, see `sizes`."""
+    across, *within = sizes(shape, jax.device_count())
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=auto)
+        return jax.make_mesh((across, *within), AXES, axis_types=auto)
     # Several TPU slices: within one the wires are fast, between them is the data centre's network. Only the axis
     # "replica" crosses it, where gradients alone are summed.
-    if sizes[0] % slices:
+    if across % slices:
         raise ValueError(
-            f"{slices} slices are joined by the data centre's network, which the axis replica={sizes[0]} does not "
+            f"{slices} slices are joined by the data centre's network, which the axis replica={across} does not "
             f"cover: make config.mesh.replica a multiple of {slices}"
         )
-    devices = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1, 1))
+    devices = mesh_utils.create_hybrid_device_mesh(
+        (across // slices, *within), (slices, 1, 1, 1, 1), jax.devices()
+    )
     return jax.sharding.Mesh(devices, AXES, axis_types=auto)
 
 

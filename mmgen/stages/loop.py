@@ -171,7 +171,9 @@ def train(config, workdir, *, stop_at=None):
         within.callback(watchdog.rest)
         profile = within.enter_context(metric_files.Profile(workdir, *config.profile, on=first))
         batches = within.enter_context(contextlib.closing(stage.data.prefetch(start, mine)))
-        bar = tqdm(total=config.steps, initial=start, desc=config.name, disable=None, leave=False)
+        bar = tqdm(
+            total=config.steps, initial=start, desc=config.name, disable=None if first else True, leave=False
+        )
         began, since, waited, bad, preempted, in_row = time.monotonic(), start, 0.0, 0, False, None
         reached = start
         for step in range(start, stop):
@@ -227,7 +229,8 @@ def train(config, workdir, *, stop_at=None):
                     last["bad_documents"] = bad
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
                 eta = f"eta {(config.steps - done) * seconds / steps:.0f} s" if steps else ""
-                tqdm.write(f"step {done}/{config.steps}  {shown}  {eta}")
+                if first:
+                    tqdm.write(f"step {done}/{config.steps}  {shown}  {eta}")
                 if measure:
                     found = None
                     with goodput.on("evaluate"), watchdog.patient(), preemption.interruptible():

@@ -37,7 +37,10 @@ def build(config, make, loss, mesh):
     and `skipped_in_row`.
     """
     create = lambda key: make(nnx.Rngs(key))
-    graphdef, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(config.seed)))
+    new_key = jax.ShapeDtypeStruct(
+        (), jax.eval_shape(lambda: jax.random.key(0)).dtype
+    )  # its shape: no device is asked
+    graphdef, abstract = nnx.split(nnx.eval_shape(create, new_key))
     tx = optimizer.make(config.optimizer, config.steps, abstract)
 
     def init(key):
@@ -55,12 +58,11 @@ def build(config, make, loss, mesh):
             state["ema"] = jax.tree.map(jnp.copy, params)
         return state
 
-    shapes = jax.eval_shape(init, jax.random.key(config.seed))
+    shapes = jax.eval_shape(init, new_key)
     shardings = _shardings(shapes, meshes.param_shardings(abstract, mesh, config.sharding), mesh)
     shapes = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
     )
-    key = jax.random.key(config.seed + 1)
 
     def part(params, batch, key):
         """-> ({name: (sum, weight)}, gradients of the sum of losses)."""
@@ -73,7 +75,7 @@ def build(config, make, loss, mesh):
         return sums, jax.lax.with_sharding_constraint(grads, shardings["params"])
 
     def gradients(params, batch, at):
-        step_key = jax.random.fold_in(key, at)
+        step_key = jax.random.fold_in(jax.random.key(config.seed + 1), at)
         if config.accumulate == 1:
             sums, grads = part(params, batch, step_key)
         else:

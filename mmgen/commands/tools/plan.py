@@ -76,18 +76,6 @@ class Vocabulary:
         self.manifest = {"levels": levels, "color_digits": 0, "grammar": self.grammar.to_dict()}
 
 
-def _sizes(config, devices):
-    """The sizes of the mesh axes, -1 resolved."""
-    shape = dict(config.mesh)
-    fixed = math.prod(size for size in shape.values() if size != -1)
-    sizes = [devices // fixed if shape[axis] == -1 else shape[axis] for axis in meshes.AXES]
-    if math.prod(sizes) != devices:
-        raise ValueError(
-            f"mesh {shape} does not fill {devices} devices; change config.mesh (-1 means 'all that are left')"
-        )
-    return sizes
-
-
 def _build(config, vocabulary, mesh):
     make = lambda rngs: transformer.of_codes(
         config.model, vocabulary.manifest, vocabulary.grammar.vocab_size, rngs
@@ -101,7 +89,7 @@ def _build(config, vocabulary, mesh):
 def _abstract(config, topology):
     """The mesh without devices."""
     types = (AxisType.Auto,) * len(meshes.AXES)
-    return AbstractMesh(tuple(_sizes(config, topology.devices)), meshes.AXES, axis_types=types)
+    return AbstractMesh(meshes.sizes(dict(config.mesh), topology.devices), meshes.AXES, axis_types=types)
 
 
 def _batch(config, mesh):
@@ -338,7 +326,7 @@ def compile_step(config, topology, vocabulary, devices):
     kernel = {"auto": "splash" if real else "chunked"}.get(config.model.attention, config.model.attention)
     with config.unlocked():
         config.model.attention = kernel  # "auto" asks what this machine has
-    sizes = _sizes(config, topology.devices)
+    sizes = meshes.sizes(dict(config.mesh), topology.devices)
     mesh = Mesh(np.array(devices).reshape(sizes), meshes.AXES, axis_types=(AxisType.Auto,) * len(sizes))
     built = _build(config, vocabulary, mesh)
     began = time.monotonic()
