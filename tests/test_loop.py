@@ -4,11 +4,14 @@ import json
 import random
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from mmgen.grammar import Grammar
 from mmgen.runtime import checkpoint
 from mmgen.runtime.config import ConfigError
 from mmgen.stages import loop, program
@@ -282,3 +285,97 @@ def test_a_batch_that_the_devices_cannot_share(space, tmp_path):
     done = run_python(code, *command, devices=3, check=False)
     assert done.returncode == 1 and "multiple of 3" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "vocabulary.json").exists()
+
+
+def test_flops_utilisation_and_a_trace(space, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.hardware, "peak_flops", lambda device, dtype: 1e12)
+    flags = [*space.transformer_flags, "--config.profile=(3,5)"]
+    loop.train(config_of(flags), tmp_path)
+    config = config_of(flags)
+    m, T = config.model, config.data.row_length
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    params = {name: x for name, x in arrays(tmp_path, STEPS).items() if name.startswith("params")}
+    multiplied = sum(x.size for name, x in params.items() if "embedding" not in name)
+    token = 6 * multiplied + 12 * m.layers * T * m.heads * m.head_dim / 2
+    assert line["tflops_per_device"] == pytest.approx(token * line["tokens_per_second"] / 1e12, rel=1e-6)
+    assert line["mfu"] == pytest.approx(line["tflops_per_device"], rel=1e-6)  # of a peak of one TFLOP/s
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_weights_of_another_run_and_a_vocabulary_that_has_grown(space, tmp_path, capsys):
+    """More pieces and larger images: pieces, controls, sizes and codes keep what was learned of each."""
+    flags = [flag for flag in space.transformer_flags if "shards" not in flag]
+    text, shards, run = tmp_path / "text.model", tmp_path / "shards", tmp_path / "run"
+    world = ("--source", "world:train", "--documents", 200)
+    assert mmgen("text", *world, "--pieces", 400, "--out", text) == 0
+    assert (
+        mmgen(
+            "tokenize",
+            *world,
+            "--tokenizer",
+            space.tokenizer,
+            "--text",
+            text,
+            "--max-side",
+            72,
+            "--out",
+            shards,
+        )
+        == 0
+    )
+    flags += [f"--config.data.shards={shards}", f"--config.init={space.transformer}"]
+    flags += [
+        "--config.optimizer.warmup=5"
+    ]  # whose first rate is 0: the first step leaves the weights as they came
+    loop.train(config_of(flags), run, stop_at=1)
+    assert "left as initialised: none" in capsys.readouterr().out
+    before, after = arrays(space.transformer, STEPS), arrays(run, 1)
+    old, new = (
+        json.loads((folder / "vocabulary.json").read_text())["grammar"] for folder in (space.transformer, run)
+    )
+    a, b = Grammar.from_dict(old), Grammar.from_dict(new)
+    assert b.vocab_size > a.vocab_size and b.code_start > a.code_start
+    for table in ("params['embedding']", "params['head']"):
+        x, y = before[table], after[table]
+        for mine, theirs, count in (
+            (0, 0, a.pieces), (a.pieces, b.pieces, 64), (a.h(1), b.h(1), a.max_side), (a.w(1), b.w(1), a.max_side),
+            (a.code_start, b.code_start, a.codes),
+        ):  # fmt: skip
+            np.testing.assert_array_equal(x[mine : mine + count], y[theirs : theirs + count])
+    for name in before:
+        if name.startswith("params") and "['embedding']" not in name and "['head']" not in name:
+            np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_the_best_step_stays(space, tmp_path):
+    flags = [flag for flag in space.tokenizer_flags if "every" not in flag and "keep" not in flag]
+    flags += ["--config.save_every=1", "--config.evaluate_every=1", "--config.log_every=1", "--config.keep=1"]
+    loop.train(config_of([*flags, "--config.best=psnr:max", "--config.keep_every=4"]), tmp_path)
+    psnr = {line["step"]: line["psnr"] for line in records(tmp_path)}
+    assert checkpoint.steps(tmp_path) == sorted({max(psnr, key=psnr.get), 4, STEPS})
+    with pytest.raises(ConfigError, match="psnr:max"):
+        loop.train(config_of([*flags, "--config.best=psnr"]), tmp_path)
+
+
+def test_logging_to_weights_and_biases(space, tmp_path, monkeypatch):
+    logged = []
+
+    class Run:
+        def log(self, scalars, step):
+            logged.append((step, scalars["loss"]))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**options):
+        logged.append((options["project"], options["id"], options["config"]["stage"]))
+        return Run()
+
+    flags = [*space.tokenizer_flags, "--config.wandb=project"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        loop.train(config_of(flags), tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    loop.train(config_of(flags), tmp_path)
+    assert logged[0] == ("project", tmp_path.name, "tokenizer") and logged[-1] == "finished"
+    assert [step for step, _ in logged[1:-1]] == [2, 4, 6, 8]
