@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -11,6 +12,7 @@ from mmgen.models import layers, transformer
 from mmgen.models.autoencoders import Autoencoder
 from mmgen.runtime import config as configs
 from mmgen.runtime import optimizer
+from tests.conftest import run_python
 
 BASE = dict(
     name="muon", learning_rate=0.1, adam_learning_rate=0.01, warmup=0, final=0.0, weight_decay=0.0, beta1=0.9,
@@ -118,6 +120,77 @@ def test_muon_makes_steps_of_even_singular_values():
     for part in np.moveaxis(np.asarray(updates(single, params, gradients)["blocks"]["wi"]["w"]), 1, 0):
         values = np.linalg.svd(part, compute_uv=False)
         assert values[0] / values[-1] < 3
+
+
+def test_muon_is_that_of_optax():
+    """Its updates and its state, but for where the matrices are while they are orthogonalized."""
+    config = configs.load("transformer:tiny").model
+    state = abstract_of(lambda: transformer.Transformer(config, 60, nnx.Rngs(0), (5, 3, 2)))
+    chosen = settings(weight_decay=0.1)
+    factor = optimizer.schedule(chosen, 100)
+    theirs = optax.contrib.muon(
+        lambda step: 0.1 * factor(step), ns_steps=4, preconditioning="aol", weight_decay=0.1,
+        adam_learning_rate=lambda step: 0.01 * factor(step), adam_b1=0.9, adam_b2=0.95,
+        muon_weight_dimension_numbers=jax.tree.map(
+            lambda found: None if isinstance(found, optax.MaskedNode) else found, optimizer._dimensions(state),
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode | optax.contrib.MuonDimensionNumbers),
+        ),
+    )  # fmt: skip
+
+    def run(transform):
+        params, moments = random_like(state, 0), transform.init(random_like(state, 0))
+        for step in range(3):
+            changes, moments = jax.jit(transform.update)(random_like(state, step + 1), moments, params)
+            params = optax.apply_updates(params, changes)
+        return params, moments
+
+    ours, expected = run(optimizer.make(chosen, 100, state)), run(theirs)
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+
+
+SHARED = """
+import jax, numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from mmgen.commands.tools.plan import collectives
+from mmgen.models import layers
+from mmgen.runtime import config as configs, mesh as meshes, presets
+from mmgen.stages import program
+from tests.test_optimizer import abstract_of, optimizer, random_like, settings
+
+class Blocks(nnx.Module):
+    def __init__(self):
+        config = configs.load("transformer:tiny").model
+        config.update(heads=4, kv_heads=2)
+        make = lambda rngs: layers.Block(config, rngs, dtype="float32")
+        self.blocks = layers.stack(make, 3, nnx.Rngs(0))
+
+state = abstract_of(Blocks)
+tx = optimizer.make(settings(weight_decay=0.1), 100, state)
+values = random_like(state, 1), tx.init(random_like(state, 0)), random_like(state, 0)
+expected = jax.jit(tx.update)(*values)
+for shape in ({"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    sizes = [shape.get(axis, 1) for axis in meshes.AXES]
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), meshes.AXES)
+    params = meshes.param_shardings(state, mesh, presets.SHARDING)
+    moments = program._shardings(jax.eval_shape(lambda: values[1]), params, mesh)
+    laid = jax.device_put(values, (params, moments, params))
+    with meshes.use(mesh, presets.SHARDING):
+        update = jax.jit(tx.update, out_shardings=(params, moments)).lower(*laid).compile()
+    for a, b in zip(jax.tree.leaves(update(*laid)), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    print(shape, collectives(update.as_text()))
+"""
+
+
+def test_devices_share_the_matrices_and_gather_none():
+    """Fifteen of one shape and six of another on eight devices: what is shared out is exchanged, there and back."""
+    lines = run_python(SHARED, devices=8).stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert "all-to-all" in line and "all-gather" not in line and "all-reduce" not in line, line
 
 
 def test_schedule():

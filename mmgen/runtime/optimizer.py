@@ -1,8 +1,16 @@
 """AdamW and Muon from the config, with warmup, cosine decay and clipping."""
 
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers, muon
+from jax.sharding import PartitionSpec
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from mmgen.runtime import mesh as meshes
 
 # Matrices that read or write something other than the residual stream train with AdamW.
 _ADAM_AXES = {"vocab", "pixels", "code", "place"}
@@ -17,13 +25,13 @@ def schedule(config, steps):
 
 
 def _dimensions(state):
-    """Pure dict: how Muon sees each parameter as a matrix, or None where AdamW trains it."""
+    """Pure dict: how Muon sees each parameter as a matrix, or a MaskedNode where AdamW trains it."""
 
     def one(variable):
         axes = variable.get_metadata()["axes"]
         stacked = variable.ndim - len(axes)
         if len(axes) < 2 or _ADAM_AXES & set(axes):
-            return None
+            return optax.MaskedNode()
         # The first axis is summed over, except where several axes lead to one output ("out").
         outputs = tuple(i + stacked for i, a in enumerate(axes) if i > 0 and a not in _BATCH_AXES)
         return MuonDimensionNumbers((stacked,), outputs)
@@ -36,6 +44,71 @@ def _dimensions(state):
             node = node.setdefault(key, {})
         node[path[-1]] = dims
     return tree
+
+
+def _orthogonalize(updates, dimensions, over):
+    """The tree `updates` with orthogonal matrices, scaled by their shapes as in github.com/KellerJordan/Muon.
+
+    Matrices of one shape, of all layers and parameters, make one stack, which the devices along the mesh axes
+    `over` share: each has some of them whole. Had all devices some rows of each, as of parameters, then the
+    partitioner would gather every matrix on every device in every step of the iteration.
+    """
+    leaves, tree = jax.tree.flatten(updates)
+    orders, stacks = [], {}
+    for i, (x, (inputs, outputs)) in enumerate(zip(leaves, tree.flatten_up_to(dimensions))):
+        size = lambda axes: math.prod(x.shape[axis] for axis in axes)
+        short, long = sorted((inputs, outputs), key=size)
+        orders.append((*(axis for axis in range(x.ndim) if axis not in inputs + outputs), *short, *long))
+        scale = max(1, size(outputs) / size(inputs)) ** 0.5
+        stacks.setdefault((size(short), size(long)), []).append((i, scale))
+
+    for shape, members in stacks.items():
+        turned = [leaves[i].transpose(orders[i]) for i, _ in members]
+        stack = _share(_newton_schulz, jnp.concatenate([x.reshape(-1, *shape) for x in turned]), over)
+        ends = np.cumsum([x.size // math.prod(shape) for x in turned])
+        for (i, scale), x, part in zip(members, turned, jnp.split(stack, ends[:-1])):
+            leaves[i] = scale * part.reshape(x.shape).transpose(np.argsort(orders[i]))
+    return tree.unflatten(leaves)
+
+
+def _newton_schulz(x):
+    """Matrices [S, n, m], n <= m, with singular values near 1 in place of their own. Four steps after AOL
+    preconditioning are as orthogonal as five without it (arXiv:2512.04632), and a quarter sooner."""
+    for step in range(4):
+        a = x @ x.mT
+        if step == 0:
+            scale = jax.lax.rsqrt(jnp.maximum(jnp.abs(a).sum(-1, keepdims=True), 1e-8))
+            x, a = x * scale, a * scale * scale.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def _share(function, stack, over):
+    """function(stack) where the devices along the mesh axes `over` each do a part of the stack's first axis."""
+    if not over:
+        return function(stack)
+    # One mesh axis after the other moves to the first axis: the partitioner exchanges parts for each, where it
+    # would gather everything for several at once.
+    free = PartitionSpec.UNCONSTRAINED
+    layouts = [PartitionSpec(over[:end], free, free) for end in range(1, len(over))] + [PartitionSpec(over)]
+    ways = math.prod(meshes.current()[0].shape[axis] for axis in over)
+    x = jnp.pad(stack, ((0, -len(stack) % ways), (0, 0), (0, 0)))
+    for layout in layouts:
+        x = jax.lax.with_sharding_constraint(x, layout)
+    x = function(x)
+    for layout in layouts[::-1]:
+        x = jax.lax.with_sharding_constraint(x, layout)
+    return x[: len(stack)]
+
+
+def _splitting(state):
+    """The mesh axes, of several devices, that the rules split parameters over."""
+    if not meshes.current():
+        return ()
+    mesh, rules = meshes.current()
+    logical = {axis for _, variable in nnx.to_flat_state(state) for axis in variable.get_metadata()["axes"]}
+    found = {axis for name in logical for axis in meshes.mesh_axes(rules.get(name))}
+    return tuple(axis for axis in meshes.AXES if axis in found and mesh.shape[axis] > 1)
 
 
 def make(config, steps, state):
@@ -63,17 +136,25 @@ def make(config, steps, state):
             mask=matrices,
         )
     elif config.name == "muon":
-        transform = muon(
-            rate(config.learning_rate),
-            # As orthogonal as after five steps without this preconditioning (arXiv:2512.04632), a quarter sooner.
-            ns_steps=4,
-            preconditioning="aol",
-            weight_decay=config.weight_decay,
-            adam_learning_rate=rate(config.adam_learning_rate),
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            muon_weight_dimension_numbers=_dimensions(state),
+        dimensions = _dimensions(state)
+        labels = jax.tree.map(
+            lambda d: "muon" if isinstance(d, MuonDimensionNumbers) else "adam",
+            dimensions,
+            is_leaf=lambda d: isinstance(d, MuonDimensionNumbers | optax.MaskedNode),
         )
+        # As optax.contrib.muon, but for where its matrices are while they are orthogonalized: of its own steps
+        # there are none, which leaves the momentum.
+        momentum = scale_by_muon(ns_steps=0, preconditioning="aol", weight_dimension_numbers=dimensions)
+        orthogonal = optax.chain(
+            momentum,
+            optax.stateless(lambda updates, _: _orthogonalize(updates, dimensions, _splitting(state))),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate(config.learning_rate)),
+        )
+        rest = optax.adamw(
+            rate(config.adam_learning_rate), config.beta1, config.beta2, weight_decay=0.0, nesterov=True
+        )
+        transform = optax.partition({"muon": orthogonal, "adam": rest}, labels)
     else:
         raise ValueError(f"unknown optimizer {config.name!r}; known: 'adamw', 'muon'")
     if config.clip:
