@@ -425,8 +425,8 @@ FLAGS = ["--config", "tokenizer:tiny", "--config.mesh.data=2", "--config.data.so
 
 
 def train(workdir, *more, processes=2, flags=(), **environment):
-    """Starts a run on two devices, of one process or of two."""
-    devices = ("--processes", processes, "--devices-per-process", 2 // processes)
+    """Starts a run of one process with two devices, or of several with one each."""
+    devices = ("--processes", processes, "--devices-per-process", 2 if processes == 1 else 1)
     return launch("local", *devices, *flags, "--", *FLAGS, *more, "--workdir", workdir, **environment)
 
 
@@ -450,13 +450,13 @@ def test_two_processes_train_as_one_does_and_go_on(tmp_path, compiled):
 
 @pytest.mark.soak
 def test_a_real_run_that_is_told_to_stop_and_one_that_is_stuck(tmp_path):
-    """A minute and a half: the run saves and ends with 75; goes on; and a frozen process ends it."""
-    more = ["--config.steps=100000", "--config.log_every=20", "--config.step_limit=5"]
+    """Of four processes: the run saves and ends with 75; goes on; and a frozen process ends it."""
+    more = ["--config.mesh.data=4", "--config.steps=100000", "--config.log_every=20", "--config.step_limit=5"]
     more += ["--config.save_every=100000"]  # a process that freezes while it saves is given longer
     log = tmp_path / "log"
 
     def started():
-        process = train(tmp_path / "run", *more, flags=("--grace", 5))
+        process = train(tmp_path / "run", *more, processes=4, flags=("--grace", 5))
         with open(log, "a") as copy:
             for line in process.stdout:
                 copy.write(line)
@@ -470,7 +470,7 @@ def test_a_real_run_that_is_told_to_stop_and_one_that_is_stuck(tmp_path):
     assert status == 75, output
     process = started()
     assert (
-        "steps 0 -> 100000" in log.read_text() and log.read_text().count("steps 0 ->") == 2
+        "steps 0 -> 100000" in log.read_text() and log.read_text().count("steps 0 ->") == 4
     )  # a line a process
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], stdout=subprocess.PIPE, text=True

@@ -135,6 +135,53 @@ def test_a_mistake_does_not_claim_the_workdir(space, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("optimizer.name=adam", "unknown optimizer"), ("best=loss", "NAME:min"), ("keep=0", "at least 1"),
+        ("log_every=0", "at least 1"), ("profile=(5,)", "first step"), ("accumulate=3", "does not divide"),
+        ("model.heads=3", "multiple of kv_heads"),
+    ],
+)  # fmt: skip
+def test_no_mistake_claims_the_workdir(space, tmp_path, mistake, words):
+    flags = [*space.transformer_flags, "--config.model.kv_heads=2"]
+    with pytest.raises(ValueError, match=words):
+        loop.train(config_of([*flags, f"--config.{mistake}"]), tmp_path)
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "vocabulary.json").exists()
+
+
+def test_two_runs_do_not_share_a_workdir(space, tmp_path):
+    loop.train(config_of(space.tokenizer_flags), tmp_path, stop_at=2)
+    with loop._claimed(tmp_path), pytest.raises(ConfigError, match="another run"):
+        loop.train(config_of(space.tokenizer_flags), tmp_path)
+    loop.train(config_of(space.tokenizer_flags), tmp_path)
+
+
+@pytest.mark.parametrize("failures, ends_well", [(1, True), (9, False)])
+def test_the_last_save_is_tried_again_and_its_loss_is_not_silent(
+    space, tmp_path, monkeypatch, failures, ends_well
+):
+    write, failed = checkpoint._write_manifest, []
+
+    def full(folder, step, content):
+        if step == STEPS and len(failed) < failures:
+            failed.append(step)
+            raise OSError(28, "No space left on device")
+        return write(folder, step, content)
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    if ends_well:
+        loop.train(config_of(space.tokenizer_flags), tmp_path)
+        assert_same_arrays(arrays(tmp_path, STEPS), arrays(space.tokenizer, STEPS))
+    else:
+        with pytest.raises(
+            checkpoint.CheckpointError, match=f"step {STEPS} could not be saved.*No space.* 6;"
+        ):
+            loop.train(config_of(space.tokenizer_flags), tmp_path)
+        assert checkpoint.latest(tmp_path) == 6
+    assert failed
+
+
 def test_shards_of_another_tokenizer_need_another_workdir(space, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(space.shards, shards)
@@ -174,7 +221,7 @@ def test_steps_that_are_not_finite_are_left_out(space, tmp_path, monkeypatch):
     """As if they had never been: but for the step's number, the run is one that stood still meanwhile."""
     poison(monkeypatch, lambda step: step in (2, 3))
     flags = [*space.tokenizer_flags, "--config.save_every=1", "--config.keep=9", "--config.log_every=1"]
-    loop.train(config_of(flags), tmp_path)
+    loop.train(config_of([*flags, "--config.ema=0.9"]), tmp_path)
     at = lambda step: {name: x for name, x in arrays(tmp_path, step).items() if "['step']" not in name}
     same = lambda a, b: all(
         np.array_equal(a[name], b[name]) for name in a if "skipped" not in name and "in_row" not in name
@@ -377,5 +424,7 @@ def test_logging_to_weights_and_biases(space, tmp_path, monkeypatch):
         loop.train(config_of(flags), tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     loop.train(config_of(flags), tmp_path)
-    assert logged[0] == ("project", tmp_path.name, "tokenizer") and logged[-1] == "finished"
+    project, name, stage = logged[0]
+    assert (project, stage) == ("project", "tokenizer") and logged[-1] == "finished"
+    assert name.startswith(tmp_path.name + "-") and name == (tmp_path / "wandb.id").read_text()
     assert [step for step, _ in logged[1:-1]] == [2, 4, 6, 8]

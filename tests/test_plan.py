@@ -94,7 +94,7 @@ def test_what_does_not_fit_says_what_to_change():
 @pytest.mark.parametrize(
     "topology, overrides, words",
     [
-        ("v5p-128", ["mesh.fsdp=48"], "does not fill 64 devices"),
+        ("v5p-128", ["mesh.fsdp=48"], "needs 48 devices, found 64"),
         ("v5p-128", ["data.batch_size=100"], "config.data.batch_size of 100 does not divide over 64"),
         ("v5p-128", ["accumulate=3"], "config.accumulate=3"),
     ],

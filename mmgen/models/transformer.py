@@ -275,5 +275,5 @@ def loss(model, batch, *, code_start, z, chunk):
         "image_loss": of(entropy, weights * images),
         "text_loss": of(entropy, weights * ~images),
         "log_z": of(log_z, weights),
-        "output_norm": of(jnp.sqrt(square), jnp.ones_like(weights)),
+        "output_norm": of(jnp.sqrt(square), batch["segments"] > 0),
     }

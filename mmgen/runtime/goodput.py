@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -10,14 +11,16 @@ _FILE = "goodput.json"
 
 
 class Goodput:
-    """Accounts every second of this process to one cause: "start" until `running`, then "step" but for
+    """Accounts every second of training to one cause: "start" until `running`, then "step" but for
     what `on` names. Kept in `workdir`/goodput.json, one entry each time that the run was started."""
 
-    def __init__(self, workdir, step, write=True):
+    def __init__(self, workdir, step, began, write=True):
+        """`began` is time.monotonic() when the start of `step` began."""
         self._path, self._write = Path(workdir) / _FILE, write
-        self._entry = {"began": time.time(), "until": time.time(), "first": step, "last": step, "seconds": {}}
+        wall = time.time() - (time.monotonic() - began)
+        self._entry = {"began": wall, "until": wall, "first": step, "last": step, "seconds": {}}
         self._before = _read(self._path)
-        self._cause, self._since = "start", time.monotonic()
+        self._cause, self._since = "start", began
 
     def _switch(self, cause):
         now, seconds = time.monotonic(), self._entry["seconds"]
@@ -42,9 +45,12 @@ class Goodput:
         self._switch(self._cause)
         self._entry |= {"until": time.time(), "last": step}
         if self._write:
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps([*self._before, self._entry]))
-            os.replace(temporary, self._path)
+            try:
+                temporary = self._path.with_suffix(".tmp")
+                temporary.write_text(json.dumps([*self._before, self._entry]))
+                os.replace(temporary, self._path)
+            except OSError as error:  # a full disk: the run is worth more than its accounts
+                logging.warning("%s was not written: %s", self._path, error)
         return self._entry["seconds"].get("step", 0.0) / sum(self._entry["seconds"].values())
 
 
@@ -61,7 +67,10 @@ def summary(workdir):
             seconds[cause] = seconds.get(cause, 0.0) + spent
         if i + 1 < len(entries):
             after, done = entries[i + 1], entry["last"] - entry["first"]
-            again = max(0, entry["last"] - max(after["first"], entry["first"])) / max(done, 1)
+            back = min(
+                later["first"] for later in entries[i + 1 :]
+            )  # a damaged checkpoint may lead further back
+            again = max(0, entry["last"] - max(back, entry["first"])) / max(done, 1)
             lost = entry["seconds"].get("step", 0.0) * again
             seconds["step"], seconds["lost"] = seconds["step"] - lost, seconds["lost"] + lost
             seconds["down"] += max(0.0, after["began"] - entry["until"])

@@ -228,6 +228,8 @@ def compilation_cache(folder=None):
     ~/.cache/mmgen/xla-VERSION: of the version, since programs of another jaxlib have crashed processes.
     """
     if not jax.config.jax_compilation_cache_dir:
+        if not folder and not os.environ.get("HOME"):  # as in some containers
+            return None
         folder = Path(folder or Path.home() / ".cache/mmgen" / f"xla-{jaxlib.__version__}")
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
         if (

@@ -181,8 +181,9 @@ def local_rows(sharding, size):
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
 
 
-def check_batch(sharding, shape):
-    """Raises ValueError where a batch of `shape` (rows, or rows and tokens of a row) does not divide over the devices."""
+def check_batch(sharding, shape, parts=1):
+    """Raises ValueError where a batch of `shape` (rows, or rows and tokens of a row) does not divide over the devices,
+    or a device's rows not into `parts`."""
     settings = ("config.data.batch_size", "config.data.row_length")
     for size, entry, setting in zip(shape, (*sharding.spec, None, None), settings):
         names = mesh_axes(entry)
@@ -192,6 +193,12 @@ def check_batch(sharding, shape):
                 f"{setting} of {size} does not divide over {ways} devices of mesh axes {names}; change "
                 f"it to a multiple of {ways}, or config.mesh"
             )
+    mine = sharding.shard_shape(tuple(shape))[0]
+    if parts < 1 or mine % parts:
+        raise ValueError(
+            f"config.accumulate={parts} does not divide the {mine} rows that each device has of config.data.batch_size="
+            f"{shape[0]}; change one of them, or config.mesh"
+        )
 
 
 def global_batch(batch, rows, size, sharding):

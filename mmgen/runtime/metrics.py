@@ -1,6 +1,7 @@
 """Metrics on disk: one JSON line and one TensorBoard event a log step; where a run took place."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -31,7 +32,10 @@ class Metrics:
 
     def write(self, step, scalars):
         scalars = {name: float(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        except OSError as error:  # a full disk: the run is worth more than its record
+            logging.warning("%s: step %s was not written: %s", self._path, step, error)
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         if self._wandb:
@@ -51,8 +55,13 @@ def _wandb(workdir, project):
     except ImportError:
         raise ValueError(f"config.wandb={project!r} needs the package: pip install wandb") from None
     name = Path(workdir).resolve().name
+    path = Path(workdir) / "wandb.id"  # a name may not be the only one of its kind, and a workdir may move
+    if not path.exists():
+        path.write_text(f"{name}-{os.urandom(4).hex()}")
     config = json.loads((Path(workdir) / "config.json").read_text())
-    return wandb.init(project=project, id=name, name=name, resume="allow", dir=str(workdir), config=config)
+    return wandb.init(
+        project=project, id=path.read_text(), name=name, resume="allow", dir=str(workdir), config=config
+    )
 
 
 class Profile:

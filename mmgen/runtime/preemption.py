@@ -1,6 +1,5 @@
 """Noticing that the machine will be taken away, wherever the loop is at that moment."""
 
-import contextlib
 import os
 import signal
 import threading
@@ -9,7 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: saved, and to be run again; the launchers in launch/ do so
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preempted(SystemExit):
@@ -25,11 +24,11 @@ class _Interrupted(BaseException):  # passes through every `except Exception` on
 
 
 class Preemption:
-    """While entered, SIGTERM and SIGUSR1 no longer end the process: they are noticed.
+    """While entered, SIGTERM, SIGUSR1 and the first Ctrl-C no longer end the process: they are noticed.
 
     On one process the handler is our own. On several the one that got the signal may not stop alone, since the
     others would wait for it for ever: JAX's preemption service lets all stop after the same step. It hears
-    SIGTERM alone, so SIGUSR1 is passed on to it as that.
+    SIGTERM alone, so the others are passed on to it as that.
     """
 
     def __init__(self):
@@ -39,7 +38,7 @@ class Preemption:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in _SIGNALS if self._alone else (signal.SIGUSR1,):
+            for number in _SIGNALS if self._alone else _SIGNALS[1:]:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -51,6 +50,8 @@ class Preemption:
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
             return
+        if number == signal.SIGINT and self._received:
+            raise KeyboardInterrupt  # who presses Ctrl-C twice does not want to wait
         self._received = True
         if self._interruptible:
             self._interruptible = False  # once: a second signal must not break what the first began
@@ -60,15 +61,17 @@ class Preemption:
         """Whether to stop before `step`, which every process asks in turn: the same answer on all of them."""
         return self._received if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
-    @contextlib.contextmanager
-    def interruptible(self):
-        """What runs within is given up as soon as a signal comes (on one process): for waiting and measuring."""
+    def attempt(self, work):
+        """work(), or None where a signal came before or meanwhile: it is given up at once (on one process). For
+        waiting and measuring. One frame, since a signal may come between any two lines."""
         try:
             self._interruptible = True
             if self._received:
                 raise _Interrupted
-            yield
+            result = work()
+            self._interruptible = False
+            return result
         except _Interrupted:
-            pass
+            return None
         finally:
             self._interruptible = False

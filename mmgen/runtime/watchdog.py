@@ -8,12 +8,12 @@ class Watchdog:
     """Ends the process (status 1) when a step takes longer than `seconds`; 0 watches nothing.
 
     The stacks of all threads go to file 2, whatever Python's sys.stderr is by then. It is a timer of C, which neither the interpreter's lock nor a
-    blocked main thread holds up. What takes longer by its nature (compiling, measuring, saving) is given
-    `allowance` times as long.
+    blocked main thread holds up. What takes longer by its nature (measuring, saving, and the first step, which is compiled)
+    is given `allowance` times as long.
     """
 
     def __init__(self, seconds, allowance=4):
-        self._seconds, self._allowance = seconds, allowance
+        self._seconds, self.allowance = seconds, allowance
 
     def arm(self, factor=1):
         """Begins anew to count."""
@@ -23,7 +23,7 @@ class Watchdog:
     @contextlib.contextmanager
     def patient(self):
         """Within, the limit is `allowance` times as long; after it, it begins anew."""
-        self.arm(self._allowance)
+        self.arm(self.allowance)
         try:
             yield
         finally:

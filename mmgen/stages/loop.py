@@ -6,9 +6,12 @@ is here, once, in the order in which it happens. What is compiled is in program.
 """
 
 import contextlib
+import fcntl
 import importlib
 import json
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,36 +97,29 @@ def train(config, workdir, *, stop_at=None):
     never stopped. `stop_at` ends early, after saving, as an interruption would. SIGTERM and SIGUSR1
     are such interruptions: the run saves and raises `Preempted`, which ends a process with status 75.
     """
-    workdir = Path(workdir)
-    _check(config, workdir)
-    if config.keep_pages:
-        memory.keep_pages()
-    stage = setup(config, workdir)
-    mesh = meshes.make_mesh(dict(config.mesh))
-    layout = NamedSharding(mesh, meshes.spec(stage.axes, config.sharding))
-    meshes.check_batch(layout, stage.shape)
-    mine = meshes.local_rows(
-        NamedSharding(mesh, meshes.spec(stage.axes[:1], config.sharding)), stage.shape[0]
-    )
-    if stage.shape[0] % config.accumulate:
-        raise ConfigError(
-            f"config.accumulate={config.accumulate} does not divide config.data.batch_size={stage.shape[0]}"
-        )
-    first = jax.process_index() == 0  # of the processes that share a workdir, the one that writes
-    if first:  # after all that may refuse the config: a mistake does not claim the workdir
-        stage.adopt()
-        _record(config, workdir)
+    workdir, began = Path(workdir), time.monotonic()
     with contextlib.ExitStack() as within:
-        preemption = within.enter_context(Preemption())
+        preemption = within.enter_context(Preemption())  # from here on a signal loses nothing
+        _check(config, workdir)
+        if config.keep_pages:
+            memory.keep_pages()
+        stage = setup(config, workdir)
+        mesh = meshes.make_mesh(dict(config.mesh))
+        layout = NamedSharding(mesh, meshes.spec(stage.axes, config.sharding))
+        meshes.check_batch(layout, stage.shape, config.accumulate)
+        rows = NamedSharding(mesh, meshes.spec(stage.axes[:1], config.sharding))
+        mine = meshes.local_rows(rows, stage.shape[0])
         within.enter_context(meshes.use(mesh, config.sharding))
 
         # -- state: shapes first, then shardings, then values, never all on one device
         program = programs.build(config, stage.make, stage.loss, mesh)
-        saves = within.enter_context(
-            checkpoint.Checkpoints(
-                workdir, keep=config.keep, keep_every=config.keep_every, **_best(config.best)
-            )
-        )
+        options = dict(keep=config.keep, keep_every=config.keep_every, **_best(config.best))
+        first = jax.process_index() == 0  # of the processes that share a workdir, the one that writes
+        if first:  # after all that may refuse the config: a mistake does not claim the workdir
+            within.enter_context(_claimed(workdir))
+            stage.adopt()
+            _record(config, workdir)
+        saves = within.enter_context(checkpoint.Checkpoints(workdir, **options))
         start, pending = saves.latest(), None
         if start is None:
             start, state = 0, program.init(jax.random.key(config.seed))
@@ -139,7 +135,7 @@ def train(config, workdir, *, stop_at=None):
                 )
             state = checkpoint.restore(workdir, start, program.shapes)
         saved = start
-        goodput = Goodput(workdir, start, write=first)
+        goodput = Goodput(workdir, start, began, write=first)
         sizes = jax.tree.map(lambda s: s.size, program.shapes["params"])
         count, flops = sum(jax.tree.leaves(sizes)), stage.flops(program.shapes["params"])
         peak = hardware.peak_flops(jax.devices()[0], str(config.model.dtype))
@@ -156,10 +152,6 @@ def train(config, workdir, *, stop_at=None):
         if start >= stop:  # nothing left to do: report what was measured when it was done
             for line in metric_files.read(workdir):
                 last |= {name: value for name, value in line.items() if name != "step"}
-        if pending:  # the run was stopped while it measured this step
-            last = pending | stage.evaluate(program.graphdef, state.get("ema", state["params"]), start)
-            if first:
-                writer.write(start, last)
         record = {"config": json.loads(config.to_json()), "identity": stage.identity}
         record |= {"versions": metric_files.environment()["versions"]}
 
@@ -169,6 +161,18 @@ def train(config, workdir, *, stop_at=None):
 
         watchdog = Watchdog(config.step_limit)
         within.callback(watchdog.rest)
+
+        def evaluate(step):
+            """The stage's measurements, or None where a signal came meanwhile."""
+            with goodput.on("evaluate"), watchdog.patient():
+                params = state.get("ema", state["params"])
+                return preemption.attempt(lambda: stage.evaluate(program.graphdef, params, step))
+
+        if pending and not any(line["step"] == start for line in metric_files.read(workdir)):
+            found = evaluate(start)  # the run was stopped while it measured this step
+            if found is not None and first:
+                writer.write(start, pending | found)
+            last = pending | (found or {})
         profile = within.enter_context(metric_files.Profile(workdir, *config.profile, on=first))
         batches = within.enter_context(contextlib.closing(stage.data.prefetch(start, mine)))
         bar = tqdm(
@@ -176,12 +180,15 @@ def train(config, workdir, *, stop_at=None):
         )
         began, since, waited, bad, preempted, in_row = time.monotonic(), start, 0.0, 0, False, None
         reached = start
+        watchdog.arm(watchdog.allowance)  # until the first step is compiled and done
         for step in range(start, stop):
             batch = None
             if not preemption.reached(step):
                 wait = time.monotonic()
-                with goodput.on("data"), preemption.interruptible():
-                    index, batch, skipped = next(batches)
+                with goodput.on("data"):
+                    got = preemption.attempt(lambda: next(batches))
+                if got is not None:
+                    index, batch, skipped = got
                     assert index == step, (index, step)
                 waited += time.monotonic() - wait
             if batch is None:  # a signal came before the step or while it waited for data
@@ -225,16 +232,17 @@ def train(config, workdir, *, stop_at=None):
                         last["tflops_per_device"] = flops * rate / mesh.size / 1e12
                     if flops and peak:
                         last["mfu"] = flops * rate / mesh.size / peak
+                if saves.failed:
+                    last["failed_saves"] = saves.failed
                 if bad:  # documents that could not be read, since the run began or went on
                     last["bad_documents"] = bad
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
                 eta = f"eta {(config.steps - done) * seconds / steps:.0f} s" if steps else ""
                 if first:
                     tqdm.write(f"step {done}/{config.steps}  {shown}  {eta}")
+                    sys.stdout.flush()  # through a pipe it would come hundreds of steps later
                 if measure:
-                    found = None
-                    with goodput.on("evaluate"), watchdog.patient(), preemption.interruptible():
-                        found = stage.evaluate(program.graphdef, state.get("ema", state["params"]), done)
+                    found = evaluate(done)
                     if found is None:  # a signal came: it is measured when the run goes on
                         preempted = True
                         save(done, pending=last)
@@ -248,7 +256,14 @@ def train(config, workdir, *, stop_at=None):
                 saved = done
         bar.close()
         with goodput.on("save"), watchdog.patient():
-            saves.wait()
+            if not saves.wait():  # the last one is what all was for: once more
+                saves.save(reached, state, record, None)
+                if not saves.wait():
+                    raise checkpoint.CheckpointError(
+                        f"step {reached} could not be saved: {saves.error}. The last that counts is "
+                        f"{checkpoint.latest(workdir)}; make room, and run again"
+                    )
+        watchdog.rest()
         goodput.share(reached)
         if first:
             writer.close()
@@ -261,6 +276,11 @@ def _check(config, workdir):
     """Makes `workdir`, or checks that the run in it has this config's settings."""
     if not 0 <= config.seed < 1 << 32:
         raise ConfigError(f"config.seed is a whole number from 0 to 2**32 - 1, not {config.seed}")
+    for name in ("log_every", "save_every", "evaluate_every", "keep", "max_skipped", "accumulate"):
+        if config[name] < 1:
+            raise ConfigError(f"config.{name} is at least 1, not {config[name]}")
+    if len(config.profile) != 2:
+        raise ConfigError(f"config.profile is (first step, the one after the last), not {config.profile}")
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
@@ -281,6 +301,21 @@ def _check(config, workdir):
                 f"{workdir} holds a run with other settings ({', '.join(changed)} differ); "
                 "use another --workdir, or the settings in its config.json"
             )
+
+
+@contextlib.contextmanager
+def _claimed(workdir):
+    """Holds the workdir against other runs: two that write one folder would set each other's checkpoints aside."""
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run trains in {workdir} now; stop it, or use another --workdir"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logging.warning("%s cannot be locked (%s): see that no other run trains there", workdir, error)
+        yield
 
 
 def _record(config, workdir):

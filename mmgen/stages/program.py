@@ -32,7 +32,7 @@ def build(config, make, loss, mesh):
     sum of the losses over the sum of the weights of the whole batch, however many parts (`config.accumulate`)
     it is computed in. A mean of the parts' means would give each token of a part with few a larger say.
 
-    A step whose loss or gradient is not finite, or whose gradient norm is over `config.spike` times its
+    A step that has no weights at all, whose loss or gradient is not finite, or whose gradient norm is over `config.spike` times its
     running mean, leaves parameters and optimizer as they were and is counted in the metrics `skipped` (so far)
     and `skipped_in_row`.
     """
@@ -95,7 +95,7 @@ def build(config, make, loss, mesh):
         norm = optax.tree.norm(grads)
 
         updates, moments = tx.update(grads, state["optimizer"]["moments"], params)
-        good = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm)
+        good = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm) & (sums["loss"][1] > 0)
         if config.spike:
             known = at - watch["skipped"] >= _KNOWN
             good &= ~known | (norm <= config.spike * watch["norm"])
@@ -118,7 +118,7 @@ def build(config, make, loss, mesh):
         if config.ema:
             # Early averages forget the initial values quickly: the horizon grows with the step.
             decay = jnp.minimum(config.ema, (1 + at) / (10 + at))
-            new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - decay)
+            new["ema"] = keep(optax.incremental_update(new["params"], state["ema"], 1 - decay), state["ema"])
         counts = {"skipped": watch["skipped"], "skipped_in_row": watch["in_row"]}
         return new, measured | {"grad_norm": norm} | counts
 

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import json
+import logging
+import os
 import shutil
 
 from mmgen.data.loader import Rows
@@ -80,6 +82,11 @@ def _grow(vocabulary, workdir):
         raise ConfigError(
             f"the codes of {workdir} have levels {theirs['levels']}, ours {vocabulary['levels']}: they mean other pictures"
         )
+    for name in ("tokenizer_hash", "text_hash"):
+        if theirs[name] != vocabulary[name]:
+            logging.warning(
+                "init: %s differs from that of %s: codes or pieces may mean other things", name, workdir
+            )
     old, new = (Grammar.from_dict(each["grammar"]) for each in (theirs, vocabulary))
     spans, parts = [], lambda g: (0, g.pieces, g.h(1), g.w(1), g.code_start, g.vocab_size)
     for (a, a_end), (b, b_end) in zip(*(itertools.pairwise(parts(g)) for g in (old, new))):
@@ -118,4 +125,6 @@ def _adopt(shards, vocabulary, workdir):
         return
     shutil.copytree(shards.folders[0] / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
     shutil.copy2(shards.folders[0] / "text.model", workdir / "text.model")
-    path.write_text(json.dumps(vocabulary, indent=2))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(vocabulary, indent=2))
+    os.replace(temporary, path)

@@ -96,13 +96,7 @@ def _batch(config, mesh):
     """The batch as ShapeDtypeStructs that carry their shardings; raises where it does not divide."""
     shape = (config.data.batch_size, config.data.row_length)
     rows = NamedSharding(mesh, meshes.spec(("batch", "length"), config.sharding))
-    meshes.check_batch(rows, shape)
-    mine = rows.shard_shape(shape)[0]
-    if mine % config.accumulate:
-        raise ValueError(
-            f"each device has {mine} rows, which do not make config.accumulate={config.accumulate} equal "
-            "parts; change it or config.data.batch_size"
-        )
+    meshes.check_batch(rows, shape, config.accumulate)
     one = lambda dtype, *more: jax.ShapeDtypeStruct(shape + more, dtype, sharding=rows)
     return {
         "tokens": one(jnp.int32),

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mmgen.runtime import checkpoint
+from mmgen.runtime import config as configs
 from mmgen.runtime import mesh as meshes
 from mmgen.stages import loop, program
 
@@ -21,7 +22,7 @@ def main(argv):
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--step", type=int, required=True, help="as in bundles/STEP-0")
     parser.add_argument("--top", type=int, default=10, help="how many gradients to name")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
 
     folders = sorted(
         Path(args.workdir).glob(f"bundles/{args.step}-*"), key=lambda f: int(f.name.split("-")[1])
@@ -30,6 +31,12 @@ def main(argv):
         known = sorted(path.name for path in Path(args.workdir).glob("bundles/*"))
         raise FileNotFoundError(f"no bundle of step {args.step} in {args.workdir}/bundles, which has {known}")
     config = ml_collections.ConfigDict(checkpoint.read_config(args.workdir))
+    for text in configs.overrides(parser, rest):  # as --config.mesh.fsdp=1, on other devices
+        configs.override(config, *text.split("=", 1))
+    if args.step not in checkpoint.steps(args.workdir):
+        raise FileNotFoundError(
+            f"checkpoint {args.step} is gone; {args.workdir} has {checkpoint.steps(args.workdir)} (see config.keep)"
+        )
     stage = loop.setup(config, args.workdir)
     mesh = meshes.make_mesh(dict(config.mesh))
     layout = NamedSharding(mesh, meshes.spec(stage.axes, config.sharding))
