@@ -91,8 +91,15 @@ def _share(function, stack, over):
     # would gather everything for several at once.
     free = PartitionSpec.UNCONSTRAINED
     layouts = [PartitionSpec(over[:end], free, free) for end in range(1, len(over))] + [PartitionSpec(over)]
-    ways = math.prod(meshes.current()[0].shape[axis] for axis in over)
-    x = jnp.pad(stack, ((0, -len(stack) % ways), (0, 0), (0, 0)))
+    ways = lambda axes: math.prod(meshes.current()[0].shape[axis] for axis in axes)
+    # Padded and split as most parameters are before anything moves: XLA for CPUs else exchanges pieces of which
+    # only some are padded, in layouts that differ, and then refuses its own exchange ("all-to-all has operands
+    # with different shapes").
+    x = jnp.pad(stack, ((0, -len(stack) % ways(over)), (0, 0), (0, 0)))
+    split = [
+        axes if size % ways(axes) == 0 else free for size, axes in zip(x.shape[1:], (over[:1], over[1:]))
+    ]
+    x = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(x, PartitionSpec(None, *split)))
     for layout in layouts:
         x = jax.lax.with_sharding_constraint(x, layout)
     x = function(x)
