@@ -233,7 +233,7 @@ def test_steps_that_are_not_finite_are_left_out(space, tmp_path, monkeypatch):
     assert np.isnan(lines[3]["loss"]) and np.isfinite(lines[5]["loss"])
 
 
-@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("limit", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_see_it_again(
     space, tmp_path, monkeypatch, capsys, limit
 ):

@@ -105,7 +105,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("rank, number", [(1, "SIGTERM"), (0, "SIGUSR1")])
+@pytest.mark.parametrize("rank, number", [(1, "SIGTERM"), pytest.param(0, "SIGUSR1", marks=pytest.mark.soak)])
 def test_processes_agree_on_the_step_that_they_stop_at(space, tmp_path, rank, number):
     flags = ["--config", "transformer:tiny", f"--config.data.shards={space.shards}", "--config.mesh.data=4"]
     flags += ["--config.steps=2000", "--config.save_every=5000", "--config.log_every=1"]
