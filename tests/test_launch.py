@@ -69,6 +69,14 @@ def launch(name, *arguments, **environment):
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def hear_interrupts():
+    """A shell starts what it runs in the background with SIGINT ignored, and programs pass that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def finish(process, within=60):
     """(exit status, output), in so many seconds at most."""
     try:

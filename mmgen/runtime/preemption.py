@@ -39,7 +39,8 @@ class Preemption:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in _SIGNALS if self._alone else _SIGNALS[1:]:
-                self._before[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as with nohup: whoever started it meant that
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_):
