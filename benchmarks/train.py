@@ -49,38 +49,53 @@ def main():
     flags.add_argument("--preset", default="cpu", choices=PRESETS, help="tiny tries the paths of 1b anywhere")
     flags.add_argument("--rounds", type=int, default=9, help="of all contestants, one after the other")
     flags.add_argument("--contestants", default=",".join(NAMES), help="some of the default, with commas")
-    flags.add_argument("--torch-python", default=sys.executable, help="of an environment with torch, transformers")
+    flags.add_argument(
+        "--torch-python", default=sys.executable, help="of an environment with torch, transformers"
+    )
     flags.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU cores for each")
     for name, value in PRESETS["cpu"].items():
-        flags.add_argument(f"--{name}", type=_yes if value is True else type(value), help="instead of the preset's")
+        flags.add_argument(
+            f"--{name}", type=_yes if value is True else type(value), help="instead of the preset's"
+        )
     flags.add_argument("--json", help="write the results here too")
     flags.add_argument("--worker", help=argparse.SUPPRESS)
     args = flags.parse_args()
     given = {name: getattr(args, name) for name in PRESETS["cpu"] if getattr(args, name) is not None}
     shape = PRESETS[args.preset] | given | {"threads": args.threads}
     if args.worker:
-        return work(args.worker, shape)
+        flops = 4 * shape["batch"] * shape["row"] * shape["width"] * shape["mlp"]
+        return work(args.worker, shape, ours if args.worker == "ours" else llama, flops)
 
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    names = [name for name in NAMES if name in args.contestants.split(",")]
+    names = {name: NAMES[name] for name in NAMES if name in args.contestants.split(",")}
     flops = flops_a_token(shape) * shape["batch"] * shape["row"]
+    title = (
+        f"{shape['batch']} x {shape['row']} tokens, width {shape['width']}, {shape['layers']} layers, "
+        f"{shape['heads']} heads ({shape['kv_heads']} kv), mlp {shape['mlp']}, vocabulary {shape['vocab']}, {shape['dtype']}"
+    )
+    compare(__file__, args, names, shape, flops, title)
+
+
+def compare(script, args, names, shape, flops, title):
+    """Lets the contestants `names` {name: as shown} of `script` take turns, prints and writes what came of it."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     turns = {name: [] for name in names}
     with contextlib.ExitStack() as within:
         workers = {}
-        for name in names:
+        for name, shown in names.items():
             python = sys.executable if name == "ours" else args.torch_python
-            workers[name] = within.enter_context(Worker(python, name, sys.argv[1:]))
-            print(f"{NAMES[name]}: {workers[name].about['about']}", flush=True)
+            workers[name] = within.enter_context(Worker(script, python, name, sys.argv[1:]))
+            print(f"{shown}: {workers[name].about['about']}", flush=True)
         before = os.getloadavg()
         for _ in range(args.rounds):
             for name, worker in workers.items():
                 turns[name].append(worker.turn())
     report = {
-        "machine": platform.processor() or platform.machine(), "device": workers[names[0]].about["device"],
+        "machine": platform.processor() or platform.machine(),
+        "device": next(iter(workers.values())).about["device"],
         "load": [before[0], os.getloadavg()[0]], "shape": shape, "flops_a_step": flops,
         "rows": {name: summary(turns, name, flops) for name in names},
     }  # fmt: skip
-    show(report, args.rounds)
+    show(report, args.rounds, names, title)
     if args.json:
         Path(args.json).write_text(json.dumps(report | {"turns": turns}, indent=1))
 
@@ -110,12 +125,10 @@ def summary(turns, name, flops):
     return row
 
 
-def show(report, rounds):
+def show(report, rounds, names, title):
     s = report["shape"]
     print(
-        f"\n{s['batch']} x {s['row']} tokens, width {s['width']}, {s['layers']} layers, {s['heads']} heads "
-        f"({s['kv_heads']} kv), mlp {s['mlp']}, vocabulary {s['vocab']}, {s['dtype']}; "
-        f"{report['flops_a_step'] / 1e9:.1f} GFLOP a step\n{report['device']}, {s['threads']} threads; "
+        f"\n{title}; {report['flops_a_step'] / 1e9:.1f} GFLOP a step\n{report['device']}, {s['threads']} threads; "
         f"{rounds} rounds of {s['steps']} steps; load {report['load'][0]:.1f} before, {report['load'][1]:.1f} after\n"
     )
     print(
@@ -125,7 +138,7 @@ def show(report, rounds):
     for name, row in report["rows"].items():
         times = row.get("ours_times", [float("nan")] * 3)
         print(
-            f"{NAMES[name]:24}{row['seconds']:10.4f}{row['cpu_seconds']:8.3f}{row['flops'] / 1e9:9.0f}"
+            f"{names[name]:24}{row['seconds']:10.4f}{row['cpu_seconds']:8.3f}{row['flops'] / 1e9:9.0f}"
             f"{row['share_of_square']:11.0%}{row['square'] / 1e9:8.0f}{row['own'] / 1e9:7.0f}"
             f"{times[0]:8.2f}{times[1]:7.2f}{times[2]:6.2f}{row.get('ours_times_cpu', float('nan')):7.2f}"
             f"{row['bytes'] / 1e9:6.1f}{row['loss']:7.2f}"
@@ -135,10 +148,12 @@ def show(report, rounds):
 class Worker:
     """A contestant's process: a line to it asks for a turn, a line from it says how it went."""
 
-    def __init__(self, python, name, arguments):
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a GPU is shared with the others
+    def __init__(self, script, python, name, arguments):
+        environment = os.environ | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
+        }  # a GPU is shared with the others
         self.process = subprocess.Popen(
-            [python, __file__, *arguments, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [python, script, *arguments, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env=environment,
         )  # fmt: skip
         self.name, self.about = name, self._read()
@@ -161,12 +176,13 @@ class Worker:
         self.process.wait()
 
 
-def work(name, shape):
+def work(name, shape, contestant, flops):
+    """The contestant's side: `contestant(shape, name)` -> (about, device, run(steps) -> loss, square product, own
+    product, bytes held); `flops` of one own product."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not go to the pipe
     say = lambda words: print(json.dumps(words), file=out, flush=True)
-    batches = random_batches(shape)
-    about, device, run, square, own, held = (ours if name == "ours" else llama)(shape, batches, name)
+    about, device, run, square, own, held = contestant(shape, name)
     run(3)
     say({"about": about, "device": device})
     for _ in sys.stdin:
@@ -176,7 +192,7 @@ def work(name, shape):
         say({
             "seconds": wall / shape["steps"], "cpu": cpu / shape["steps"], "loss": loss,
             "square": speed(square, 2 * shape["square"] ** 3),
-            "own": speed(own, 4 * shape["batch"] * shape["row"] * shape["width"] * shape["mlp"]),
+            "own": speed(own, flops),
             "bytes": held(),
         })  # fmt: skip
 
@@ -199,9 +215,8 @@ def speed(product, flops, seconds=0.1):
     return flops * (n // 2) / spent
 
 
-def ours(shape, batches, _):
+def ours(shape, _):
     import jax
-    import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
     from mmgen.models import transformer
@@ -210,7 +225,7 @@ def ours(shape, batches, _):
     from mmgen.runtime import mesh as meshes
     from mmgen.stages import program
 
-    platform = hardware.expected_platform()
+    batches, platform = random_batches(shape), hardware.expected_platform()
     hardware.apply_flags(platform)
     config = configs.load("transformer:quickstart")
     if platform == "cpu" and config.keep_pages:
@@ -246,9 +261,22 @@ def ours(shape, batches, _):
                 state, measured = built.step(state, batch)
             return float(measured["loss"])
 
-    dtype = jnp.dtype(shape["dtype"])
+    count, _ = hardware.parameters(built.shapes["params"])
+    return (
+        f"{count / 1e6:.2f} M parameters, jax {jax.__version__}",
+        jax.local_devices()[0].device_kind,
+        run,
+        *jax_ceilings(shape, shape["batch"] * shape["row"]),
+    )
+
+
+def jax_ceilings(shape, tokens):
+    """The square product, the widest of the model's own on `tokens`, and the bytes held, in JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    dtype, side = jnp.dtype(shape["dtype"]), shape["square"]
     normal = lambda key, *size: jax.random.normal(jax.random.key(key), size, dtype)
-    side, tokens = shape["square"], shape["batch"] * shape["row"]
     product = jax.jit(jnp.matmul)
 
     def repeat(a, b):
@@ -263,22 +291,19 @@ def ours(shape, batches, _):
         found = jax.local_devices()[0].memory_stats() or {}
         return found.get("peak_bytes_in_use", 0) or peak_resident()
 
-    count, _ = hardware.parameters(built.shapes["params"])
     return (
-        f"{count / 1e6:.2f} M parameters, jax {jax.__version__}",
-        jax.local_devices()[0].device_kind,
-        run,
         repeat(normal(1, side, side), normal(2, side, side)),
         repeat(normal(3, tokens, shape["width"]), normal(4, shape["width"], 2 * shape["mlp"])),
         held,
     )
 
 
-def llama(shape, batches, name):
+def llama(shape, name):
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    batches = random_batches(shape)
     torch.manual_seed(0)
     torch.set_num_threads(shape["threads"])
     gpu = torch.cuda.is_available()
@@ -313,7 +338,19 @@ def llama(shape, batches, name):
             adam.zero_grad(set_to_none=True)
         return float(loss)  # waits
 
-    side, tokens = shape["square"], shape["batch"] * shape["row"]
+    return (
+        f"{count / 1e6:.2f} M parameters, torch {torch.__version__}",
+        torch.cuda.get_device_name() if gpu else "cpu",
+        run,
+        *torch_ceilings(shape, shape["batch"] * shape["row"], device, dtype),
+    )
+
+
+def torch_ceilings(shape, tokens, device, dtype):
+    """As `jax_ceilings`."""
+    import torch
+
+    side, gpu = shape["square"], device == "cuda"
     normal = lambda *size: torch.randn(*size, device=device, dtype=dtype)
 
     def repeat(a, b):
@@ -327,9 +364,6 @@ def llama(shape, batches, name):
         return run
 
     return (
-        f"{count / 1e6:.2f} M parameters, torch {torch.__version__}",
-        torch.cuda.get_device_name() if gpu else "cpu",
-        run,
         repeat(normal(side, side), normal(side, side)),
         repeat(normal(tokens, shape["width"]), normal(shape["width"], 2 * shape["mlp"])),
         lambda: torch.cuda.max_memory_allocated() if gpu else peak_resident(),

@@ -40,8 +40,9 @@ def get_config(variant):
 
     # See stages/tokenizer.py: the error that is small enough, the share of codes that the decoder must do
     # without, the weight of how hard the codes are to foresee, and the share of images that are decoded in
-    # other colours, by the digits that are to carry these.
-    c.loss = dict(floor=1e-3, noise=0.05, rate=0.004, recolor=0.5, color_digits=2)
+    # other colours, by the digits that are to carry these. `perceptual` weighs how unlike pictures look to the
+    # image tower of the contrastive run in `towers`.
+    c.loss = dict(floor=1e-3, noise=0.05, rate=0.004, recolor=0.5, color_digits=2, perceptual=0.0, towers="")
 
     c.steps = 2600
     c.optimizer = OPTIMIZER

@@ -15,6 +15,7 @@ COMMANDS = {
 }
 TOOLS = {
     "inspect": "what lies in tokenised shards: statistics, and documents as a page to look at",
+    "embed": "vectors of a source's images and texts, by the towers of a contrastive run",
     "plan": "memory, FLOPs and step time of a config on a pod, before there is one",
     "export": "a run's weights as one safetensors file",
     "replay": "the batch at which a run gave up, computed again",

@@ -280,6 +280,7 @@ def test_what_is_saved_is_the_state_at_save(tmp_path):
 ONE_FAILS = """
 import json, resource, signal, sys, time
 import jax, jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from mmgen.runtime import checkpoint, mesh as meshes
 workdir, how, out = sys.argv[1:]
@@ -316,7 +317,7 @@ with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
     if rank == 0 and how == "none":
         path = max((checkpoints._folder / "3").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
         path.write_bytes(path.read_bytes()[:-1] + b"?")
-    checkpoint.wait_for_all("damaged")
+    multihost_utils.sync_global_devices("damaged")
     said.append(checkpoints.latest())
     json.dump([said, checkpoints.failed], open(f"{out}{rank}", "w"))
 """

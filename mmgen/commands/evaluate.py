@@ -1,69 +1,128 @@
-"""`mmgen evaluate --checkpoint DIR --out DIR`."""
+"""`mmgen evaluate --checkpoint DIR --out DIR [--suite world|retrieval|classifier]`."""
 
 import argparse
 import time
 from pathlib import Path
 
-from mmgen.commands.common import size
-from mmgen.evals import probe, report, suites
+from mmgen.commands.common import share, size
+from mmgen.data.sources import open_source
+from mmgen.evals import probe, report, suites, towers
+from mmgen.models.classifier import load_classifier
+from mmgen.models.contrastive import load_towers
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
+from mmgen.world.render import render
 
 
 def main(argv):
-    """Draws held-out prompts of the world, judges the pictures and writes report.html and report.json."""
+    """Measures a checkpoint and writes report.html and report.json. Suite world: held-out prompts of the world,
+    drawn by a transformer and judged; retrieval: the towers of a contrastive run, on pairs of --data; classifier:
+    on labelled images of --data."""
     parser = argparse.ArgumentParser("mmgen evaluate", description=main.__doc__)
-    parser.add_argument("--checkpoint", required=True, help="workdir of a transformer run on the world")
+    parser.add_argument("--checkpoint", required=True, help="workdir of a run")
     parser.add_argument("--out", required=True, help="folder of the reports")
-    parser.add_argument("--size", type=size, default=(32, 32), help="WIDTHxHEIGHT in pixels")
-    parser.add_argument(
+    parser.add_argument("--suite", choices=("world", "retrieval", "classifier"), default="world")
+    parser.add_argument("--seed", type=int, default=1)
+
+    world = parser.add_argument_group("suite world")
+    world.add_argument("--size", type=size, default=(32, 32), help="WIDTHxHEIGHT in pixels")
+    world.add_argument(
         "--seen", type=int, default=200, help="prompts a suite, of combinations seen in training"
     )
-    parser.add_argument("--unseen", type=int, default=100, help="prompts a suite, of combinations held out")
-    parser.add_argument("--language", default="en", help="en or zh")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
+    world.add_argument("--unseen", type=int, default=100, help="prompts a suite, of combinations held out")
+    world.add_argument("--language", default="en", help="en or zh")
+    world.add_argument(
         "--split", choices=("valid", "test"), default="test", help="valid: to choose settings by"
     )
-    parser.add_argument("--guidance", type=float, default=1.5)
-    parser.add_argument("--temperature", type=float, default=0.1)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--keep-mode", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument(
+    world.add_argument("--guidance", type=float, default=1.5)
+    world.add_argument("--temperature", type=float, default=0.1)
+    world.add_argument("--top-k", type=int, default=0)
+    world.add_argument("--top-p", type=float, default=1.0)
+    world.add_argument("--keep-mode", action=argparse.BooleanOptionalAction, default=True)
+    world.add_argument("--batch-size", type=int, default=50)
+    world.add_argument(
         "--probe", type=int, default=64, help="pictures to probe the (English) words with; 0: none"
     )
+    world.add_argument(
+        "--towers", help="workdir of a contrastive run: adds its CLIPScore and Fréchet distance"
+    )
+    world.add_argument(
+        "--best-of", type=int, default=1, help="draw so many a prompt, keep the --towers' favourite"
+    )
+
+    data = parser.add_argument_group("suites retrieval and classifier")
+    data.add_argument("--data", metavar="SPEC", help="source to measure on, such as world:test")
+    data.add_argument("--documents", type=int, default=1000, help="how many of it")
+    data.add_argument("--languages", default="en", help="of a world, comma-separated: en,zh")
+    data.add_argument("--category", help="of a world: its kind of scene")
+    data.add_argument("--data-split", choices=("train", "test"), help="one side of the source's stable split")
+    data.add_argument("--split-by", default="key", help="field whose equal values stay together")
+    data.add_argument("--holdout", type=share, default=0.1, help="share of the test side")
     args = parser.parse_args(argv)
+
+    began = time.monotonic()
+    about = dict(title=f"mmgen evaluate {args.checkpoint}", config=vars(args))
+    if args.suite != "world":
+        if not args.data:
+            raise ValueError(f"--suite {args.suite} needs --data SPEC, such as world:test")
+        load = {"retrieval": load_towers, "classifier": load_classifier}[args.suite]
+        model = load(args.checkpoint)
+        source = open_source(
+            args.data,
+            model.size,
+            args.seed,
+            documents=args.documents,
+            languages=args.languages.split(","),
+            category=args.category,
+            split=args.data_split,
+            split_by=args.split_by,
+            holdout=args.holdout,
+        )
+        measure = {"retrieval": towers.retrieve, "classifier": towers.classify}[args.suite]
+        metrics, more = measure(model, source)
+        seconds = {"total": time.monotonic() - began}
+        page = report.write(args.out, scores={}, metrics=metrics, seconds=seconds, **more, **about)
+        print("\n".join(f"{name:<32}{value:.4f}" for name, value in metrics.items()))
+        print(f"\nthe report is {page.resolve()}")
+        return
+
     if args.probe < 0:
         raise ValueError(f"expected --probe of at least 0, found {args.probe}")
     if args.seen < 0 or args.unseen < 0 or not args.seen + args.unseen:
         raise ValueError(
             f"expected --seen and --unseen of at least 0 and one above, found {args.seen}, {args.unseen}"
         )
-    began = time.monotonic()
+    if args.best_of < 1 or (args.best_of > 1 and not args.towers):
+        raise ValueError(f"--best-of {args.best_of} needs --towers DIR to say which is best")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     model = sampler.load(args.checkpoint)
+    judges = load_towers(args.towers) if args.towers else None
     cases = suites.run(
         model,
         suites.cases(args.seed, args.seen, args.unseen, args.language, args.split),
         size=args.size,
         seed=args.seed,
         batch_size=args.batch_size,
+        best_of=args.best_of,
+        score=judges and judges.score,
         guidance=args.guidance,
         image=Strategy(args.temperature, args.top_k, args.top_p, args.keep_mode),
     )
     scores = suites.scores(cases)
     known = probe.run(model, args.probe, size=args.size) if args.language == "en" else {}
+    metrics = {f"probe_{name}": value for name, value in known.items()}
+    if judges:
+        true = [render(case.item.scene, *args.size) for case in cases]
+        drawn, prompts = [case.pixels for case in cases], [case.item.prompt for case in cases]
+        metrics |= towers.judge(judges, drawn, prompts, true)
     page = report.write(
         args.out,
-        title=f"mmgen evaluate {args.checkpoint}",
         scores=scores,
-        metrics={f"probe_{name}": value for name, value in known.items()},
+        metrics=metrics,
         seconds={"total": time.monotonic() - began},
-        config=vars(args),
         cases=cases,
+        **about,
     )
-    if known:
-        print("probe: " + ", ".join(f"{name} {value:.3f}" for name, value in known.items()))
+    if metrics:
+        print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     print(f"{suites.show(scores)}\n\nthe report is {page.resolve()}")

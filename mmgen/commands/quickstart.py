@@ -11,7 +11,7 @@ from mmgen import text
 from mmgen.data.sources import open_source, texts
 from mmgen.evals import probe, report, suites
 from mmgen.runtime import config as configs
-from mmgen.runtime import memory, metrics
+from mmgen.runtime import hardware, memory, metrics
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
 from mmgen.stages import loop
@@ -30,6 +30,8 @@ def main(argv):
     workdir.mkdir(parents=True, exist_ok=True)
     if config.tokenizer.keep_pages or config.transformer.keep_pages:
         memory.keep_pages()  # before SentencePiece starts threads, whose heaps JAX's threads would inherit
+    hardware.apply_flags(hardware.expected_platform())
+    hardware.compilation_cache()
     seconds, began = {}, time.monotonic()
 
     def part(title):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mmgen.commands.common import size
 from mmgen.document import Document, Text, Turn
+from mmgen.models.contrastive import load_towers
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
 
@@ -32,6 +33,8 @@ def main(argv):
         help="let a temperature below 1 begin objects as often as was learned",
     )
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--best-of", type=int, default=1, help="draw so many for each picture, keep the best")
+    parser.add_argument("--towers", help="workdir of a contrastive run, which says what is best")
     parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times in the files")
     parser.add_argument("--out", default="out.png", help="FILE.png for a contact sheet, or a folder")
     args = parser.parse_args(argv)
@@ -45,6 +48,11 @@ def main(argv):
         raise ValueError(
             "nothing to draw: expected --prompt TEXT or a --prompts FILE with a line in it, and --n >= 1"
         )
+    if args.best_of < 1 or (args.best_of > 1) != bool(args.towers):
+        raise ValueError(
+            f"expected --towers DIR together with --best-of N of at least 2, found --best-of {args.best_of} and --towers {args.towers}"
+        )
+    towers = load_towers(args.towers) if args.towers else None
     write = _prepare(Path(args.out))  # before the work: an unwritable path should cost nothing
     model = sampler.load(args.checkpoint)
     grid = None
@@ -67,7 +75,11 @@ def main(argv):
         for prompt in prompts
         for k in range(args.n)
     ]
-    turns = model.generate(requests, min(args.batch_size, len(requests)))
+    batch_size = min(args.batch_size, len(requests) * args.best_of)
+    if towers:
+        turns, _ = sampler.best_of(model, requests, args.best_of, towers.score, batch_size)
+    else:
+        turns = model.generate(requests, batch_size)
     pictures = [_enlarged(turn.parts[0].pixels, args.scale) for turn in turns]
     print(write(pictures, args.n))
 

@@ -3,6 +3,7 @@
 import argparse
 
 from mmgen.commands.common import add_source_flags, source_from
+from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
 from mmgen.runtime.mesh import process
 from mmgen.stages.tokenize import tokenize
@@ -31,6 +32,8 @@ def main(argv):
         default="refuse",
         help="longer ones: leave out, or cut at a turn",
     )
+    add("--towers", help="workdir of a contrastive run, to leave out images that do not fit their text")
+    add("--min-score", type=float, default=0.2, help="the least cosine of an image and its text, by --towers")
     add("--shard-size", type=int, default=16384, help="documents a shard: what a stopped run has to do again")
     add("--workers", type=int, default=0, help="processes that read and draw; 0: threads")
     add("--overwrite", action="store_true", help="replace what --out holds")
@@ -50,6 +53,8 @@ def main(argv):
         process=process(),
         workers=args.workers,
         overwrite=args.overwrite,
+        towers=load_towers(args.towers) if args.towers else None,
+        min_score=args.min_score,
     )
     if manifest is None:
         print(f"{args.out}: this process has done its shards; others are not finished yet")

@@ -111,18 +111,21 @@ class Images:
     a document with several images another one each epoch.
 
     With `recolored` a batch also has each image in other colours, which only a drawn source can give.
-    With `augment` a random-resized crop, mirrored half of the time; else the centre. A bad image is
+    `beside(source, i, epoch)` gives what else a batch has of the document i of each image: {name: array}; it
+    raises BadImage where it cannot. With `augment` a random-resized crop, mirrored half of the time if `flip`;
+    else the centre. A bad image is
     replaced by the next good one; source.skipped counts each once, and too many end the run. Images are
     kept in memory up to `cache_bytes`, so that later epochs need not draw or decode them again.
     """
 
     def __init__(
-        self, source, batch_size, seed=0, augment=False, max_bad=0.1, recolored=False, cache_bytes=256 << 20,
-        threads=1, workers=0,
+        self, source, batch_size, seed=0, augment=False, max_bad=0.1, recolored=False, beside=None, flip=True,
+        cache_bytes=256 << 20, threads=1, workers=0,
     ):  # fmt: skip
         if recolored and not hasattr(source, "recolored"):
             raise ValueError(f"{source.spec} has no pictures in other colours; set config.loss.recolor to 0")
         self.recolored, self.threads, self.workers = recolored, threads, workers
+        self.beside, self.flip = beside, flip
         self.source, self.batch_size, self.seed, self.augment = source, batch_size, seed, augment
         if batch_size < 1:
             raise ValueError(f"a batch has at least one image, not {batch_size}")
@@ -148,11 +151,13 @@ class Images:
         keys = packing.mix(self.seed, packing.ORDER, epochs)
         documents = packing.permute(places, len(self.source), keys).tolist()
         drawn = [self._image(*item) for item in zip(numbers.tolist(), documents, epochs.tolist())]
-        batch = {"images": np.stack([pixels for pixels, _ in drawn])}
+        batch = {"images": np.stack([pixels for pixels, _, _ in drawn])}
+        if self.beside:
+            batch |= {name: np.stack([found[name] for _, found, _ in drawn]) for name in drawn[0][1]}
         if self.recolored:
             others = [self._cached(("recolored", i, 0), self._recolored) for i in documents]
             batch["recolored"] = np.stack(others)
-        return batch, sum(replaced for _, replaced in drawn)
+        return batch, sum(replaced for *_, replaced in drawn)
 
     def prefetch(self, start_step=0, rows=None):
         """(step, rows of its batch, replaced images) from `start_step` on, for ever, prepared in the
@@ -161,14 +166,15 @@ class Images:
         return prefetch(self.rows_of, start_step, rows, threads=self.threads, workers=self.workers)
 
     def _image(self, number, document, epoch):
-        pixels, replaced = self._good_pixels(document, epoch)
+        pixels, found, replaced = self._good(document, epoch)
         if self.augment:
             rng = np.random.default_rng([self.seed, number])
-            return images.random_crop(pixels, *self.source.size, rng), replaced
-        return images.fit(pixels, *self.source.size), replaced
+            return images.random_crop(pixels, *self.source.size, rng, flip=self.flip), found, replaced
+        return images.fit(pixels, *self.source.size), found, replaced
 
-    def _good_pixels(self, first, epoch):
-        """The pixels of the document or of the next one that is good, and whether it is another."""
+    def _good(self, first, epoch):
+        """Of the document or of the next one that is good: its pixels, what is beside them, and whether it is
+        another."""
         for i in range(first, first + len(self.source)):
             i %= len(self.source)
             which = epoch % max(self.source.count_images(i), 1) if self.source.several_images else 0
@@ -176,6 +182,7 @@ class Images:
                 continue
             try:
                 pixels = self._cached(("image", i, which), self.source.pixels)
+                found = self.beside(self.source, i, epoch) if self.beside else {}
             except BadImage as error:
                 with self._lock:
                     self._bad_images.add((i, which))
@@ -185,7 +192,7 @@ class Images:
             else:
                 with self._lock:
                     self._bad.saw()
-                return pixels, i != first
+                return pixels, found, i != first
         raise TooManyBad(self._bad.report())
 
     def _recolored(self, i, which):

@@ -16,7 +16,8 @@ docs/sources.md has the layout of each. A source is random-access and never chan
     source.count_images(i)       how many images document i has; 0 for a bad one
     source.several_images        whether a document may have more than one
     source.texts(i)              all texts of document i, in every phrasing that is written; reads no image
-    source.fields(i)             what the filters see
+    source.captions(i, n)        the text of each of alternatives(i, n); reads no image
+    source.fields(i)             what the filters see, and what labels are taken from
     source.spec, source.name     what it was opened as, and what to call it
     source.parts                 [(name, start, stop), ...]: the sources it is made of, itself if it is one
     source.skipped               Counter by reason of what was left out
@@ -227,17 +228,25 @@ class Source:
         with self._document(i):
             turns, read = self.reader.document(i)
             turns = check_turns(turns)
-            kinds = [part for _, parts in turns for part in parts]
-            references = dict.fromkeys(ref for kind, ref in kinds if kind == "image")  # each is decoded once
+            references = dict.fromkeys(
+                value for _, parts in turns for kind, value in parts if kind == "image"
+            )  # each is decoded once
             pictures = {ref: Image(self._pixels(ref, read, self.size)) for ref in references}
-            phrasings = max([len(words) for kind, words in kinds if kind == "text"], default=1)
 
         def part(kind, value, k):
             return pictures[value] if kind == "image" else Text(value[k % len(value)])
 
         return [
             Document([Turn(role, [part(*known, k) for known in parts]) for role, parts in turns])
-            for k in range(min(n, phrasings))
+            for k in range(min(n, _phrasings(turns)))
+        ]
+
+    def captions(self, i, n):
+        with self._document(i):
+            turns = check_turns(self.reader.document(i)[0])
+        written = [words for _, parts in turns for kind, words in parts if kind == "text"]
+        return [
+            "\n".join(words[k % len(words)] for words in written) for k in range(min(n, _phrasings(turns)))
         ]
 
     def pixels(self, i, which=0):
@@ -307,14 +316,31 @@ class World:
             raise IndexError(f"document {i} of {self.documents} in {self.spec}")
         return _world_item(self.seed, self.split, int(i), self.category, self.languages)[0]
 
+    def language(self, i):
+        """The language of document i."""
+        return _world_item(self.seed, self.split, int(i), self.category, self.languages)[1]
+
     def alternatives(self, i, n):
+        image = Image(self.pixels(i))
+        return [caption_to_image(prompt, image) for prompt in self.captions(i, n)]
+
+    def captions(self, i, n):
         from mmgen import world
 
-        first, image = self.item(i), Image(self.pixels(i))
-        language = _world_item(self.seed, self.split, int(i), self.category, self.languages)[1]
+        first = self.item(i)
+        language = self.language(i)
         streams = [[self.seed, world.SPLITS.index(self.split), i, k] for k in range(1, n)]
         others = [world.say(first.claim, language, np.random.default_rng(stream)) for stream in streams]
-        return [caption_to_image(prompt, image) for prompt in dict.fromkeys([first.prompt, *others])]
+        return list(dict.fromkeys([first.prompt, *others]))
+
+    def altered(self, i, n, draw=0):
+        """n captions of document i of which each has one attribute wrong, in its language; `draw` gives others."""
+        from mmgen import world
+        from mmgen.world.scene import alter
+
+        item, rng = self.item(i), np.random.default_rng([self.seed, i, 3, draw])
+        claims = [alter(rng, item.claim, item.scene) for _ in range(n)]
+        return [world.say(claim, self.language(i), rng) for claim in claims]
 
     def pixels(self, i, which=0):
         return self._render(i, self.item(i).scene)
@@ -326,8 +352,14 @@ class World:
         return [self.item(i).prompt]
 
     def fields(self, i):
-        self.item(i)
-        return {}
+        """Of what is seen: `shapes`, `colors` and `sizes` without repeats, in the order of the scene, `count`,
+        `background`; and the item's `category`."""
+        item = self.item(i)
+        seen = lambda what: list(dict.fromkeys(getattr(thing, what) for thing in item.scene.objects))
+        return {
+            "shapes": seen("shape"), "colors": seen("color"), "sizes": seen("size"),
+            "count": len(item.scene.objects), "background": item.scene.background, "category": item.category,
+        }  # fmt: skip
 
     def recolored(self, i):
         """The picture of document i with other colours, drawn from (seed, i)."""
@@ -409,6 +441,10 @@ class Several:
         source, i = self._find(i)
         return source.texts(i)
 
+    def captions(self, i, n):
+        source, i = self._find(i)
+        return source.captions(i, n)
+
     def fields(self, i):
         source, i = self._find(i)
         return source.fields(i)
@@ -419,6 +455,11 @@ class Several:
             raise IndexError(f"document {i} of {len(self)} in {self.spec}")
         number = bisect.bisect_right(self.stops, i)
         return self.sources[number], i - self.starts[number]
+
+
+def _phrasings(turns):
+    """In how many ways checked turns are written: as the text with the most."""
+    return max([len(words) for _, parts in turns for kind, words in parts if kind == "text"], default=1)
 
 
 def _fingerprint(*parts):

@@ -21,12 +21,16 @@ svg { background: #fafafa; margin: 0 12px 12px 0; } pre { background: #f4f4f4; p
 """
 
 
-def write(out, *, title, scores, metrics, seconds, config, curves=(), pictures=(), cases=(), examples=16):
+def write(
+    out, *, title, scores, metrics, seconds, config, curves=(), pictures=(), cases=(), examples=16,
+    precision_recall=None,
+):  # fmt: skip
     """Writes both reports to the folder `out` -> path of report.html.
 
     scores: as `suites.scores`; metrics, seconds: name -> number; config: JSON-able;
     curves: (title, records, names) with records as `runtime.metrics.read`; pictures: (title, path of
-    a PNG); cases: `suites.Case`s, of which `examples` a suite are shown, as they come.
+    a PNG); cases: `suites.Case`s, of which `examples` a suite are shown, as they come; precision_recall:
+    {name: (precision, recall)}, arrays along falling thresholds.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,7 @@ def write(out, *, title, scores, metrics, seconds, config, curves=(), pictures=(
         "config": config,
     }
     (out / "report.json").write_text(json.dumps(summary, indent=1))
-    body = [f"<h1>{html.escape(title)}</h1>", _score_table(scores)]
+    body = [f"<h1>{html.escape(title)}</h1>"] + ([_score_table(scores)] if scores else [])
     body.append(_number_table("Measured", metrics))
     body.append(_number_table("Seconds", seconds))
     body.append(f"<p>Peak memory {peak / 2**30:.2f} GiB.</p>")
@@ -50,7 +54,11 @@ def write(out, *, title, scores, metrics, seconds, config, curves=(), pictures=(
             shown = [_figure(case) for case in chosen if case.unseen == flag][:examples]
             if shown:
                 body.append(f"<h3>{label}</h3><div class=grid>{''.join(shown)}</div>")
-    body.append("<h2>Training</h2>")
+    if precision_recall:
+        body.append("<h2>Precision over recall</h2>")
+        body += [_precision_recall(name, *curve) for name, curve in precision_recall.items()]
+    if curves or pictures:
+        body.append("<h2>Training</h2>")
     body += [_curve(title, records, names) for title, records, names in curves]
     for caption, path in pictures:
         data = base64.b64encode(Path(path).read_bytes()).decode()
@@ -91,6 +99,16 @@ def png(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _precision_recall(name, precision, recall, side=150):
+    """A small SVG of precision (up) over recall (right), from 0 to 1 both."""
+    points = zip(recall, precision)
+    path = " ".join(f"{10 + (side - 20) * x:.1f},{side - 10 - (side - 35) * y:.1f}" for x, y in points)
+    text = f"<text x=10 y=14 font-size=11>{html.escape(name)}</text>"
+    return (
+        f"<svg width={side} height={side}>{text}<polyline fill=none stroke='#1560bd' points='{path}'/></svg>"
+    )
 
 
 def _curve(title, records, names, width=480, height=200):

@@ -11,6 +11,7 @@ import numpy as np
 from mmgen import world
 from mmgen.document import Document, Text, Turn
 from mmgen.sampling.sampler import Request
+from mmgen.sampling.sampler import best_of as choose
 from mmgen.world.judge import judge
 from mmgen.world.render import render
 from mmgen.world.scene import CATEGORIES
@@ -41,9 +42,9 @@ def cases(seed, seen, unseen, language="en", split="test"):
     ]
 
 
-def run(sampler, cases, *, size, seed, batch_size=32, **options):
-    """Draws one picture a case, judges it and the ceiling. `size` is (width, height) in pixels; `options`
-    are those of `Request` (guidance, image strategy)."""
+def run(sampler, cases, *, size, seed, batch_size=32, score=None, best_of=1, **options):
+    """Draws one picture a case, the best of `best_of` by `score` (see `sampler.best_of`), judges it and the
+    ceiling. `size` is (width, height) in pixels; `options` are those of `Request` (guidance, image strategy)."""
     width, height = size
     patch = sampler.tokenizer.patch
     requests = [
@@ -55,7 +56,11 @@ def run(sampler, cases, *, size, seed, batch_size=32, **options):
         )
         for number, case in enumerate(cases)
     ]
-    for case, turn in zip(cases, sampler.generate(requests, batch_size)):
+    if best_of > 1:
+        turns, _ = choose(sampler, requests, best_of, score, batch_size)
+    else:
+        turns = sampler.generate(requests, batch_size)
+    for case, turn in zip(cases, turns):
         case.pixels = turn.parts[0].pixels
         verdict = judge(case.pixels, case.item.claim)
         case.ok, case.why = verdict.ok, verdict.why

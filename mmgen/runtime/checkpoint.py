@@ -28,7 +28,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from blake3 import blake3
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 _FOLDER = "checkpoints"
@@ -238,12 +237,6 @@ def save(workdir, step, items, keep=2, **more):
             raise CheckpointError(f"step {step} was not saved in {workdir}: {checkpoints.error}")
 
 
-def wait_for_all(what):
-    """Waits until every process of the run is here; alone it does nothing."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 # -- what lies in the folder
 
 
@@ -338,7 +331,7 @@ def _write_manifest(folder, step, content):
 
 def diff(old, new):
     """Lines `key: old -> new` of what differs between two nested dicts, as of two manifests' records."""
-    old, new = _flat(old), _flat(new)
+    old, new = named_leaves(old), named_leaves(new)
     told = lambda tree, key: json.dumps(tree[key]) if key in tree else "(none)"
     return [
         f"{key}: {told(old, key)} -> {told(new, key)}"
@@ -347,11 +340,11 @@ def diff(old, new):
     ]
 
 
-def _flat(tree, join="."):
+def named_leaves(tree, join="."):
     """{"a.b": leaf} of nested dicts."""
     flat = {}
     for key, value in tree.items():
-        inner = _flat(value, join) if isinstance(value, dict) else None
+        inner = named_leaves(value, join) if isinstance(value, dict) else None
         flat |= {f"{key}{join}{name}": leaf for name, leaf in inner.items()} if inner else {str(key): value}
     return flat
 
@@ -521,7 +514,7 @@ def restore_weights(workdir, params, *, only=None, grow=None, leave=None):
     """
     step = _newest_weights(workdir)
     source = _folder(workdir) / str(step) / weights_item(workdir, step)
-    stored, ours = _flat(_stored(source), "/"), _flat(params, "/")
+    stored, ours = named_leaves(_stored(source), "/"), named_leaves(params, "/")
     report = {"taken": [], "grown": [], "left": [], "unused": sorted(stored.keys() - ours.keys())}
     spans, wanted = {}, {}
     for name, leaf in ours.items():
@@ -555,7 +548,7 @@ def restore_weights(workdir, params, *, only=None, grow=None, leave=None):
                 "`grow` (a table with more rows), or in `leave` (it keeps its initial values)"
             )
         wanted[name] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
-    found = _flat(_read(source, _nested(wanted)), "/") if wanted else {}
+    found = named_leaves(_read(source, _nested(wanted)), "/") if wanted else {}
     for name, rows in spans.items():
         found[name] = _place_rows(ours[name], found[name], rows)
     name_of = lambda path: "/".join(str(entry.key) for entry in path)
@@ -650,7 +643,7 @@ def export_safetensors(workdir, path):
     abstract = jax.tree.map(
         lambda stored: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=place), _stored(source)
     )
-    arrays = {name: np.asarray(array, order="C") for name, array in _flat(_read(source, abstract)).items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in named_leaves(_read(source, abstract)).items()}
     metadata = {
         "format": "mmgen", "step": str(step), "item": item, "config": json.dumps(read_config(workdir)),
         "record": json.dumps(manifest(workdir, step)["record"]),

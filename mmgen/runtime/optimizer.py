@@ -13,7 +13,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from mmgen.runtime import mesh as meshes
 
 # Matrices that read or write something other than the residual stream train with AdamW.
-_ADAM_AXES = {"vocab", "pixels", "code", "place"}
+_ADAM_AXES = {"vocab", "pixels", "code", "place", "query", "label"}
 _BATCH_AXES = {"gate"}
 
 
@@ -30,19 +30,27 @@ def _dimensions(state):
     def one(variable):
         axes = variable.get_metadata()["axes"]
         stacked = variable.ndim - len(axes)
-        if len(axes) < 2 or _ADAM_AXES & set(axes):
+        if len(axes) < 2 or _ADAM_AXES & set(axes) or _frozen(variable):
             return optax.MaskedNode()
         # The first axis is summed over, except where several axes lead to one output ("out").
         outputs = tuple(i + stacked for i, a in enumerate(axes) if i > 0 and a not in _BATCH_AXES)
         return MuonDimensionNumbers((stacked,), outputs)
 
-    flat = [(path, one(variable)) for path, variable in nnx.to_flat_state(state)]
+    return _each(state, one)
+
+
+def _frozen(variable):
+    return variable.get_metadata().get("frozen", False)
+
+
+def _each(state, one):
+    """Pure dict of one(variable) for the variables of a state."""
     tree = {}
-    for path, dims in flat:
+    for path, variable in nnx.to_flat_state(state):
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = dims
+        node[path[-1]] = one(variable)
     return tree
 
 
@@ -123,24 +131,20 @@ def make(config, steps, state):
 
     config: name ("muon" or "adamw"), learning_rate (peak), adam_learning_rate (peak of what Muon
     does not train), warmup, final, weight_decay, beta1, beta2, clip (global norm; 0: none).
+
+    A parameter's metadata may say more: with `frozen` it is never changed and has no moments, and with
+    `bounds` (least, greatest) it is brought back within them after every step.
     """
     factor = schedule(config, steps)
     rate = lambda peak: lambda step: peak * factor(step)
-    matrices = nnx.to_pure_dict(
-        nnx.from_flat_state(
-            [
-                (path, v.ndim - (1 if v.ndim > len(v.get_metadata()["axes"]) else 0) > 1)
-                for path, v in nnx.to_flat_state(state)
-            ]
-        )
-    )
     if config.name == "adamw":
         transform = optax.adamw(
             rate(config.learning_rate),
             config.beta1,
             config.beta2,
             weight_decay=config.weight_decay,
-            mask=matrices,
+            # Of matrices alone; that layers are stacked is no axis of a parameter's own.
+            mask=_each(state, lambda variable: len(variable.get_metadata()["axes"]) > 1),
         )
     elif config.name == "muon":
         dimensions = _dimensions(state)
@@ -166,4 +170,19 @@ def make(config, steps, state):
         raise ValueError(f"unknown optimizer {config.name!r}; known: 'adamw', 'muon'")
     if config.clip:
         transform = optax.chain(optax.clip_by_global_norm(config.clip), transform)
+    frozen = _each(state, lambda variable: "frozen" if _frozen(variable) else "learned")
+    if "frozen" in jax.tree.leaves(frozen):
+        transform = optax.partition({"learned": transform, "frozen": optax.set_to_zero()}, frozen)
+    bounds = _each(state, lambda variable: variable.get_metadata().get("bounds"))
+    if jax.tree.leaves(bounds):
+        transform = optax.chain(transform, _within(bounds))
     return transform
+
+
+def _within(bounds):
+    """Shortens updates such that parameters stay in their bounds; `bounds` is a tree of (least, greatest) or None."""
+
+    def one(update, param, limits):
+        return update if limits is None else jnp.clip(param + update, *limits) - param
+
+    return optax.stateless(lambda updates, params: jax.tree.map(one, updates, params, bounds))

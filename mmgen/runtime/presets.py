@@ -20,6 +20,9 @@ SHARDING = {
     "window": None,
     "place": None,
     "code": None,
+    "joint": None,
+    "query": None,
+    "label": None,
 }
 
 OPTIMIZER = {

@@ -51,6 +51,28 @@ class Request:
             raise ValueError(f"output must be 'image', 'text' or 'any', found {self.output!r}")
 
 
+def best_of(sampler, requests, n, score, batch_size=16):
+    """Answers each request n times and keeps the picture that `score` likes best -> (turns, scores float [B, n]).
+
+    score(images uint8 [H, W, 3] each, texts) -> [N] numbers, such as `contrastive.Towers.score`; a request's text
+    is that of its document. Draw 0 has the request's own seed, so more draws only add to choose from.
+    """
+    if n < 1:
+        raise ValueError(f"expected at least one draw of a request, found {n}")
+    if any(request.output != "image" for request in requests):
+        raise ValueError("only pictures are scored: expected output='image' of every request")
+    seed = lambda request, k: int(np.random.SeedSequence([request.seed, k]).generate_state(1)[0])
+    draws = [
+        dataclasses.replace(request, seed=seed(request, k)) if k else request
+        for request in requests
+        for k in range(n)
+    ]
+    turns = sampler.generate(draws, batch_size)
+    texts = [request.document.text() for request in draws]
+    scores = np.reshape(score([turn.parts[0].pixels for turn in turns], texts), (-1, n))
+    return [turns[i * n + k] for i, k in enumerate(scores.argmax(1))], scores
+
+
 class Sampler:
     """A trained transformer with all that its samples need: grammar, text model, image tokenizer."""
 

@@ -32,7 +32,7 @@ from mmgen.runtime.preemption import Preempted, Preemption
 from mmgen.runtime.watchdog import Watchdog
 from mmgen.stages import program as programs
 
-STAGES = ("tokenizer", "transformer")
+STAGES = ("tokenizer", "contrastive", "classifier", "transformer")
 
 # Settings that may differ between the runs that continue one another: they steer what is
 # written down and where it is computed, never what is learned.
@@ -57,6 +57,7 @@ _FREE = {
     "model.unroll",
     "model.attention",
     "loss.chunk",
+    "loss.towers",  # where they lie; the stage compares their weights
     "data.threads",
     "data.workers",
     "data.max_bad",
@@ -286,10 +287,11 @@ def _check(config, workdir):
     ours = json.loads(config.to_json())
     if path.exists():
         theirs = json.loads(path.read_text())
+        before, now = checkpoint.named_leaves(theirs), checkpoint.named_leaves(ours)
         changed = sorted(
             key
-            for key, value in _flat(ours).items()
-            if _flat(theirs).get(key, value) != value and not {key, key.split(".")[0]} & _FREE
+            for key, value in now.items()
+            if before.get(key, value) != value and not {key, key.split(".")[0]} & _FREE
         )
         if theirs.get("stage") != ours["stage"]:
             raise ConfigError(
@@ -325,14 +327,6 @@ def _record(config, workdir):
     temporary.write_text(config.to_json(indent=2))
     os.replace(temporary, path)
     (workdir / "environment.json").write_text(json.dumps(metric_files.environment(), indent=2))
-
-
-def _flat(tree, prefix=""):
-    """{'a.b': value} of nested dicts."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _best(text):

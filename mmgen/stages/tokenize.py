@@ -20,10 +20,12 @@ from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint
 from mmgen.text import Text
 
+LOW = "low_score"  # why a document was left out whose images do not fit its text
+
 
 def tokenize(
     source, tokenizer_dir, text_path, out, *, max_side, phrasings=1, longest=0, overlong="refuse", max_bad=0.1,
-    shard_size=16384, process=(0, 1), workers=0, overwrite=False, batch=512,
+    shard_size=16384, process=(0, 1), workers=0, overwrite=False, batch=512, towers=None, min_score=0.0,
 ):  # fmt: skip
     """Writes the documents of `source` to the folder `out` as shards -> the manifest.
 
@@ -33,6 +35,8 @@ def tokenize(
 
     phrasings: at most so many of each document are kept. longest: tokens a document may have, 0 for any
     number; a longer one is refused, and counted, or with overlong="cut" loses its last turns, also counted.
+    towers, min_score: a document with images and text, of which some image's cosine with that text is less by
+    `contrastive.Towers`, is left out and counted as low_score; that is no fault of the source.
     max_bad: share of bad items above which a run gives up. workers: processes that read and draw; 0 for
     threads. The folder also gets copies of the tokenizer and the text model, so that a run that learns from
     it, and the samples of that run, need nothing else.
@@ -58,6 +62,8 @@ def tokenize(
         "color_digits": tokenizer.color_digits,
     }
     settings = {"shard_size": shard_size, "phrasings": phrasings, "longest": longest, "overlong": overlong}
+    if towers:
+        settings |= {"towers": towers.name, "min_score": min_score}
     job = {**facts, **settings, "fingerprint": source.fingerprint, "grammar": grammar.to_dict()}
     finished = shards.begin(out, job, overwrite=overwrite)
     if finished:
@@ -77,7 +83,7 @@ def tokenize(
             todo.append(number)
         else:
             bad.seen += spans[number][1] - spans[number][0]
-            bad.count += sum(found["skipped"].values())
+            bad.count += sum(n for reason, n in found["skipped"].items() if reason != LOW)
             source.skipped.update(found["skipped"])
     count_of = lambda numbers: sum(spans[n][1] - spans[n][0] for n in numbers)
     total, left = count_of(range(rank, len(spans), count)), count_of(todo)
@@ -94,12 +100,13 @@ def tokenize(
                 for first in range(start, stop, batch):
                     pulled = [next(items) for _ in range(first, min(first + batch, stop))]
                     assert pulled[0][0] == first, (pulled[0][0], first)
+                    pulled = _filtered(pulled, towers, min_score) if towers else pulled
                     for i, rows, drawn, shortened in _encode(
                         pulled, tokenizer, grammar, text, longest, overlong
                     ):
                         if isinstance(rows, BadImage):
                             skipped[rows.reason] += 1
-                            bad.saw(rows)
+                            bad.saw(rows if rows.reason != LOW else None)
                         else:
                             bad.saw()
                             writer.add(rows)
@@ -168,6 +175,24 @@ def _read(source, spans, phrasings, workers):
         return (run for run in ())
     items = grain.MapDataset.source(_Items(source, spans, phrasings))
     return in_background(items, threads=1, workers=workers, ahead=8)
+
+
+def _filtered(items, towers, least):
+    """(i, [Document, ...] or BadImage) each -> the same, with a BadImage of reason LOW for those whose images do not
+    fit their text: the score is that of the worst image."""
+    where, images, texts = [], [], []
+    for k, (_, found) in enumerate(items):
+        if not isinstance(found, BadImage) and (text := found[0].text()):
+            pixels = [image.pixels for image in found[0].images() if image.pixels is not None]
+            where += [k] * len(pixels)
+            images += pixels
+            texts += [text] * len(pixels)
+    items = list(items)
+    for k, score in zip(where, towers.score(images, texts) if images else ()):
+        i, found = items[k]
+        if score < least:
+            items[k] = i, BadImage(LOW, f"document {i}: an image's score with its text is {score:.3f}")
+    return items
 
 
 def _encode(items, tokenizer, grammar, text, longest, overlong):

@@ -10,7 +10,10 @@ from PIL import Image
 
 from mmgen.data.loader import Images
 from mmgen.data.sources import documents_of, open_source
+from mmgen.models import contrastive
 from mmgen.models.autoencoders import Autoencoder, Tokenizer, to_float
+from mmgen.models.contrastive import load_towers
+from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
 
 
@@ -27,6 +30,15 @@ def setup(config, workdir):
         workers=config.data.workers,
     )
     held_out = open_source(**config.held_out)
+    terms = dict(config.loss)
+    towers, tower = terms.pop("towers"), None
+    if config.loss.perceptual:
+        if not towers:
+            raise ConfigError(
+                "config.loss.perceptual needs a network: name a contrastive run in config.loss.towers"
+            )
+        found = load_towers(towers)
+        towers, tower = found.name, found.model.image
 
     def evaluate(graphdef, params, step):
         model = Tokenizer(nnx.merge(graphdef, params))
@@ -39,17 +51,18 @@ def setup(config, workdir):
 
     return Stage(
         make=lambda rngs: Autoencoder(config.model, rngs),
-        loss=functools.partial(loss, **config.loss),
+        loss=functools.partial(loss, tower=tower, **terms),
         data=data,
         shape=(config.data.batch_size,),
         axes=("batch",),
         unit="images",
         units_a_step=config.data.batch_size,
         evaluate=evaluate,
+        identity={"towers": towers} if tower else {},
     )
 
 
-def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits):
+def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits, perceptual=0.0, tower=None):
     """{name: (sum over images, images)} of log(mean squared error + floor), of pixels in [-1, 1], and the codes' rate.
 
     The first is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
@@ -61,6 +74,9 @@ def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits):
     `color_digits` digits: these are of batch["recolored"], the same picture in other colours, and it is this
     one that has to come out. So those digits learn to carry colours, and the others what is there in any
     colours: a transformer then needs to learn an outline once, not for each pair of colours.
+
+    `perceptual` weighs how unlike the images look to the image `tower` of a contrastive run. It is a constant of
+    the program, held whole by every device.
     """
     images = to_float(batch["images"])
     features = model.features(images)
@@ -71,10 +87,14 @@ def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits):
         repainted = jnp.concatenate([painted[..., :color_digits], values[..., color_digits:]], -1)
         chosen = (jnp.arange(len(images)) < recolor * len(images))[:, None, None, None]
         given, images = jnp.where(chosen, repainted, values), jnp.where(chosen, other, images)
-    error = model.decode(_disturbed(given, key, noise) if noise else given) - images
+    back = model.decode(_disturbed(given, key, noise) if noise else given)
+    error = back - images
     mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
     total = 0.1 * jnp.mean(jnp.log(mse + floor))
     measured = {"batch_psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
+    if perceptual:
+        measured["perceptual"] = contrastive.distance(tower, back, images).mean()
+        total += perceptual * measured["perceptual"]
     if rate:
         measured["code_nats"] = model.prior(values, model.quantizer.bound(features)).mean()
         total += rate * measured["code_nats"]

@@ -307,9 +307,9 @@ def alter(rng, claim: Claim, scene: Scene) -> Claim:
     """The claim with one stated attribute changed, such that it is false of the scene."""
     others = [c for c in _neighbours(claim) if distinct(c.groups) and not holds(c, scene)]
     # First the attribute, then its value: else shapes and colours would crowd out the rest.
-    kinds = sorted({_difference(claim, c) for c in others})
+    kinds = sorted({changed(claim, c) for c in others})
     kind = _pick(rng, kinds)
-    return _pick(rng, [c for c in others if _difference(claim, c) == kind])
+    return _pick(rng, [c for c in others if changed(claim, c) == kind])
 
 
 def _members(groups, objects):
@@ -360,8 +360,8 @@ def _neighbours(claim):
                 yield replace(claim, background=name)
 
 
-def _difference(a, b):
-    """The name of the attribute in which two neighbouring claims differ."""
+def changed(a, b):
+    """The name of the attribute in which two claims differ that are alike but for one, as those of `alter`."""
     for g, h in zip(a.groups, b.groups, strict=True):
         for name in ("shape", "color", "size", "count"):
             if getattr(g, name) != getattr(h, name):

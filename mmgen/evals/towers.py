@@ -1,0 +1,78 @@
+"""Suites of the contrastive and classifier stages, and what their networks say of other models' pictures."""
+
+import numpy as np
+
+from mmgen import world
+from mmgen.data.sources import World
+from mmgen.evals.metrics import auc, frechet
+from mmgen.models import classifier
+from mmgen.stages.classifier import held_out_labels
+from mmgen.stages.contrastive import held_out_pairs, retrieval
+from mmgen.world.scene import alter, changed
+
+
+def retrieve(towers, source, limit=1000):
+    """Retrieval among the first `limit` pairs of `source` with different texts, and of a world how well right
+    captions are told from wrong ones -> ({metric: value}, {} for the report).
+
+    "text_r5" and so on as `stages.contrastive.retrieval`, and "chance_r5"; "auc" is that a picture's cosine with
+    its own caption is above any picture's with a caption of which one attribute is wrong, and "auc_color" and so
+    on of each attribute; "told" is how often the right one of a picture's two is above.
+    """
+    images, texts = held_out_pairs(source, limit)
+    vectors = towers.embed_images(images)
+    found = {"pairs": float(len(images))} | retrieval(vectors, towers.embed_texts(texts))
+    found |= {f"chance_r{k}": min(k / len(images), 1.0) for k in (1, 5, 10)}
+    return found | (attributes(towers, source, limit) if isinstance(source, World) else {}), {}
+
+
+def attributes(towers, source, limit):
+    """The part of `retrieve` about wrong attributes, of the first `limit` items of a World."""
+    images, right, wrong, kinds = [], [], [], []
+    for i in range(min(len(source), limit)):
+        item, rng = source.item(i), np.random.default_rng([source.seed, i, 3])
+        claim = alter(rng, item.claim, item.scene)
+        images.append(source.pixels(i))
+        right.append(item.prompt)
+        wrong.append(world.say(claim, source.language(i), rng))
+        kinds.append(changed(item.claim, claim))
+    vectors = towers.embed_images(images)
+    good, bad = (np.sum(vectors * towers.embed_texts(texts), -1) for texts in (right, wrong))
+    kinds = np.array(kinds)
+    found = {"auc": auc(good, bad), "told": float(np.mean(good > bad))}
+    return found | {
+        f"auc_{kind}": auc(good[kinds == kind], bad[kinds == kind]) for kind in sorted(set(kinds))
+    }
+
+
+def judge(towers, drawn, prompts, true):
+    """What the towers say of drawn pictures: {"CLIPScore-NAME", "FD-NAME"}, of uint8 [H, W, 3] each.
+
+    The CLIPScore is 100 max(cosine, 0), the mean over pictures (arXiv:2104.08718 up to its factor); the Fréchet
+    distance is that of the image tower's pooled features of drawn and `true` pictures.
+    """
+    score = 100 * np.maximum(towers.score(drawn, prompts), 0).mean()
+    distance = frechet(towers.features(drawn), towers.features(true))
+    return {f"CLIPScore-{towers.name}": float(score), f"FD-{towers.name}": distance}
+
+
+def classify(model, source):
+    """A classifier on the labelled images of `source` -> (metrics as `classifier.measure`, with the group's name
+    before, {"precision_recall": {"GROUP: CLASS": (precision, recall)}} for the report).
+
+    Probabilities are calibrated as the checkpoint says, not anew.
+    """
+    images, labels, known = held_out_labels(source, model.groups)
+    logits, metrics, curves = model.logits(images), {}, {}
+    for i, group in enumerate(model.groups):
+        rows = np.flatnonzero(known[:, i] > 0)
+        if not len(rows):
+            continue
+        kept = model.calibration.get(group.name, {})
+        x, y = logits[group.name][rows], labels[rows, group.span]
+        found, drawn = classifier.measure(x, y, group, kept)
+        metrics |= {f"{group.name}_{name}": value for name, value in found.items()} | {
+            f"{group.name}_images": float(len(rows))
+        }
+        curves |= {f"{group.name}: {name}": curve for name, curve in drawn.items()}
+    return metrics, {"precision_recall": curves}
