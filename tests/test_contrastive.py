@@ -87,7 +87,7 @@ a, b = x / np.linalg.norm(x, axis=-1, keepdims=True)
 same = np.arange(B, dtype=np.int32) // 2 * (np.arange(B) % 7 == 0)
 out = {}
 for kind, bias in (("softmax", None), ("sigmoid", -10.0)):
-    def total(a, b, scale):
+    def total(a, b, scale, same):
         return pair_loss(a, b, scale, bias, same)[0].mean()
     found = []
     for shape in ({"data": 1}, {"data": 4, "fsdp": 2}):
@@ -96,7 +96,7 @@ for kind, bias in (("softmax", None), ("sigmoid", -10.0)):
                                  meshes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
         with meshes.use(mesh, SHARDING):
             place = jax.NamedSharding(mesh, meshes.spec(("batch", None), SHARDING))
-            args = (jax.device_put(a, place), jax.device_put(b, place), jnp.float32(20.0))
+            args = (jax.device_put(a, place), jax.device_put(b, place), jnp.float32(20.0), same)
             step = jax.jit(jax.value_and_grad(total, (0, 1, 2)), out_shardings=(None, (place, place, None)))
             compiled = step.lower(*args).compile()
             found.append(jax.tree.map(np.asarray, compiled(*args)))
