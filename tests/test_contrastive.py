@@ -16,7 +16,7 @@ from mmgen.document import Text as Words
 from mmgen.evals import metrics, towers
 from mmgen.models import contrastive
 from mmgen.models.contrastive import Contrastive, load_towers, pair_loss
-from mmgen.runtime import checkpoint
+from mmgen.runtime import checkpoint, optimizer
 from mmgen.runtime import config as configs
 from mmgen.runtime.config import ConfigError
 from mmgen.sampling.sampler import Request, best_of
@@ -123,11 +123,10 @@ import json, sys
 from mmgen.stages import loop
 from tests.conftest import config_of
 flags, out = json.loads(sys.argv[1]), sys.argv[2]
-for name, shape in (("data", {"data": 8}), ("mixed", {"data": 2, "fsdp": 2, "tensor": 2})):
-    config = config_of(flags)
-    with config.unlocked():
-        config.mesh = shape
-    loop.train(config, f"{out}/{name}")
+config = config_of(flags)
+with config.unlocked():
+    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+loop.train(config, out + "/mixed")
 """
 
 
@@ -136,11 +135,10 @@ def test_runs_on_eight_devices_learn_what_one_does(run, tmp_path):
     run_python(TRAIN, json.dumps(flags), tmp_path, devices=8)
     loop.train(config_of(flags), tmp_path / "one")
     one = records(tmp_path / "one")
-    for name in ("data", "mixed"):
-        other = records(tmp_path / name)
-        assert [line["step"] for line in other] == [line["step"] for line in one]
-        np.testing.assert_allclose([x["loss"] for x in other], [x["loss"] for x in one], rtol=1e-4)
-        assert other[-1]["text_r10"] == pytest.approx(one[-1]["text_r10"], abs=0.05)
+    other = records(tmp_path / "mixed")
+    assert [line["step"] for line in other] == [line["step"] for line in one]
+    np.testing.assert_allclose([x["loss"] for x in other], [x["loss"] for x in one], rtol=1e-4)
+    assert other[-1]["text_r10"] == pytest.approx(one[-1]["text_r10"], abs=0.05)
 
 
 def test_stopped_and_resumed_is_bit_identical(run, tmp_path):
@@ -151,34 +149,25 @@ def test_stopped_and_resumed_is_bit_identical(run, tmp_path):
     assert records(tmp_path) == records(run.workdir)
 
 
-def test_the_temperature_stays_within_its_bounds_and_can_come_back(space, tmp_path):
-    """A rate that would carry it far beyond in one step; then one that leads back from the bound."""
-    flags = [
-        "--config",
-        "contrastive:tiny",
-        f"--config.data.text={space.text}",
-        "--config.optimizer.name=adamw",
-    ]
-    config = config_of([*flags, "--config.optimizer.learning_rate=5.0", "--config.optimizer.warmup=1"])
-    with config.unlocked():
-        config.steps = config.log_every = config.evaluate_every = config.save_every = 6
-    loop.train(config, tmp_path)
-    scale = arrays(tmp_path, 6)["params['scale']"]
-    assert 0.0 <= scale <= np.log(100.0) + 1e-6
-
-    from mmgen.runtime import optimizer
-
-    model = nnx.eval_shape(lambda: Contrastive(config.model, 300, nnx.Rngs(0)))
-    tx = optimizer.make(config.optimizer, 100, nnx.split(model)[1])
-    params = nnx.to_pure_dict(nnx.split(Contrastive(config.model, 300, nnx.Rngs(0)))[1])
-    params["scale"] = jnp.float32(np.log(100.0))
-    state = tx.init(params)
-    for push, inside in ((-1.0, False), (1.0, True)):
+def test_the_temperature_stays_within_its_bounds_and_can_come_back():
+    config = configs.load("contrastive:tiny")
+    model = Contrastive(config.model, 300, nnx.Rngs(0))
+    abstract = nnx.split(nnx.eval_shape(lambda: Contrastive(config.model, 300, nnx.Rngs(0))))[1]
+    tx = optimizer.make(config.optimizer, 100, abstract)
+    params = nnx.to_pure_dict(nnx.split(model)[1])
+    state, most = tx.init(params), np.log(100.0)
+    params["scale"] = jnp.float32(most - 0.001)
+    update = jax.jit(tx.update)
+    for push, back in (
+        (-1.0, False),
+        (1.0, True),
+    ):  # against the gradient: up beyond the bound, and down again
         grads = jax.tree.map(jnp.zeros_like, params) | {"scale": jnp.float32(push)}
-        for _ in range(3):
-            updates, state = tx.update(grads, state, params)
+        for _ in range(12):
+            updates, state = update(grads, state, params)
             params = jax.tree.map(jnp.add, params, updates)
-        assert (float(params["scale"]) < np.log(100.0) - 1e-3) == inside
+        assert float(params["scale"]) <= most + 1e-6
+        assert (float(params["scale"]) < most - 1e-3) == back
 
 
 def test_padding_says_nothing_and_sizes_may_differ(pair):
@@ -396,11 +385,8 @@ def test_a_tokenizer_learns_to_look_right_to_the_towers(space, run, pair, tmp_pa
     config = config_of([*flags, f"--config.loss.towers={run.workdir}"])
     last = loop.train(config, tmp_path / "with")
     assert last["perceptual"] > 0
-    plain = loop.train(config_of([*space.tokenizer_flags, "--config.steps=4"]), tmp_path / "without")
-    assert "perceptual" not in plain and not np.array_equal(
-        arrays(tmp_path / "with", 4)["params['head']['w']"],
-        arrays(tmp_path / "without", 4)["params['head']['w']"],
-    )
+    plain = records(space.tokenizer)
+    assert "perceptual" not in plain[-1] and last["loss"] > plain[1]["loss"]
     with pytest.raises(ConfigError, match="loss.towers"):
         loop.train(config_of(flags), tmp_path / "none")
     tower, images = pair.model.image, jax.random.uniform(jax.random.key(0), (2, 32, 32, 3), minval=-1)
