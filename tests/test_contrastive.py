@@ -393,3 +393,10 @@ def test_a_tokenizer_learns_to_look_right_to_the_towers(space, run, pair, tmp_pa
     np.testing.assert_allclose(contrastive.distance(tower, images, images), 0, atol=1e-9)
     near, far = (contrastive.distance(tower, images, images + step) for step in (0.01, 0.5))
     assert (0 < near).all() and (near < far).all()
+
+
+def test_a_flag_can_ask_for_the_whole_mixture(run):
+    config = config_of([*run.flags, "--config.data.source.category="])
+    source, plain = open_source(**config.data.source), open_source("world:train", (32, 32), documents=200)
+    assert {source.fields(i)["category"] for i in range(60)} > {"scene", "position"}
+    assert open_source("world:train", (32, 32), documents=200, category="").fingerprint == plain.fingerprint

@@ -89,7 +89,7 @@ def open_source(
     "key" is the tar's or folder's own key, and elsewhere the field of that name or, without it, the
     contents. `only` and `exclude` map fields to a value or a list of values.
     world: `documents` is its length; `languages` is a list, or a dict of weights, from which each document
-    draws one by (seed, i); `category` gives only its kind of scene. text: at most `max_chars` characters
+    draws one by (seed, i); `category` gives only its kind of scene ("" as None: all). text: at most `max_chars` characters
     a document. tfds: `data_dir` is the folder of its data sets.
     """
     if seed < 0:
@@ -108,7 +108,7 @@ def open_source(
     if kind == "world":
         if keep.active:
             raise ValueError(f"{spec} has no fields: split, only and exclude do not apply to a world")
-        return World(spec, name, where, size, seed, documents, languages, category)
+        return World(spec, name, where, size, seed, documents, languages, category or None)
     if category:
         raise ValueError(f"{spec} has no categories: only a world has")
 
