@@ -68,7 +68,7 @@ def test_evaluate_reports_scores_and_the_probe(space, tmp_path, capsys):
     ]
     assert mmgen("evaluate", "--checkpoint", space.transformer, "--out", tmp_path / "report", *flags) == 0
     said = capsys.readouterr().out
-    assert "probe: shape" in said and "counting" in said
+    assert "probe_shape" in said and "counting" in said
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert set(report["metrics"]) == {"probe_shape", "probe_color", "probe_attribution", "probe_nats"}
     assert report["config"]["keep_mode"] is False and report["config"]["split"] == "valid"
