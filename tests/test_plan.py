@@ -106,7 +106,7 @@ def test_what_cannot_be_laid_out_is_an_error(topology, overrides, words):
 
 CASES = [
     (variant, topology, overrides)
-    for variant in SIZES
+    for variant in [*(f"transformer:{size}" for size in SIZES), "contrastive:350m", "classifier:350m"]
     for topology, overrides in (("v5p-128", ()), ("h100x64", ()), ("h100x64", TENSOR))
 ]
 
@@ -114,9 +114,9 @@ CASES = [
 @pytest.mark.parametrize("variant, topology, overrides", CASES)
 def test_layouts_are_the_golden_ones(variant, topology, overrides):
     """MMGEN_GOLDEN=write renews the files: read their diff before it is committed."""
-    config = configs.load(f"transformer:{variant}", overrides)
-    lines = plan.layout(config, hardware.topology(topology), VOCABULARY)
-    path = LAYOUTS / f"{variant}.{topology}{'.tensor4' if overrides else ''}.txt"
+    lines = plan.layout(configs.load(variant, overrides), hardware.topology(topology), VOCABULARY)
+    name = variant.removeprefix("transformer:").replace(":", ".")
+    path = LAYOUTS / f"{name}.{topology}{'.tensor4' if overrides else ''}.txt"
     if os.environ.get("MMGEN_GOLDEN") == "write":
         path.write_text("\n".join(lines) + "\n")
     assert lines == path.read_text().splitlines(), f"{path.name} differs; MMGEN_GOLDEN=write renews it"

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from mmgen.grammar import Grammar
-from mmgen.models import transformer
+from mmgen.models import autoencoders, classifier, contrastive, transformer
 from mmgen.runtime import config as configs
 from mmgen.runtime import hardware
 from mmgen.runtime import mesh as meshes
@@ -41,22 +41,27 @@ def main(argv):
     add("--levels", default="8,8,8,6,5", help="of the FSQ tokenizer (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="for the TPU where libtpu is installed, else for pretended CPU devices; minutes")  # fmt: skip
-    add("--layout", action="store_true", help="print how each parameter is laid out, and nothing else")
+    add(
+        "--layout",
+        action="store_true",
+        help="print how each parameter is laid out, of a model of any stage, and nothing else",
+    )
     add("--json", metavar="FILE", help="write the numbers here too")
     args, rest = parser.parse_known_args(argv)
     if not 0 < args.mfu <= 1:
         raise ValueError(f"--mfu is a share from 0 to 1, as in 0.5; found {args.mfu}")
     config = configs.load(args.config, configs.overrides(parser, rest))
-    if config.stage != "transformer":
-        raise ValueError(
-            f"plans are made for the transformer stage; {args.config} is of stage {config.stage!r}"
-        )
     topology = hardware.topology(args.topology)
     levels = tuple(int(level) for level in args.levels.split(","))
     vocabulary = Vocabulary(args.pieces, args.max_side, levels)
     if args.layout:
         print("\n".join(layout(config, topology, vocabulary)))
         return
+    if config.stage != "transformer":
+        raise ValueError(
+            f"plans are made for the transformer stage; {args.config} is of stage {config.stage!r}: of others there is "
+            "--layout"
+        )
     devices = stand_ins(topology) if args.compile else None
     plan = estimate(config, topology, vocabulary, args.mfu)
     print(show(plan), flush=True)
@@ -76,14 +81,25 @@ class Vocabulary:
         self.manifest = {"levels": levels, "color_digits": 0, "grammar": self.grammar.to_dict()}
 
 
+def _make(config, vocabulary):
+    """rngs -> the model that the config's stage trains."""
+    m = config.model
+    makes = {
+        "transformer": lambda rngs: transformer.of_codes(
+            m, vocabulary.manifest, vocabulary.grammar.vocab_size, rngs
+        ),
+        "contrastive": lambda rngs: contrastive.Contrastive(m, vocabulary.grammar.pieces, rngs),
+        "classifier": lambda rngs: classifier.Classifier(m, classifier.groups_of(config.labels), rngs),
+        "tokenizer": lambda rngs: autoencoders.Autoencoder(m, rngs),
+    }
+    return makes[config.stage]
+
+
 def _build(config, vocabulary, mesh):
-    make = lambda rngs: transformer.of_codes(
-        config.model, vocabulary.manifest, vocabulary.grammar.vocab_size, rngs
-    )
     loss = lambda model, batch, key: transformer.loss(
         model, batch, code_start=vocabulary.grammar.code_start, **config.loss
     )
-    return program.build(config, make, loss, mesh)
+    return program.build(config, _make(config, vocabulary), loss, mesh)
 
 
 def _abstract(config, topology):
@@ -110,10 +126,8 @@ def layout(config, topology, vocabulary):
     """A line for each parameter: path, shape, logical axes, the mesh axes they lie over, bytes on each
     device."""
     mesh = _abstract(config, topology)
-    make = lambda: transformer.of_codes(
-        config.model, vocabulary.manifest, vocabulary.grammar.vocab_size, nnx.Rngs(0)
-    )
-    state = nnx.split(nnx.eval_shape(make))[1]
+    make = _make(config, vocabulary)
+    state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1]
     shardings = flatten_dict(meshes.param_shardings(state, mesh, config.sharding))
     lines = [f"# {config.name} on {topology.name}: {_mesh(mesh)}"]
     for path, variable in nnx.to_flat_state(state):
