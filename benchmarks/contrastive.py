@@ -166,7 +166,7 @@ def clip(shape, name):
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             adam.step()
             adam.zero_grad(set_to_none=True)
-        return float(loss)  # waits
+        return float(loss.detach())  # waits
 
     about = f"{count / 1e6:.2f} M parameters, torch {torch.__version__}"
     place = torch.cuda.get_device_name() if device == "cuda" else "cpu"
