@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 from flax import nnx
@@ -133,8 +134,47 @@ def make(config, steps, state):
     does not train), warmup, final, weight_decay, beta1, beta2, clip (global norm; 0: none).
 
     A parameter's metadata may say more: with `frozen` it is never changed and has no moments, and with
-    `bounds` (least, greatest) it is brought back within them after every step.
+    `bounds` (least, greatest) it is brought back within them after every step. With `average` (a decay d) it is a
+    moving average: its gradient is its distance from the new value, of which it goes 1 - d, at any rate and outside of
+    clipping. The parameters of a `group` have an optimizer of their own, with a norm of their own to clip:
+    `config.groups[group]` says what of it differs from `config`.
     """
+
+    def kind(variable):
+        about = variable.get_metadata()
+        average = "average" if "average" in about else None
+        return "frozen" if about.get("frozen") else average or about.get("group", "learned")
+
+    kinds = _each(state, kind)
+    transforms, groups = {}, dict(config.get("groups", {}))
+    for name in sorted(set(jax.tree.leaves(kinds))):
+        if name == "frozen":
+            transforms[name] = optax.set_to_zero()
+        elif name == "average":
+            decays = _each(state, lambda variable: variable.get_metadata().get("average"))
+            transforms[name] = _averages(decays)
+        else:
+            own = ml_collections.ConfigDict(config)
+            own.update(groups.get(name, {}))
+            transforms[name] = _learner(own, steps, state)
+    transform = (
+        optax.partition(transforms, kinds) if len(transforms) > 1 else next(iter(transforms.values()))
+    )
+    bounds = _each(state, lambda variable: variable.get_metadata().get("bounds"))
+    if jax.tree.leaves(bounds):
+        transform = optax.chain(transform, _within(bounds))
+    return transform
+
+
+def learned(state):
+    """The function that takes the gradients of a state's parameters to the list of those that are gradients:
+    averages have distances."""
+    real = jax.tree.leaves(_each(state, lambda variable: "average" not in variable.get_metadata()))
+    return lambda grads: [grad for grad, keep in zip(jax.tree.leaves(grads), real) if keep]
+
+
+def _learner(config, steps, state):
+    """The transform of `make` for parameters without anything special."""
     factor = schedule(config, steps)
     rate = lambda peak: lambda step: peak * factor(step)
     if config.name == "adamw":
@@ -168,15 +208,17 @@ def make(config, steps, state):
         transform = optax.partition({"muon": orthogonal, "adam": rest}, labels)
     else:
         raise ValueError(f"unknown optimizer {config.name!r}; known: 'adamw', 'muon'")
-    if config.clip:
-        transform = optax.chain(optax.clip_by_global_norm(config.clip), transform)
-    frozen = _each(state, lambda variable: "frozen" if _frozen(variable) else "learned")
-    if "frozen" in jax.tree.leaves(frozen):
-        transform = optax.partition({"learned": transform, "frozen": optax.set_to_zero()}, frozen)
-    bounds = _each(state, lambda variable: variable.get_metadata().get("bounds"))
-    if jax.tree.leaves(bounds):
-        transform = optax.chain(transform, _within(bounds))
-    return transform
+    return optax.chain(optax.clip_by_global_norm(config.clip), transform) if config.clip else transform
+
+
+def _averages(decays):
+    """Goes the share 1 - decay of the way; `decays` is a tree of them, None for other parameters."""
+
+    def update(updates, params):
+        step = lambda decay, x: x if isinstance(x, optax.MaskedNode) else (decay - 1) * x
+        return jax.tree.map(step, decays, updates, is_leaf=lambda x: x is None)
+
+    return optax.stateless(update)
 
 
 def _within(bounds):

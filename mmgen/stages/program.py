@@ -28,7 +28,8 @@ class Program(NamedTuple):
 def build(config, make, loss, mesh):
     """The `Program` of `loss` on models of `make(nnx.Rngs)`, to be called within `meshes.use(mesh, ...)`.
 
-    `loss(model, batch, key)` returns {name: (sum, weight)} with a "loss" among them: what is learned is the
+    `loss(model, batch, key)`, whose batch also has the "step" int32 [], returns {name: (sum, weight)} with a "loss"
+    among them: what is learned is the
     sum of the losses over the sum of the weights of the whole batch, however many parts (`config.accumulate`)
     it is computed in. A mean of the parts' means would give each token of a part with few a larger say.
 
@@ -42,6 +43,7 @@ def build(config, make, loss, mesh):
     )  # its shape: no device is asked
     graphdef, abstract = nnx.split(nnx.eval_shape(create, new_key))
     tx = optimizer.make(config.optimizer, config.steps, abstract)
+    learned = optimizer.learned(abstract)
 
     def init(key):
         params = nnx.to_pure_dict(nnx.split(create(key))[1])
@@ -64,11 +66,11 @@ def build(config, make, loss, mesh):
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
     )
 
-    def part(params, batch, key):
+    def part(params, batch, key, at):
         """-> ({name: (sum, weight)}, gradients of the sum of losses)."""
 
         def value(params):
-            sums = loss(nnx.merge(graphdef, params), batch, key)
+            sums = loss(nnx.merge(graphdef, params), batch | {"step": at}, key)
             return sums["loss"][0], sums
 
         (_, sums), grads = jax.value_and_grad(value, has_aux=True)(params)
@@ -77,11 +79,11 @@ def build(config, make, loss, mesh):
     def gradients(params, batch, at):
         step_key = jax.random.fold_in(jax.random.key(config.seed + 1), at)
         if config.accumulate == 1:
-            sums, grads = part(params, batch, step_key)
+            sums, grads = part(params, batch, step_key, at)
         else:
-            body = lambda total, x: (jax.tree.map(jnp.add, total, part(params, *x)), None)
+            body = lambda total, x: (jax.tree.map(jnp.add, total, part(params, *x, at)), None)
             xs = (_parts(batch, config.accumulate), jax.random.split(step_key, config.accumulate))
-            one = jax.eval_shape(part, params, *jax.tree.map(lambda x: x[0], xs))
+            one = jax.eval_shape(part, params, *jax.tree.map(lambda x: x[0], xs), at)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
             (sums, grads), _ = jax.lax.scan(body, zeros, xs)
         weight = jnp.maximum(sums["loss"][1], 1e-9)
@@ -92,7 +94,7 @@ def build(config, make, loss, mesh):
         at = state["optimizer"]["step"]
         sums, grads = gradients(params, batch, at)
         measured = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in sums.items()}
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(learned(grads))
 
         updates, moments = tx.update(grads, state["optimizer"]["moments"], params)
         good = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm) & (sums["loss"][1] > 0)
