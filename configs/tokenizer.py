@@ -7,7 +7,10 @@ import ml_collections
 
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "tiny", "emoji", "photos")
+VARIANTS = (
+    "quickstart", "tiny", "emoji", "photos",
+    "64px-1k", "256px-f16-16k", "256px-f16-64k", "256px-f8", "vq-16k", "lfq-18bit",
+)  # fmt: skip
 
 
 def get_config(variant):
@@ -17,14 +20,23 @@ def get_config(variant):
 
     c.model = m = ml_collections.ConfigDict()
     m.patch = 4  # pixels a side of the patch that one code stands for
-    m.levels = (3, 3, 5, 5, 5)  # FSQ levels: 1,125 codes
-    # What a place sees of its surroundings: "patch" (nothing), "conv" or "attention". An encoder that sees
-    # its patch alone gives codes that are far easier to foresee; the decoder makes up for it.
+    m.quantizer = q = ml_collections.ConfigDict()  # see models/quantizers.py
+    q.kind, q.depth = "fsq", 1  # or "vq", "lfq", "bsq"; over 1 of fsq and vq: residual
+    q.levels = (3, 3, 5, 5, 5)  # of fsq: 1,125 codes
+    q.codes, q.channels, q.decay, q.normalize, q.restart = 1024, 8, 0.99, True, 1.0  # of vq
+    q.bits, q.diversity = 10, 1.0  # of lfq and bsq
+    q.commitment, q.entropy = 0.25, 0.0  # of vq, lfq and bsq
+    m.alpha = False  # a fourth channel: how opaque
+    # What a place sees of its surroundings: "patch" (nothing), "conv", "attention", or "cnn", a pyramid that begins
+    # with pixels. An encoder that sees its patch alone gives codes that are far easier to foresee; the decoder makes
+    # up for it.
     m.encoder, m.decoder = "patch", "conv"
     m.width = 64
     m.encoder_layers, m.layers = 2, 3  # of the encoder, and of the decoder
     m.cell_layers, m.cell_width = 3, 32  # of the decoder's last part, on cells of half a patch
     m.heads, m.kv_heads, m.head_dim, m.mlp, m.rope_base = 2, 2, 32, 128, 100.0  # of attention towers
+    m.channels, m.blocks = (32, 48, 64), 1  # of "cnn": widths from the finest scale on, blocks at each
+    m.discriminator = dict(width=32, layers=2)
     m.dtype = "float32"
     m.unroll = True  # write the layers out instead of scanning them: faster on CPU
 
@@ -38,14 +50,20 @@ def get_config(variant):
     d.augment = False  # random resized crops, mirrored half of the time
     c.held_out = dict(spec="world:valid", size=(32, 32), seed=0, documents=256)
 
-    # See stages/tokenizer.py: the error that is small enough, the share of codes that the decoder must do
-    # without, the weight of how hard the codes are to foresee, and the share of images that are decoded in
-    # other colours, by the digits that are to carry these. `perceptual` weighs how unlike pictures look to the
-    # image tower of the contrastive run in `towers`.
-    c.loss = dict(floor=1e-3, noise=0.05, rate=0.004, recolor=0.5, color_digits=2, perceptual=0.0, towers="")
+    # See stages/tokenizer.py: the weights of the terms, the error that is small enough, the share of codes that the
+    # decoder must do without, and the share of images that are decoded in other colours, by the digits that are to
+    # carry these. `perceptual` is by the image tower of the contrastive run in `towers`.
+    c.loss = l = ml_collections.ConfigDict()
+    l.weights = dict(
+        log_mse=0.1, l1=0.0, l2=0.0, gradient=0.0, focal_frequency=0.0, ms_ssim=0.0, perceptual=0.0, adversarial=0.0,
+        rate=0.004,
+    )  # fmt: skip
+    l.floor, l.noise, l.recolor, l.color_digits, l.towers = 1e-3, 0.05, 0.5, 2, ""
+    l.gan = dict(kind="hinge", start=0, r1_weight=0.0, r1_every=16)  # of "adversarial"
 
     c.steps = 2600
-    c.optimizer = OPTIMIZER
+    c.optimizer = ml_collections.ConfigDict(OPTIMIZER)
+    c.optimizer.groups = dict(discriminator=dict(name="adamw", learning_rate=4e-4, beta1=0.5, beta2=0.99))
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 2000, 2
     c.mesh, c.sharding = MESH, SHARDING
@@ -53,19 +71,59 @@ def get_config(variant):
     c.keep_pages = True  # on CPU a third faster for large models: see runtime/memory.py
 
     if variant in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
-        m.levels = (8, 5, 5, 5)
+        q.levels = (8, 5, 5, 5)
         m.encoder, m.width, m.layers, m.cell_layers = "conv", 96, 4, 0
         split = dict(size=(64, 64), seed=0, split_by="base" if variant == "emoji" else "key")
         d.source = dict(spec=f"tars:data/{variant}/*.tar", split="train", **split)
         c.held_out = dict(spec=f"tars:data/{variant}/*.tar", split="test", documents=256, **split)
         d.augment = variant == "photos"
-        c.loss.noise = c.loss.rate = c.loss.recolor = 0.0
+        l.noise = l.weights.rate = l.recolor = 0.0
         c.steps, c.evaluate_every = 1500, 500
+    if variant == "64px-1k":  # small pictures, small codebook: what papers compare quantizers with
+        q.levels = (8, 5, 5, 5)
+        m.patch, m.encoder, m.decoder, m.cell_layers = 8, "attention", "attention", 0
+        m.width, m.encoder_layers, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 256, 4, 6, 8, 8, 32, 704
+        d.source = dict(spec="tars:data/photos/*.tar", size=(64, 64), seed=0, split="train")
+        c.held_out = dict(d.source, split="test", documents=1000)
+        d.batch_size, d.augment, d.workers = 64, True, 2
+        l.noise = l.weights.rate = l.recolor = 0.0
+        l.weights.log_mse, l.weights.l1, l.weights.ms_ssim = 0.1, 0.1, 0.05
+        c.steps, c.evaluate_every, c.save_every, c.ema = 50_000, 2500, 2500, 0.999
+    if variant in ("256px-f16-16k", "256px-f16-64k", "256px-f8", "vq-16k", "lfq-18bit"):
+        _large(c, variant)
     if variant == "tiny":  # for tests: seconds
-        m.levels = (4, 2, 5, 5, 5)  # an even vocabulary, which two devices of a tensor axis can share
+        q.levels = (4, 2, 5, 5, 5)  # an even vocabulary, which two devices of a tensor axis can share
         m.cell_layers, m.cell_width = 1, 16
         m.width, m.encoder_layers, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 1, 1, 2, 2, 16, 64
         d.source.documents, d.batch_size, c.held_out.documents = 64, 8, 16
         c.steps, c.log_every, c.save_every = 20, 10, 10
         c.optimizer.warmup = 2
     return c
+
+
+def _large(c, variant):
+    """256 px for accelerators: ViT towers for 256 codes an image, and a CNN pyramid for 1,024."""
+    m, d, l, q = c.model, c.data, c.loss, c.model.quantizer
+    m.patch, m.encoder, m.decoder, m.cell_layers, m.unroll, m.dtype = 16, "attention", "attention", 0, False, "bfloat16"
+    m.width, m.encoder_layers, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 768, 12, 12, 12, 12, 64, 2048
+    m.discriminator = dict(width=64, layers=3)
+    q.levels = (8, 8, 8, 6, 5)  # 15,360 codes
+    if variant == "256px-f16-64k":
+        q.levels = (8, 8, 8, 5, 5, 5)
+    if variant == "256px-f8":
+        m.patch, m.encoder, m.decoder = 8, "cnn", "cnn"
+        m.channels, m.blocks, m.width = (128, 128, 256, 256), 2, 512
+    if variant == "vq-16k":
+        q.kind, q.codes, q.channels = "vq", 16_384, 8
+    if variant == "lfq-18bit":
+        q.kind, q.bits, q.entropy = "lfq", 18, 0.1
+    d.source = dict(spec="tars:data/images/*.tar", size=(256, 256), seed=0, split="train", holdout=0.01)
+    c.held_out = dict(d.source, split="test", documents=5000)
+    d.batch_size, d.augment, d.workers = 256, True, 8
+    l.noise = l.weights.rate = l.recolor = 0.0
+    l.weights.log_mse, l.weights.l1, l.weights.l2, l.weights.gradient = 0.0, 0.2, 1.0, 0.1
+    l.weights.adversarial, l.gan = 0.1, dict(kind="hinge", start=20_000, r1_weight=1e-3, r1_every=16)
+    c.steps, c.evaluate_every, c.save_every, c.log_every, c.keep = 400_000, 10_000, 5000, 100, 3
+    c.optimizer.learning_rate, c.optimizer.adam_learning_rate, c.optimizer.warmup = 5e-3, 5e-4, 5000
+    c.ema, c.spike, c.keep_every, c.keep_pages = 0.9999, 20.0, 50_000, False
+    c.mesh.data, c.mesh.fsdp = 1, -1

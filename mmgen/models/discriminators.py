@@ -1,6 +1,6 @@
 """A network that tells images from reconstructions, and what it and the reconstructing model learn from it.
 
-Shapes: images [B, H, W, 3] in [-1, 1], logits float32 [B, h, w], positive where a patch looks real. Losses
+Shapes: images [B, H, W, 3] (or 4, with alpha) in [-1, 1], logits float32 [B, h, w], positive where a patch looks real. Losses
 are float32 [B], a number for each image: the mean over its places.
 """
 
@@ -50,11 +50,11 @@ class PatchGAN(nnx.Module):
     batches by their statistics, and R1 would have no slope of one image alone.
     """
 
-    def __init__(self, config, rngs, *, dtype):
+    def __init__(self, config, rngs, *, dtype, alpha=False):
         if config.layers < 1:
             raise ValueError(f"a PatchGAN has at least 1 layer, found {config.layers}")
         self.layers, self.smallest = config.layers, 3 * 2**config.layers
-        widths = [3] + [config.width * min(2**i, 8) for i in range(config.layers + 1)]
+        widths = [4 if alpha else 3] + [config.width * min(2**i, 8) for i in range(config.layers + 1)]
         self.convs = nnx.Dict()
         for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             # "embed" though the rows are a window's: wide ones must not lie whole on a mesh.

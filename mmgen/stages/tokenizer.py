@@ -1,6 +1,7 @@
 """Stage `tokenizer`: pixels <-> codes. Learns an autoencoder around a quantizer."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from PIL import Image
 
 from mmgen.data.loader import Images
 from mmgen.data.sources import documents_of, open_source
-from mmgen.models import contrastive
+from mmgen.models import contrastive, image_losses
 from mmgen.models.autoencoders import Autoencoder, Tokenizer, to_float
 from mmgen.models.contrastive import load_towers
+from mmgen.models.discriminators import PatchGAN, adversarial
 from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
 
@@ -30,28 +32,38 @@ def setup(config, workdir):
         workers=config.data.workers,
     )
     held_out = open_source(**config.held_out)
-    terms = dict(config.loss)
-    towers, tower = terms.pop("towers"), None
-    if config.loss.perceptual:
+    weights, more = dict(config.loss.weights), dict(config.loss)
+    del more["weights"]
+    towers, tower = more.pop("towers"), None
+    kind = config.model.quantizer.kind
+    if kind != "fsq" and (weights["rate"] or more["recolor"]):
+        raise ConfigError(
+            f"config.loss.weights.rate and config.loss.recolor are about FSQ's digits, which {kind!r} has not; set both to 0"
+        )
+    if weights["perceptual"]:
         if not towers:
             raise ConfigError(
-                "config.loss.perceptual needs a network: name a contrastive run in config.loss.towers"
+                "config.loss.weights.perceptual needs a network: name a contrastive run in config.loss.towers"
             )
         found = load_towers(towers)
         towers, tower = found.name, found.model.image
 
+    def make(rngs):
+        model = Autoencoder(config.model, rngs)
+        if weights["adversarial"]:
+            m = config.model
+            model.discriminator = PatchGAN(m.discriminator, rngs, dtype=jnp.dtype(m.dtype), alpha=m.alpha)
+        return model
+
     def evaluate(graphdef, params, step):
         model = Tokenizer(nnx.merge(graphdef, params))
-        documents = [document.images() for _, document in documents_of(held_out)]
-        images = np.stack([found[0].pixels for found in documents if found])
-        codes = model.encode(images)
-        back = model.decode(codes)
+        images, codes, back = reconstructed(model, held_out)
         _preview(workdir / "previews" / f"{step:07d}.png", images[:32], back[:32])
-        return {**reconstruction(images, back), **usage(codes, model.codes)}
+        return {**reconstruction(images, back), **usage(codes, model.levels)}
 
     return Stage(
-        make=lambda rngs: Autoencoder(config.model, rngs),
-        loss=functools.partial(loss, tower=tower, **terms),
+        make=make,
+        loss=functools.partial(loss, weights=weights, tower=tower, **more),
         data=data,
         shape=(config.data.batch_size,),
         axes=("batch",),
@@ -59,28 +71,62 @@ def setup(config, workdir):
         units_a_step=config.data.batch_size,
         evaluate=evaluate,
         identity={"towers": towers} if tower else {},
+        warnings=warnings,
     )
 
 
-def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits, perceptual=0.0, tower=None):
-    """{name: (sum over images, images)} of log(mean squared error + floor), of pixels in [-1, 1], and the codes' rate.
+def warnings(measured):
+    """What is wrong with a run, by the metrics of a step: texts for its log line."""
+    checks = (
+        ("digit_entropy", lambda x: x < 0.5, "codes collapse: digits have {:.0%} of the entropy they could have"),
+        ("dead", lambda x: x > 0.5, "{:.0%} of the codebook is dead: fewer codes, fewer channels, or restart"),
+        ("grad_norm", lambda x: x < 1e-6, "the gradient is all but gone ({:.1e}): nothing is learned any more"),
+        (
+            "discriminator_right",
+            lambda x: x > 0.95,
+            "the discriminator wins ({:.0%} right): a lower learning rate for it, or more r1",
+        ),
+    )
+    return [words.format(measured[name]) for name, bad, words in checks if name in measured and bad(measured[name])]
 
-    The first is PSNR itself up to a factor: a faint shape on gray counts as much as a bright one on black.
-    `floor` keeps an image that is already right from outweighing the others. `rate` weighs the nats that a
-    code has for those who know its neighbours (see `Prior`). Up to a share `noise` of an image's codes is
-    replaced before decoding, so that the decoder bears the errors of a sampler, and codes back each other.
+
+def reconstructed(model, source, max_bad=0.1):
+    """-> images uint8 [N, H, W, C], codes int32 [N, h, w] and images again, of a source's good documents: the first
+    image of each."""
+    documents = [document.images() for _, document in documents_of(source, max_bad=max_bad)]
+    images = np.stack([found[0].pixels for found in documents if found])
+    codes = model.encode(images)
+    return images, codes, model.decode(codes)
+
+
+def loss(model, batch, key, *, weights, noise, recolor, color_digits, floor, gan, tower=None):
+    """{name: (sum over images, images)}: "loss", the sum of the terms that have a weight, each term, and what is
+    watched.
+
+    weights: {term: weight}, 0 leaves a term out.
+      log_mse: log(mean squared error + floor) of pixels in [-1, 1], which is PSNR itself up to a factor: a faint shape
+        on gray counts as much as a bright one on black. `floor` keeps an image that is already right from outweighing
+        the others.
+      l1, l2, gradient, focal_frequency, ms_ssim: see models/image_losses.py; of the last, 1 minus it.
+      perceptual: how unlike the images look to the image `tower` of a contrastive run. It is a constant of the program,
+        held whole by every device.
+      adversarial: what the discriminator says (models/discriminators.py), with the settings `gan`. It learns at its
+        own rate in the same step.
+      rate: the nats that a code has for those who know its neighbours (see `Prior`).
+    What the quantizer itself asks for is always in, as its config weighs it.
+
+    Up to a share `noise` of an image's codes is replaced before decoding, so that the decoder bears the errors of a
+    sampler, and codes back each other.
 
     A share `recolor` of the images (the first of the batch) is decoded from its own codes but for the first
     `color_digits` digits: these are of batch["recolored"], the same picture in other colours, and it is this
     one that has to come out. So those digits learn to carry colours, and the others what is there in any
     colours: a transformer then needs to learn an outline once, not for each pair of colours.
-
-    `perceptual` weighs how unlike the images look to the image `tower` of a contrastive run. It is a constant of
-    the program, held whole by every device.
     """
     images = to_float(batch["images"])
     features = model.features(images)
-    given = values = model.quantizer.quantize(features)
+    values, own, watched = model.quantizer(features)
+    given = values
     if recolor:
         other = to_float(batch["recolored"])
         painted = model.encode(other)
@@ -88,18 +134,29 @@ def loss(model, batch, key, *, floor, noise, rate, recolor, color_digits, percep
         chosen = (jnp.arange(len(images)) < recolor * len(images))[:, None, None, None]
         given, images = jnp.where(chosen, repainted, values), jnp.where(chosen, other, images)
     back = model.decode(_disturbed(given, key, noise) if noise else given)
-    error = back - images
-    mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
-    total = 0.1 * jnp.mean(jnp.log(mse + floor))
-    measured = {"batch_psnr": 10 * jnp.mean(jnp.log10(4.0 / (mse + 1e-6)))}
-    if perceptual:
-        measured["perceptual"] = contrastive.distance(tower, back, images).mean()
-        total += perceptual * measured["perceptual"]
-    if rate:
-        measured["code_nats"] = model.prior(values, model.quantizer.bound(features)).mean()
-        total += rate * measured["code_nats"]
+    mse = image_losses.l2(back, images)
+    measured = {"batch_psnr": 10 * jnp.log10(4.0 / (mse + 1e-6)), **watched}
+    terms = {  # of those that have a weight: [B] or []
+        "log_mse": lambda: jnp.log(mse + floor),
+        "l1": lambda: image_losses.l1(back, images),
+        "l2": lambda: mse,
+        "gradient": lambda: image_losses.gradient(back, images),
+        "focal_frequency": lambda: image_losses.focal_frequency(back, images),
+        "ms_ssim": lambda: 1 - image_losses.ms_ssim(back, images),
+        "perceptual": lambda: contrastive.distance(tower, back[..., :3], images[..., :3]),
+        "rate": lambda: model.prior(values, model.quantizer.bound(features)),
+    }
+    total = own
+    for name, term in terms.items():
+        if weights[name]:
+            measured[name] = term().mean()
+            total += weights[name] * measured[name]
+    if weights["adversarial"]:
+        theirs, its, seen = adversarial(model.discriminator, images, back, batch["step"], **gan)
+        total += weights["adversarial"] * theirs.mean() + its.mean()
+        measured |= {"adversarial": theirs, "discriminator": its, **seen}
     n = jnp.float32(len(images))
-    return {name: (value * n, n) for name, value in {"loss": total, **measured}.items()}
+    return {name: (jnp.mean(value) * n, n) for name, value in {"loss": total, **measured}.items()}
 
 
 def _disturbed(values, key, noise):
@@ -116,39 +173,41 @@ def _disturbed(values, key, noise):
 
 
 def reconstruction(images, back):
-    """PSNR in dB (mean over images) and SSIM of uint8 [B, H, W, 3] against their reconstructions."""
-    a, b = images.astype(np.float64), back.astype(np.float64)
-    mse = np.maximum(np.mean((a - b) ** 2, axis=(1, 2, 3)), 1e-3)
-    return {"psnr": float(np.mean(10 * np.log10(255**2 / mse))), "ssim": ssim(a, b)}
+    """Of uint8 [N, H, W, C] against their reconstructions: PSNR in dB, SSIM and MS-SSIM, means over images."""
+    found = [_compared(images[i : i + 64], back[i : i + 64]) for i in range(0, len(images), 64)]
+    return {name: float(np.mean(np.concatenate([each[name] for each in found]))) for name in found[0]}
 
 
-def ssim(a, b, window=7):
-    """Mean structural similarity (Wang et al. 2004) of [B, H, W, C] in [0, 255], uniform window."""
-
-    def mean(x):  # box filter over H and W by cumulative sums, valid positions only
-        for axis in (1, 2):
-            total = np.cumsum(np.insert(x, 0, 0.0, axis=axis), axis=axis)
-            n = x.shape[axis]
-            x = (
-                np.take(total, range(window, n + 1), axis) - np.take(total, range(n + 1 - window), axis)
-            ) / window
-        return x
-
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
-    return float(score.mean())
-
-
-def usage(codes, size):
-    """Share of codes seen at least once, and perplexity exp(entropy), of an int array of codes."""
-    counts = np.bincount(codes.ravel(), minlength=size)
-    p = counts[counts > 0] / counts.sum()
+@jax.jit
+def _compared(images, back):
+    a, b = to_float(images), to_float(back)
+    mse = jnp.maximum(image_losses.l2(a, b), 1e-3 / 127.5**2)
+    ssim = {"ssim": 1, "ms_ssim": 5} if min(images.shape[1:3]) >= image_losses.WINDOW else {}
     return {
-        "code_usage": float(np.mean(counts > 0)),
-        "code_perplexity": float(np.exp(-np.sum(p * np.log(p)))),
+        "psnr": 10 * jnp.log10(4 / mse),
+        **{name: image_losses.ms_ssim(a, b, levels=levels) for name, levels in ssim.items()},
     }
+
+
+def usage(codes, levels):
+    """Of an int array of codes whose digits have so many `levels`: the share of codes seen at least once, their
+    perplexity exp(entropy), and each digit's entropy over that of a uniform one: the least and the mean."""
+    size = math.prod(int(level) for level in levels)
+    seen, counts = np.unique(codes, return_counts=True)
+    entropies = []
+    for digit, level in zip(np.unravel_index(codes.ravel(), tuple(levels), order="F"), levels):
+        entropies.append(_entropy(np.bincount(digit, minlength=level)) / math.log(level))
+    return {
+        "code_usage": len(seen) / size,
+        "code_perplexity": math.exp(_entropy(counts)),
+        "digit_entropy_least": min(entropies),
+        "digit_entropy_mean": float(np.mean(entropies)),
+    }
+
+
+def _entropy(counts):
+    p = counts[counts > 0] / counts.sum()
+    return float(-np.sum(p * np.log(p)))
 
 
 def _preview(path, images, back):
