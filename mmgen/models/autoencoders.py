@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmgen.models import layers
 from mmgen.models.quantizers import FSQ
 from mmgen.runtime import checkpoint
+from mmgen.runtime import mesh as meshes
 
 
 def to_float(images):
@@ -222,8 +223,9 @@ class Tokenizer:
             mesh = jax.sharding.Mesh(np.array(devices), ("data",))
             self._rows = NamedSharding(mesh, PartitionSpec("data"))
             self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
-        self._encode = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
-        self._decode = jax.jit(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
+        run = functools.partial(jax.jit, out_shardings=meshes.whole())
+        self._encode = run(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
+        self._decode = run(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
 
     def encode(self, images, batch=64):
         return self._in_batches(self._encode, images, batch)
