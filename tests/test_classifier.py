@@ -1,6 +1,7 @@
 """Classifiers: targets from fields, numbers that are probabilities, thresholds, and runs of the stage."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -83,6 +84,22 @@ def test_a_temperature_makes_numbers_true(multi):
     assert error(3 * true / scale) < 0.02 < 0.05 < error(3 * true)
 
 
+def test_equal_scores_are_one_bin_and_small_ones_are_not_lost():
+    half, sorted_labels = np.full((90, 1), 0.5), (np.arange(90) < 45).astype(float)[:, None]
+    assert classifier.calibration_error(half, sorted_labels, True) == pytest.approx(0)
+    x = np.array([[-800.0, -40.0, 40.0]])
+    np.testing.assert_allclose(classifier.probabilities(x, True), [[0, np.exp(-40), 1]], rtol=1e-12)
+    separable = np.array([[-9.0], [9.0]] * 20), np.array([[0.0], [1.0]] * 20)
+    assert classifier.temperature(*separable, True) == pytest.approx(1 / 20, rel=1e-3)  # its bound
+
+
+def test_a_group_of_which_no_class_occurs_is_measured_without_precision():
+    group = groups_of(LABELS)[1]
+    found, curves = classifier.measure(np.zeros((6, 2)), np.zeros((6, 2)), group, {})
+    assert "average_precision" not in found and not curves and found["recall"] == 0
+    assert np.isfinite(list(found.values())).all()
+
+
 def test_thresholds_keep_their_promise():
     rng = np.random.default_rng(0)
     p, labels = rng.random(5000), rng.random(5000) < 0.3
@@ -114,7 +131,9 @@ def test_a_run_resumes_and_is_calibrated(run, tmp_path):
     assert records(tmp_path) == records(workdir)
     last = records(workdir)[-1]
     assert {"shape_accuracy", "shape_calibration_error", "color_recall", "color_false_alarms"} <= last.keys()
-    kept = json.loads((workdir / "calibration.json").read_text())
+    found = json.loads((workdir / "calibration.json").read_text())
+    kept = found["groups"]
+    assert found["step"] == 8
     assert kept["color"]["false_alarms"] == 0.01 and len(kept["color"]["thresholds"]) == 8
 
 
@@ -130,12 +149,40 @@ def test_use_and_report(run, tmp_path, capsys):
     ):
         assert labels["shape"] in model.groups[-1].classes
         assert labels["color"] == [name for name, each in zip(limits, p) if each >= limits[name]]
+    limits = model.calibration["shape"]["thresholds"]
+    for flags, p in zip(model.flags(images), found["shape"]):  # of one choice, too, several or none
+        assert flags["shape"] == [name for name, each in zip(limits, p) if each >= limits[name]]
     flags = ["--suite", "classifier", "--checkpoint", workdir, "--data", "world:test", "--documents", 60]
     assert mmgen("evaluate", *flags, "--category", "colors", "--out", tmp_path) == 0
     metrics = json.loads((tmp_path / "report.json").read_text())["metrics"]
     assert metrics["shape_images"] == 60 and 0 <= metrics["shape_accuracy"] <= 1
     page = (tmp_path / "report.html").read_text()
     assert "Precision over recall" in page and "shape: circle" in page and "polyline" in page
+
+
+def test_calibration_of_other_weights_is_not_used(run, tmp_path, caplog):
+    workdir = tmp_path / "copy"
+    shutil.copytree(run[0], workdir)
+    found = json.loads((workdir / "calibration.json").read_text())
+    (workdir / "calibration.json").write_text(json.dumps(found | {"step": 3}))
+    assert load_classifier(workdir).calibration == {} and "of step 3" in caplog.text
+    (workdir / "calibration.json").unlink()
+    assert load_classifier(workdir).calibration == {}
+
+
+def test_a_field_that_nothing_has_is_said_at_once(tmp_path):
+    config = configs.load("classifier:tiny")
+    with config.unlocked():
+        config.labels.shape.field = "shap"
+    with pytest.raises(ConfigError, match="labels.shape.field='shap'.*did you mean 'shapes'"):
+        loop.train(config, tmp_path)
+
+
+def test_a_workdir_without_a_checkpoint_may_be_used_anew(run, tmp_path):
+    config = config_of([*run[1], "--config.labels.shape.classes=('circle','square')"])
+    with pytest.raises(RuntimeError, match="bad_label"):
+        loop.train(config, tmp_path)
+    loop.train(config_of([*run[1], "--config.steps=1"]), tmp_path)
 
 
 def test_a_frozen_tower_keeps_its_weights(space, tmp_path, capsys):

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
+from mmgen.data.loader import Images
 from mmgen.data.shards import Shards
 from mmgen.data.sources import open_source
 from mmgen.document import Document, Turn
@@ -53,8 +55,9 @@ def test_the_loss_is_what_the_papers_say(kind, repeats, more):
     rng = np.random.default_rng(0)
     altered = units(rng, 6 * more).reshape(6, more, 8) if more else None
     a, b, scale, bias = units(rng, 6), units(rng, 6), 7.0, -3.0
-    same = np.array([0, 1, 2, 0, 4, 1] if repeats else range(6), np.int32)
-    left_out = lambda i, j: i != j and same[i] == same[j]
+    texts, documents = ([0, 1, 2, 0, 4, 1], [0, 1, 2, 3, 4, 4]) if repeats else (range(6), range(6))
+    same = np.stack([texts, documents], 1).astype(np.int32)
+    left_out = lambda i, j: i != j and (same[i] == same[j]).any()
     logits = scale * a.astype(np.float64) @ b.T.astype(np.float64)
     expected = np.zeros(6)
     for i in range(6):
@@ -71,7 +74,9 @@ def test_the_loss_is_what_the_papers_say(kind, repeats, more):
     found, best = pair_loss(a, b, scale, bias if kind == "sigmoid" else None, same, altered)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for i in range(6):
-        assert best[i] == all(logits[i, i] >= logits[i, j] for j in range(6) if same[i] != same[j])
+        assert best[i] == all(logits[i, i] > logits[i, j] for j in range(6) if j != i and not left_out(i, j))
+    ones = np.ones((4, 8), np.float32) / 8**0.5  # towers that say one thing of all find nothing
+    assert not pair_loss(ones, ones, scale, None, np.arange(4, dtype=np.int32)[:, None])[1].any()
 
 
 EIGHT = """
@@ -84,7 +89,7 @@ from mmgen.runtime.presets import SHARDING
 B = 4096
 x = np.random.default_rng(0).normal(size=(2, B, 16)).astype(np.float32)
 a, b = x / np.linalg.norm(x, axis=-1, keepdims=True)
-same = np.arange(B, dtype=np.int32) // 2 * (np.arange(B) % 7 == 0)
+same = np.stack([np.arange(B) // 2 * (np.arange(B) % 7 == 0), np.arange(B)], 1).astype(np.int32)
 out = {}
 for kind, bias in (("softmax", None), ("sigmoid", -10.0)):
     def total(a, b, scale, same):
@@ -207,6 +212,7 @@ def test_retrieval_by_hand():
     assert set(perfect.values()) == {1.0}
     blind = retrieval(np.ones((100, 3)), np.ones((100, 3)))  # all alike: no better than chance, and no credit
     assert blind["text_r1"] == blind["image_r10"] == 0.0
+    assert set(retrieval(np.full((20, 3), np.nan), np.ones((20, 3))).values()) == {0.0}
 
 
 def test_frechet_and_auc_by_hand():
@@ -236,6 +242,10 @@ def test_mistakes_are_said_before_anything_is_written(space, tmp_path):
         (dict(accumulate=2), "accumulate"),
         (dict(data=dict(text=str(tmp_path / "none.model"))), "mmgen text"),
         (dict(model=dict(loss="triplet")), "softmax, sigmoid"),
+        (dict(model=dict(image=dict(patch=5))), "whole patches"),
+        (dict(data=dict(phrasings=0)), "phrasings is at least 1"),
+        (dict(data=dict(length=0)), "length is at least 1"),
+        (dict(data=dict(altered=-1)), "altered is at least 0"),
     ):
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
@@ -264,6 +274,10 @@ def test_altered_captions_are_wrong_and_learned_from(space, run, tmp_path):
     config = config_of([*run.flags, "--config.data.altered=2"])
     batch = loop.setup(config, tmp_path).data.batch(0)
     assert batch["altered_tokens"].shape == (16, 2, 48) and batch["altered_lengths"].shape == (16, 2)
+    model = Contrastive(config.model, Text(space.text).size, nnx.Rngs(0))
+    plain = {name: value for name, value in batch.items() if "altered" not in name}
+    more, less = (float(contrastive.loss(model, each)["loss"][0]) / 16 for each in (batch, plain))
+    assert more - less == pytest.approx(np.log(18 / 16) / 2, rel=0.5)  # 18 texts to tell apart for 16
     assert loop.train(config, tmp_path)["loss"] != records(run.workdir)[-1]["loss"]
     with config.unlocked():
         config.data.source = dict(spec="jsonl:sample", size=(32, 32))
@@ -285,7 +299,23 @@ def test_an_epoch_has_another_wording_and_equal_texts_are_known(space, run):
     captions = read(first)
     for i in range(16):
         for j in range(16):
-            assert (first["same"][i] == first["same"][j]) == (captions[i] == captions[j])
+            assert (first["same"][i, 0] == first["same"][j, 0]) == (captions[i] == captions[j])
+    number = {image.tobytes(): place for image, (_, place) in zip(first["images"], first["same"])}
+    assert all(
+        number[image.tobytes()] == place for image, (_, place) in zip(second["images"], second["same"])
+    )
+
+
+def test_of_several_images_the_first_is_the_texts(tmp_path):
+    for k, gray in enumerate((0, 200)):
+        Image.new("RGB", (32, 32), (gray, gray, gray)).save(tmp_path / f"{k}.png")
+    parts = [{"image": "0.png"}, {"text": "brighter"}, {"image": "1.png"}]
+    line = {"turns": [{"role": "user", "parts": parts}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    source = open_source(f"jsonl:{tmp_path / 'a.jsonl'}", (32, 32))
+    assert len(source) == 1
+    means = lambda **more: [Images(source, 1, **more).batch(step)["images"].mean() for step in range(4)]
+    assert means(beside=lambda *_: {}) == [0, 0, 0, 0] and means() == [0, 200, 0, 200]
 
 
 # ---- what the rest does with them -----------------------------------------------------------
@@ -299,8 +329,14 @@ def test_evaluate_writes_retrieval_and_wrong_attributes(run, tmp_path, capsys):
     assert 0 <= found["text_r1"] <= found["text_r5"] <= found["text_r10"] <= 1
     assert 0 < found["auc"] < 1 and {"auc_color", "auc_shape"} <= found.keys()
     assert "report.html" in capsys.readouterr().out
-    assert mmgen("evaluate", "--suite", "retrieval", "--checkpoint", run.workdir, "--out", tmp_path) == 1
-    assert "--data" in capsys.readouterr().err
+    flags = ["--suite", "retrieval", "--checkpoint", run.workdir, "--out", tmp_path]
+    assert mmgen("evaluate", *flags) == 0  # on what the run has held out, as it has
+    report = json.loads((tmp_path / "report.json").read_text())
+    expected = records(run.workdir)[-1]
+    assert report["metrics"]["text_r10"] == pytest.approx(expected["text_r10"])
+    assert report["config"]["data"]["spec"] == "world:valid" in capsys.readouterr().out
+    assert mmgen("evaluate", *flags, "--towers", run.workdir) == 1
+    assert "suite world" in capsys.readouterr().err
 
 
 def test_wrong_attributes_are_told_by_who_reads_them(monkeypatch):
@@ -316,9 +352,9 @@ def test_wrong_attributes_are_told_by_who_reads_them(monkeypatch):
             known = [claims.get(text) for text in texts]
             return np.stack([np.zeros(30) if i is None else np.eye(30)[i] for i in known])
 
-    assert towers.attributes(Oracle(), source, 30)["auc"] == 1.0
+    assert towers.attributes(Oracle(), source)["auc"] == 1.0
     Oracle.embed_texts = lambda self, texts: np.ones((30, 30))
-    assert towers.attributes(Oracle(), source, 30)["auc"] == 0.5
+    assert towers.attributes(Oracle(), source)["auc"] == 0.5
 
 
 def test_embed_writes_a_row_for_each_document(run, pair, tmp_path):
@@ -329,9 +365,12 @@ def test_embed_writes_a_row_for_each_document(run, pair, tmp_path):
     np.testing.assert_allclose(images, pair.embed_images([source.pixels(i) for i in range(10)]), atol=2e-3)
     np.testing.assert_allclose(texts, pair.embed_texts([source.texts(i)[0] for i in range(10)]), atol=2e-3)
     assert json.loads((tmp_path / "embed.json").read_text())["towers"] == pair.name
+    (tmp_path / "bad.jsonl").write_text('{"turns": 3}\n')
+    assert mmgen("tools", "embed", *flags[:2], "--source", f"jsonl:{tmp_path / 'bad.jsonl'}", *flags[6:]) == 1
+    assert not (tmp_path / "embed.json").exists()
 
 
-def test_tokenize_leaves_out_what_does_not_fit(space, run, pair, tmp_path):
+def test_tokenize_leaves_out_what_does_not_fit(space, run, pair, tmp_path, capsys):
     source = open_source("world:train", (32, 32), 5, documents=120)
     scores = pair.score([source.pixels(i) for i in range(120)], [source.texts(i)[0] for i in range(120)])
     least = float(np.sort(scores)[70:72].mean())  # most of them are left out, far more than --max-bad
@@ -342,6 +381,8 @@ def test_tokenize_leaves_out_what_does_not_fit(space, run, pair, tmp_path):
     assert len(shards) == 120 - 71 == (scores >= least).sum()
     assert shards.manifest["skipped"] == {"low_score": 71}
     assert shards.manifest["settings"]["towers"] == pair.name
+    assert mmgen("tokenize", *flags, "--min-score", least) == 1
+    assert "--towers" in capsys.readouterr().err
 
 
 def test_the_best_of_several_draws(sampler, pair):
@@ -377,7 +418,30 @@ def test_the_name_changes_with_the_weights(run, pair, tmp_path):
     assert pair.name.startswith("contrastive:tiny@")
     checkpoint.export(run.workdir, tmp_path / "copy")
     (tmp_path / "copy" / "text.model").write_bytes((run.workdir / "text.model").read_bytes())
-    assert load_towers(tmp_path / "copy").name == pair.name
+    copy = load_towers(tmp_path / "copy")
+    assert copy.name == pair.name
+    copy.model.image.stem.b[...] += 1e-6
+    assert (
+        contrastive.Towers(copy.model, copy.text, copy.length, copy.size, "contrastive:tiny").name
+        != pair.name
+    )
+
+
+def test_a_new_run_begins_with_a_tower(space, run, tmp_path, capsys):
+    """Of a run with other pieces all but their table, and a classifier the image tower alone."""
+    other = tmp_path / "other.model"
+    assert mmgen("text", "--source", "world:train", "--documents", 300, "--pieces", 290, "--out", other) == 0
+    flags = [f"--config.init={run.workdir}", "--config.steps=1", "--config.evaluate_every=9"]
+    again = [*run.flags[:2], f"--config.data.text={other}", *flags]
+    assert mmgen("train", *again, "--workdir", tmp_path / "again") == 0
+    assert "left as initialised: text/embedding\n" in capsys.readouterr().out
+    wider = ["--config", "classifier:tiny", "--config.model.image.width=64", *flags]
+    assert mmgen("train", *wider, "--workdir", tmp_path / "wider") == 1
+    assert "config.json" in capsys.readouterr().err
+    frozen = ["--config", "classifier:tiny", "--config.model.frozen=true", *flags[1:]]
+    none = [*frozen, f"--config.init={space.transformer}"]
+    assert mmgen("train", *none, "--workdir", tmp_path / "none") == 1
+    assert "it has no image/encoder" in capsys.readouterr().err
 
 
 def test_a_tokenizer_learns_to_look_right_to_the_towers(space, run, pair, tmp_path):

@@ -153,3 +153,30 @@ def test_two_processes_train_in_one_workdir_and_one_goes_on(space, tmp_path):
     for a, b in zip(expected, found):
         assert a.keys() == b.keys()
         np.testing.assert_allclose([a[name] for name in a], [b[name] for name in a], rtol=2e-4)
+
+
+EVALUATE = """
+import sys
+from mmgen.runtime import mesh as meshes
+from mmgen.stages import loop
+from tests.conftest import config_of
+
+text, out = sys.argv[1:]
+meshes.join()
+for name, mesh, flags in (("contrastive", {"fsdp": 4}, [f"--config.data.text={text}"]), ("classifier", {"data": 4}, [])):
+    config = config_of(["--config", f"{name}:tiny", "--config.steps=1", "--config.log_every=1", *flags])
+    with config.unlocked():
+        config.mesh, config.model.image.layers = mesh, 1
+    loop.train(config, f"{out}/{name}")
+"""
+
+
+def test_towers_and_classifiers_are_measured_on_several_processes(space, tmp_path):
+    """What is measured is that of one process; parameters lie in parts, and then the batch alone does."""
+    for count in (1, 2):
+        run(count, EVALUATE, [(space.text, tmp_path / str(count))] * count)
+    for name, metric in (("contrastive", "text_r10"), ("classifier", "shape_accuracy")):
+        one, two = (records(tmp_path / str(count) / name)[-1] for count in (1, 2))
+        assert one.keys() == two.keys() and metric in one
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two[metric] == pytest.approx(one[metric], abs=0.1)

@@ -9,6 +9,7 @@ from mmgen.data.sources import open_source
 from mmgen.evals import probe, report, suites, towers
 from mmgen.models.classifier import load_classifier
 from mmgen.models.contrastive import load_towers
+from mmgen.runtime import checkpoint
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
 from mmgen.world.render import render
@@ -51,35 +52,47 @@ def main(argv):
     )
 
     data = parser.add_argument_group("suites retrieval and classifier")
-    data.add_argument("--data", metavar="SPEC", help="source to measure on, such as world:test")
-    data.add_argument("--documents", type=int, default=1000, help="how many of it")
-    data.add_argument("--languages", default="en", help="of a world, comma-separated: en,zh")
+    data.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="source to measure on, such as world:test; left out: what the run held out",
+    )
+    # What is not given is as the run's config.held_out has it: split otherwise, one side has much of the other.
+    data.add_argument("--documents", type=int, help="how many of it")
+    data.add_argument("--languages", type=lambda text: text.split(","), help="of a world: en,zh")
     data.add_argument("--category", help="of a world: its kind of scene")
-    data.add_argument("--data-split", choices=("train", "test"), help="one side of the source's stable split")
-    data.add_argument("--split-by", default="key", help="field whose equal values stay together")
-    data.add_argument("--holdout", type=share, default=0.1, help="share of the test side")
+    data.add_argument(
+        "--data-split", dest="split_side", choices=("train", "test", "all"), help="side of the stable split"
+    )
+    data.add_argument("--split-by", help="field whose equal values stay together")
+    data.add_argument("--holdout", type=share, help="share of the test side")
+    data.add_argument("--max-bad", type=share, help="share of bad documents to put up with")
     args = parser.parse_args(argv)
 
     began = time.monotonic()
     about = dict(title=f"mmgen evaluate {args.checkpoint}", config=vars(args))
     if args.suite != "world":
-        if not args.data:
-            raise ValueError(f"--suite {args.suite} needs --data SPEC, such as world:test")
-        load = {"retrieval": load_towers, "classifier": load_classifier}[args.suite]
-        model = load(args.checkpoint)
-        source = open_source(
-            args.data,
-            model.size,
-            args.seed,
-            documents=args.documents,
-            languages=args.languages.split(","),
-            category=args.category,
-            split=args.data_split,
-            split_by=args.split_by,
-            holdout=args.holdout,
-        )
-        measure = {"retrieval": towers.retrieve, "classifier": towers.classify}[args.suite]
-        metrics, more = measure(model, source)
+        if args.towers or args.best_of != 1:
+            raise ValueError(f"--towers and --best-of are for suite world, not for {args.suite}")
+        stage, load, measure = {
+            "retrieval": ("contrastive", load_towers, towers.retrieve),
+            "classifier": ("classifier", load_classifier, towers.classify),
+        }[args.suite]
+        model, run = load(args.checkpoint), checkpoint.read_config(args.checkpoint, stage)
+        settings = run["held_out"] | {"size": run["data"]["source"]["size"]}
+        if args.data:
+            settings |= {"spec": args.data, "seed": args.seed}
+        given = {
+            name: getattr(args, name)
+            for name in ("documents", "languages", "category", "split_by", "holdout")
+        }
+        settings |= {name: value for name, value in given.items() if value is not None}
+        if args.split_side:
+            settings["split"] = None if args.split_side == "all" else args.split_side
+        print("measured on " + ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
+        about["config"] = about["config"] | {"data": settings}
+        max_bad = run["data"]["max_bad"] if args.max_bad is None else args.max_bad
+        metrics, more = measure(model, open_source(**settings), max_bad)
         seconds = {"total": time.monotonic() - began}
         page = report.write(args.out, scores={}, metrics=metrics, seconds=seconds, **more, **about)
         print("\n".join(f"{name:<32}{value:.4f}" for name, value in metrics.items()))

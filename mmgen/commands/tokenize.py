@@ -33,11 +33,13 @@ def main(argv):
         help="longer ones: leave out, or cut at a turn",
     )
     add("--towers", help="workdir of a contrastive run, to leave out images that do not fit their text")
-    add("--min-score", type=float, default=0.2, help="the least cosine of an image and its text, by --towers")
+    add("--min-score", type=float, help="the least cosine of an image and its text, by --towers (.2)")
     add("--shard-size", type=int, default=16384, help="documents a shard: what a stopped run has to do again")
     add("--workers", type=int, default=0, help="processes that read and draw; 0: threads")
     add("--overwrite", action="store_true", help="replace what --out holds")
     args = parser.parse_args(argv)
+    if args.min_score is not None and not args.towers:
+        raise ValueError(f"--min-score {args.min_score} needs --towers DIR to give scores")
     patch = checkpoint.read_config(args.tokenizer, "tokenizer")["model"]["patch"]
     manifest = tokenize(
         source_from(args, multiple=patch, max_side=patch * args.max_side),
@@ -54,7 +56,7 @@ def main(argv):
         workers=args.workers,
         overwrite=args.overwrite,
         towers=load_towers(args.towers) if args.towers else None,
-        min_score=args.min_score,
+        min_score=0.2 if args.min_score is None else args.min_score,
     )
     if manifest is None:
         print(f"{args.out}: this process has done its shards; others are not finished yet")

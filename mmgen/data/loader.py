@@ -107,8 +107,8 @@ class Rows:
 
 
 class Images:
-    """Batches of pixels for the tokenizer stage: every document once an epoch, in a new order each time; of
-    a document with several images another one each epoch.
+    """Batches of pixels: every document once an epoch, in a new order each time; of a document with several
+    images another one each epoch, or with `beside` the first.
 
     With `recolored` a batch also has each image in other colours, which only a drawn source can give.
     `beside(source, i, epoch)` gives what else a batch has of the document i of each image: {name: array}; it
@@ -177,7 +177,8 @@ class Images:
         another."""
         for i in range(first, first + len(self.source)):
             i %= len(self.source)
-            which = epoch % max(self.source.count_images(i), 1) if self.source.several_images else 0
+            several = self.source.several_images and not self.beside
+            which = epoch % max(self.source.count_images(i), 1) if several else 0
             if (i, which) in self._bad_images:
                 continue
             try:

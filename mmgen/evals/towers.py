@@ -11,25 +11,25 @@ from mmgen.stages.contrastive import held_out_pairs, retrieval
 from mmgen.world.scene import alter, changed
 
 
-def retrieve(towers, source, limit=1000):
-    """Retrieval among the first `limit` pairs of `source` with different texts, and of a world how well right
-    captions are told from wrong ones -> ({metric: value}, {} for the report).
+def retrieve(towers, source, max_bad=0.1):
+    """Retrieval among the pairs of `source` with different texts, and of a world how well right captions are told
+    from wrong ones -> ({metric: value}, {} for the report).
 
     "text_r5" and so on as `stages.contrastive.retrieval`, and "chance_r5"; "auc" is that a picture's cosine with
     its own caption is above any picture's with a caption of which one attribute is wrong, and "auc_color" and so
     on of each attribute; "told" is how often the right one of a picture's two is above.
     """
-    images, texts = held_out_pairs(source, limit)
+    images, texts = held_out_pairs(source, max_bad)
     vectors = towers.embed_images(images)
     found = {"pairs": float(len(images))} | retrieval(vectors, towers.embed_texts(texts))
     found |= {f"chance_r{k}": min(k / len(images), 1.0) for k in (1, 5, 10)}
-    return found | (attributes(towers, source, limit) if isinstance(source, World) else {}), {}
+    return found | (attributes(towers, source) if isinstance(source, World) else {}), {}
 
 
-def attributes(towers, source, limit):
-    """The part of `retrieve` about wrong attributes, of the first `limit` items of a World."""
+def attributes(towers, source):
+    """The part of `retrieve` about wrong attributes, of the items of a World."""
     images, right, wrong, kinds = [], [], [], []
-    for i in range(min(len(source), limit)):
+    for i in range(len(source)):
         item, rng = source.item(i), np.random.default_rng([source.seed, i, 3])
         claim = alter(rng, item.claim, item.scene)
         images.append(source.pixels(i))
@@ -56,13 +56,13 @@ def judge(towers, drawn, prompts, true):
     return {f"CLIPScore-{towers.name}": float(score), f"FD-{towers.name}": distance}
 
 
-def classify(model, source):
+def classify(model, source, max_bad=0.1):
     """A classifier on the labelled images of `source` -> (metrics as `classifier.measure`, with the group's name
     before, {"precision_recall": {"GROUP: CLASS": (precision, recall)}} for the report).
 
     Probabilities are calibrated as the checkpoint says, not anew.
     """
-    images, labels, known = held_out_labels(source, model.groups)
+    images, labels, known = held_out_labels(source, model.groups, max_bad)
     logits, metrics, curves = model.logits(images), {}, {}
     for i, group in enumerate(model.groups):
         rows = np.flatnonzero(known[:, i] > 0)

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmgen.models import layers
 from mmgen.models.quantizers import FSQ, make_quantizer
 from mmgen.runtime import checkpoint
+from mmgen.runtime import mesh as meshes
 
 
 def to_float(images):
@@ -446,8 +447,9 @@ class Tokenizer:
             mesh = jax.sharding.Mesh(np.array(devices), ("data",))
             self._rows = NamedSharding(mesh, PartitionSpec("data"))
             self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
-        self._encode = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
-        self._decode = jax.jit(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
+        run = functools.partial(jax.jit, out_shardings=meshes.whole())
+        self._encode = run(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
+        self._decode = run(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
 
     def encode(self, images, batch=64):
         """Images uint8 [B, H, W, c] -> codes int32 [B, h, w], `batch` images at a time.

@@ -4,6 +4,7 @@ Shapes: B images, L logits of all groups of labels, K classes of one group.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,10 @@ from mmgen.models import layers
 from mmgen.models.autoencoders import to_float
 from mmgen.models.contrastive import ImageTower, in_batches
 from mmgen.runtime import checkpoint
+from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
+
+CALIBRATION = "calibration.json"  # of a workdir: {"step": of the weights, "groups": {group: as `fit`}}
 
 
 class Group(NamedTuple):
@@ -118,7 +122,7 @@ def probabilities(logits, multi):
     """Logits [B, K] -> probabilities float64 [B, K]."""
     x = np.asarray(logits, np.float64)
     if multi:
-        return 0.5 * (1 + np.tanh(x / 2))
+        return np.exp(-np.logaddexp(0, -x))  # exact where it is small, as thresholds may be
     x = np.exp(x - x.max(-1, keepdims=True))
     return x / x.sum(-1, keepdims=True)
 
@@ -128,9 +132,11 @@ def temperature(logits, labels, multi):
     (arXiv:1706.04599), by golden section of its logarithm within [1/20, 20]."""
 
     def nats(log):
-        p = np.clip(probabilities(logits / np.exp(log), multi), 1e-12, 1 - 1e-12)
-        right = labels * np.log(p)
-        return -np.mean((right + (1 - labels) * np.log1p(-p)) if multi else right.sum(-1))
+        x = np.asarray(logits, np.float64) / np.exp(log)
+        if multi:
+            return np.mean(np.logaddexp(0, np.where(labels > 0, -x, x)))
+        x = x - x.max(-1, keepdims=True)
+        return np.mean(np.log(np.exp(x).sum(-1)) - (x * labels).sum(-1))
 
     low, high, ratio = -np.log(20), np.log(20), (5**0.5 - 1) / 2
     for _ in range(60):
@@ -141,14 +147,15 @@ def temperature(logits, labels, multi):
 
 def calibration_error(p, labels, multi, bins=15):
     """Expected calibration error (arXiv:1706.04599) of probabilities [B, K]: of the class that is likeliest, or
-    of each of several; bins of equal counts, so that none has too few."""
+    of each of several; bins of about equal counts, so that none has too few; equal ones share a bin."""
     if multi:
         sure, right = p.ravel(), labels.ravel()
     else:
         sure, right = p.max(-1), labels[np.arange(len(p)), p.argmax(-1)]
-    order = np.argsort(sure, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    return float(sum(len(part) * abs(sure[part].mean() - right[part].mean()) for part in parts) / len(sure))
+    _, place, count = np.unique(sure, return_inverse=True, return_counts=True)
+    before = np.cumsum(count) - count  # how many are smaller
+    gaps = np.bincount((before * bins // len(sure))[place], sure - right)
+    return float(np.abs(gaps).sum() / len(sure))
 
 
 def threshold(p, labels, rate):
@@ -184,8 +191,8 @@ def measure(logits, labels, group, kept):
     """How good logits [B, K] are with `kept`, which other images gave `fit` -> (metrics, curves).
 
     accuracy (of a multi-label group: of all its decisions at 1/2), calibration_error before ("raw_") and after,
-    average_precision (the mean over the classes that occur), and over all classes the share of false_alarms and
-    the recall at the thresholds. curves: {class: (precision [N], recall [N])}.
+    average_precision (the mean over the classes that occur, if any), and over all classes the share of false_alarms
+    and the recall at the thresholds. curves: {class: (precision [N], recall [N])}.
     """
     raw = probabilities(logits, group.multi)
     p = probabilities(logits / kept.get("temperature", 1.0), group.multi)
@@ -200,10 +207,11 @@ def measure(logits, labels, group, kept):
         "accuracy": right.mean(),
         "raw_calibration_error": calibration_error(raw, labels, group.multi),
         "calibration_error": calibration_error(p, labels, group.multi),
-        "average_precision": np.mean([average for *_, average in drawn.values()]),
         "false_alarms": (flagged & (labels == 0)).sum() / max((labels == 0).sum(), 1),
         "recall": (flagged & (labels > 0)).sum() / max((labels > 0).sum(), 1),
     }
+    if drawn:
+        found["average_precision"] = np.mean([average for *_, average in drawn.values()])
     curves = {name: (precision, recall) for name, (precision, recall, *_) in drawn.items()}
     return {name: float(value) for name, value in found.items()}, curves
 
@@ -217,7 +225,7 @@ class Classes:
     def __init__(self, model, groups, size, calibration=None):
         self.groups, self.size, self.calibration = groups, tuple(size), calibration or {}
         graphdef, self._params = nnx.split(model)
-        self._logits = jax.jit(lambda p, x: nnx.merge(graphdef, p)(to_float(x)))
+        self._logits = jax.jit(lambda p, x: nnx.merge(graphdef, p)(to_float(x)), out_shardings=meshes.whole())
 
     def logits(self, images):
         """Images uint8 [H, W, 3] each of any size -> {group: float32 [B, K]}, not calibrated."""
@@ -232,24 +240,41 @@ class Classes:
         return {g.name: probabilities(found[g.name] / scale(g.name), g.multi) for g in self.groups}
 
     def labels(self, images):
-        """-> for each image {group: class, or the list of classes whose probability reaches its threshold}."""
+        """-> for each image {group: its likeliest class, or of several (`multi`) those that are flagged}."""
         found = self.probabilities(images)
+        likeliest = lambda g, i: g.classes[int(found[g.name][i].argmax())]
+        return [
+            {g.name: each[g.name] if g.multi else likeliest(g, i) for g in self.groups}
+            for i, each in enumerate(self._flags(found))
+        ]
 
+    def flags(self, images):
+        """-> for each image {group: the classes whose probability reaches its threshold}: at the rate of false
+        alarms that was asked for, one class or of any group several or none."""
+        return self._flags(self.probabilities(images))
+
+    def _flags(self, found):
         def of(group, p):
-            if not group.multi:
-                return group.classes[int(p.argmax())]
             limits = self.calibration.get(group.name, {}).get("thresholds", {})
             return [name for name, each in zip(group.classes, p) if each >= limits.get(name, 0.5)]
 
-        return [{g.name: of(g, found[g.name][i]) for g in self.groups} for i in range(len(images))]
+        rows = len(found[self.groups[0].name])
+        return [{g.name: of(g, found[g.name][i]) for g in self.groups} for i in range(rows)]
 
 
 def load_classifier(workdir):
-    """The `Classes` of a classifier run."""
+    """The `Classes` of a classifier run; says so where its calibration is missing or of other weights."""
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "classifier"))
     groups = groups_of(config.labels)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Classifier(config.model, groups, nnx.Rngs(0))))
-    params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
-    path = Path(workdir) / "calibration.json"
-    calibration = json.loads(path.read_text()) if path.exists() else None
-    return Classes(nnx.merge(graphdef, params), groups, config.data.source.size, calibration)
+    params, step = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
+    path = Path(workdir) / CALIBRATION
+    found = json.loads(path.read_text()) if path.exists() else {"step": None, "groups": None}
+    if found["step"] != step:
+        logging.warning(
+            "%s is of step %s, the weights of %s are of step %d: probabilities are not calibrated, thresholds are 1/2; "
+            "train on to the next evaluation",
+            CALIBRATION, found["step"], workdir, step,
+        )  # fmt: skip
+        found["groups"] = None
+    return Classes(nnx.merge(graphdef, params), groups, config.data.source.size, found["groups"])

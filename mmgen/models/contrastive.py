@@ -19,6 +19,7 @@ from mmgen.models.attention import LOW, attention, bias_of
 from mmgen.models.autoencoders import patchify, to_float
 from mmgen.models.transformer import lookup
 from mmgen.runtime import checkpoint
+from mmgen.runtime import mesh as meshes
 from mmgen.runtime.mesh import constrain
 from mmgen.text import Text
 
@@ -160,8 +161,9 @@ def pair_loss(images, texts, scale, bias, same, altered=None):
 
     Softmax over the batch both ways, the mean of the two (arXiv:2103.00020), or with a `bias` that is not None the
     sum of the sigmoid losses of an image with all texts (arXiv:2303.15343). An image and a text of different pairs
-    are wrong for one another unless same[i] == same[j], int [B], where they are left out. `altered` [B, n, E] are
-    more texts that are wrong for their own image (arXiv:2210.01936); the texts know nothing of them.
+    are wrong for one another unless same[i] and same[j], int [B, k], agree in one of the k numbers, where they are
+    left out. `altered` [B, n, E] are more texts that are wrong for their own image (arXiv:2210.01936); the texts
+    know nothing of them.
 
     Returns float32 [B], bool [B]. The sums are exact over all of the batch on a mesh: each device holds the
     logits of its own images with all texts, [B / devices, B].
@@ -171,9 +173,9 @@ def pair_loss(images, texts, scale, bias, same, altered=None):
     right = scale * jnp.sum(images * texts, -1)
     # Known from data alone: a mask that is the same for every batch, as of the diagonal, would be folded into the
     # program as a constant of B x B.
-    wrong = same[:, None] != same
+    wrong = (same[:, None] != same).all(-1)
     others = jnp.where(wrong, logits, LOW)
-    found = right >= others.max(1)
+    found = right > others.max(1)
     more = None if altered is None else scale * jnp.einsum("ie,ine->in", images, altered, precision="highest")
     if bias is not None:
         each = jnp.where(wrong, jax.nn.softplus(logits + bias), 0.0).sum(1)
@@ -187,8 +189,9 @@ def pair_loss(images, texts, scale, bias, same, altered=None):
 def loss(model, batch, key=None):
     """{name: (sum over pairs, pairs)}: "loss" as `pair_loss`, and what is watched.
 
-    batch: images uint8 [B, H, W, 3], tokens int32 [B, T], lengths int32 [B], same int32 [B] (equal for equal
-    texts), and perhaps altered_tokens [B, n, T] and altered_lengths [B, n] of texts that are wrong for their image.
+    batch: images uint8 [B, H, W, 3], tokens int32 [B, T], lengths int32 [B], same int32 [B, 2] (of the text and of
+    the document), and perhaps altered_tokens [B, n, T] and altered_lengths [B, n] of texts that are wrong for their
+    image.
     """
     images = model.embed_images(to_float(batch["images"]))
     texts = model.embed_texts(batch["tokens"], batch["lengths"])
@@ -197,7 +200,9 @@ def loss(model, batch, key=None):
     altered = None
     if "altered_tokens" in batch:
         B, k, T = batch["altered_tokens"].shape
-        altered = model.embed_texts(batch["altered_tokens"].reshape(-1, T), batch["altered_lengths"].reshape(-1))
+        altered = model.embed_texts(
+            batch["altered_tokens"].reshape(-1, T), batch["altered_lengths"].reshape(-1)
+        )
         altered = altered.reshape(B, k, -1)
     each, found = pair_loss(images, texts, scale, bias, batch["same"], altered)
     n = jnp.float32(len(each))
@@ -230,19 +235,25 @@ def tokens_of(texts, text, length):
 class Towers:
     """Trained towers for use: pictures and strings -> vectors, scores and features.
 
-    name: what measures made with them are called after, "RUN@" and the first digits of the weights' hash: a
-    CLIPScore or a Fréchet distance means nothing without its network.
+    Within a mesh every process gets all vectors.
     """
 
-    def __init__(self, model, text, length, size, name):
-        self.text, self.length, self.size = text, length, tuple(size)
+    def __init__(self, model, text, length, size, run):
+        self.text, self.length, self.size, self._run = text, length, tuple(size), run
         self.model = model
         graphdef, self._params = nnx.split(model)
-        self.name = f"{name}@{checkpoint.weights_hash(nnx.to_pure_dict(self._params))[:6]}"
-        run = lambda method: jax.jit(lambda p, *x: method(nnx.merge(graphdef, p), *x))
+        run = lambda method: jax.jit(
+            lambda p, *x: method(nnx.merge(graphdef, p), *x), out_shardings=meshes.whole()
+        )
         self._images = run(lambda model, x: model.embed_images(to_float(x)))
         self._texts = run(lambda model, *x: model.embed_texts(*x))
         self._features = run(lambda model, x: layers.high(model.image(to_float(x))))
+
+    @functools.cached_property
+    def name(self):
+        """What measures made with them are called after, "RUN@" and the first digits of the weights' hash: a
+        CLIPScore or a Fréchet distance means nothing without its network."""
+        return f"{self._run}@{checkpoint.weights_hash(nnx.to_pure_dict(self._params))[:6]}"
 
     def embed_images(self, images):
         """Images, uint8 [H, W, 3] each of any size -> unit vectors float32 [B, E].

@@ -544,8 +544,8 @@ def restore_weights(workdir, params, *, only=None, grow=None, leave=None):
             continue
         else:
             raise CheckpointError(
-                f"{name}: expected the new model's shape {leaf.shape}, found {shape} in {source}; name it in "
-                "`grow` (a table with more rows), or in `leave` (it keeps its initial values)"
+                f"{name}: expected the new model's shape {leaf.shape}, found {shape} in {source}; make config.model as "
+                "that run's config.json has it (in code: name it in `grow`, or in `leave`)"
             )
         wanted[name] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
     found = named_leaves(_read(source, _nested(wanted)), "/") if wanted else {}
@@ -643,7 +643,9 @@ def export_safetensors(workdir, path):
     abstract = jax.tree.map(
         lambda stored: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=place), _stored(source)
     )
-    arrays = {name: np.asarray(array, order="C") for name, array in named_leaves(_read(source, abstract)).items()}
+    arrays = {
+        name: np.asarray(array, order="C") for name, array in named_leaves(_read(source, abstract)).items()
+    }
     metadata = {
         "format": "mmgen", "step": str(step), "item": item, "config": json.dumps(read_config(workdir)),
         "record": json.dumps(manifest(workdir, step)["record"]),

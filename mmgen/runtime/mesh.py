@@ -99,6 +99,12 @@ def make_mesh(shape):
     return jax.sharding.Mesh(devices, AXES, axis_types=auto)
 
 
+def whole():
+    """The sharding of what every device holds whole, or None where no mesh is in use: outputs of a jitted function
+    that processes are to read on the host."""
+    return None if current() is None else NamedSharding(current()[0], PartitionSpec())
+
+
 def describe(mesh):
     """One line: "mesh data=2 x fsdp=4, 8 devices of 2 processes"."""
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one"

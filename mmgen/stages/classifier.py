@@ -1,6 +1,7 @@
 """Stage `classifier`: images -> labels. Heads on an image tower, that of a contrastive run (config.init) or a fresh one."""
 
 import functools
+import itertools
 import json
 import os
 
@@ -8,12 +9,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mmgen.data import images as pictures
 from mmgen.data.images import BadImage
 from mmgen.data.loader import Images
 from mmgen.data.sources import Bad, open_source
 from mmgen.models import classifier
-from mmgen.models.classifier import Classes, Classifier
-from mmgen.runtime.config import ConfigError
+from mmgen.models.classifier import CALIBRATION, Classes, Classifier
+from mmgen.runtime.config import ConfigError, nearest
+from mmgen.stages.contrastive import check_patch
 from mmgen.stages.loop import Stage
 
 
@@ -27,8 +30,12 @@ def setup(config, workdir):
         )
     if not 0 < config.false_alarms < 1:
         raise ConfigError(f"config.false_alarms is a share between 0 and 1, not {config.false_alarms}")
+    check_patch(config)
+    source, held_out = open_source(**data.source), open_source(**config.held_out)
+    for each in (source, held_out):
+        _check_fields(each, groups)
     labelled = Images(
-        open_source(**data.source),
+        source,
         data.batch_size,
         config.seed,
         augment=data.augment,
@@ -38,16 +45,15 @@ def setup(config, workdir):
         threads=data.threads,
         workers=data.workers,
     )
-    held_out = open_source(**config.held_out)
 
     def evaluate(graphdef, params, step):
-        images, labels, known = held_out_labels(held_out, groups)
+        images, labels, known = held_out_labels(held_out, groups, data.max_bad)
         model = Classes(nnx.merge(graphdef, params), groups, data.source.size)
         calibration, metrics = calibrate(model.logits(images), labels, known, groups, config.false_alarms)
         if jax.process_index() == 0:
-            temporary = workdir / "calibration.json.tmp"
-            temporary.write_text(json.dumps(calibration, indent=2))
-            os.replace(temporary, workdir / "calibration.json")
+            temporary = workdir / f"{CALIBRATION}.tmp"
+            temporary.write_text(json.dumps({"step": step, "groups": calibration}, indent=2))
+            os.replace(temporary, workdir / CALIBRATION)
         return metrics
 
     return Stage(
@@ -59,7 +65,27 @@ def setup(config, workdir):
         unit="images",
         units_a_step=data.batch_size,
         evaluate=evaluate,
+        only=lambda run: "^image/",
+        complete="^image/" if config.model.frozen else "",
     )
+
+
+def _check_fields(source, groups, first=1000):
+    """Raises ConfigError for a group whose field none of the first documents has: a misspelt one would be a label
+    that is never learned."""
+    known = set()
+    for i in range(min(len(source), first)):
+        try:
+            known |= source.fields(i).keys()
+        except BadImage:
+            continue
+        if all(group.field in known for group in groups):
+            return
+    for group in itertools.filterfalse(lambda group: group.field in known, groups):
+        raise ConfigError(
+            f"config.labels.{group.name}.field={group.field!r}: none of the first {first} documents of {source.spec} "
+            f"has it; {nearest(group.field, sorted(known))}"
+        )
 
 
 def _labels(groups, source, i, epoch=0):
@@ -76,13 +102,14 @@ def _labels(groups, source, i, epoch=0):
     return {"labels": labels, "known": known}
 
 
-def held_out_labels(source, groups):
-    """-> images, labels float32 [B, L], known float32 [B, groups] of a source's good documents."""
-    images, found, bad = [], [], Bad(source)
+def held_out_labels(source, groups, max_bad=0.1):
+    """-> images uint8 [H, W, 3] of the source's size, labels float32 [B, L], known float32 [B, groups] of its good
+    documents."""
+    images, found, bad = [], [], Bad(source, max_bad)
     for i in range(len(source)):
         try:
             beside = _labels(groups, source, i)
-            images.append(source.pixels(i))
+            images.append(pictures.fit(source.pixels(i), *source.size))
         except BadImage as error:
             bad.saw(error)
             continue

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mmgen.data import images as pictures
 from mmgen.data.images import BadImage
 from mmgen.data.loader import Images
 from mmgen.data.sources import Bad, open_source
@@ -29,7 +31,11 @@ def setup(config, workdir):
             'be another; set it to 1, and config.model.image.remat="full" if memory is short'
         )
     data = config.data
-    path = workdir / "text.model" if (workdir / "text.model").exists() else Path(data.text)
+    for name, least in (("phrasings", 1), ("length", 1), ("altered", 0)):
+        if data[name] < least:
+            raise ConfigError(f"config.data.{name} is at least {least}, not {data[name]}")
+    check_patch(config)
+    path = Path(data.text) if Path(data.text).is_file() else workdir / "text.model"
     if not path.is_file():
         raise ConfigError(
             f"config.data.text={data.text!r} is no file: train a text model on the captions with "
@@ -38,7 +44,9 @@ def setup(config, workdir):
     text = Text(path)
     source = open_source(**data.source)
     if data.altered and not hasattr(source, "altered"):
-        raise ConfigError(f"{source.spec} has no captions with an attribute wrong; set config.data.altered to 0")
+        raise ConfigError(
+            f"{source.spec} has no captions with an attribute wrong; set config.data.altered to 0"
+        )
     pairs = Images(
         source,
         data.batch_size,
@@ -55,7 +63,7 @@ def setup(config, workdir):
     def evaluate(graphdef, params, step):
         model = nnx.merge(graphdef, params)
         towers = Towers(model, text, data.length, data.source.size, config.name)
-        images, texts = held_out_pairs(held_out)
+        images, texts = held_out_pairs(held_out, data.max_bad)
         return retrieval(towers.embed_images(images), towers.embed_texts(texts))
 
     return Stage(
@@ -70,19 +78,36 @@ def setup(config, workdir):
         adopt=functools.partial(_adopt, path, workdir),
         identity={"text_hash": text.hash},
         flops=functools.partial(_flops, config),
+        only=functools.partial(_only, text.hash),
     )
 
 
+def _only(text_hash, run):
+    """Which parameters a new run takes from another: of other pieces the table means nothing."""
+    path = run / "text.model"
+    return None if path.exists() and Text(path).hash == text_hash else "^(?!text/embedding)"
+
+
+def check_patch(config):
+    """Raises ConfigError where the images are not of whole patches."""
+    size, patch = config.data.source.size, config.model.image.patch
+    if any(side % patch for side in size):
+        raise ConfigError(
+            f"config.data.source.size={tuple(size)} is not of whole patches of config.model.image.patch={patch}"
+        )
+
+
 def _words(text, length, phrasings, altered, source, i, epoch):
-    """What a pair has beside its image: tokens int32 [T], lengths int32 [], same int32 [], equal for equal texts.
-    Each epoch another of the first `phrasings` wordings; `altered` more texts that are wrong, likewise."""
+    """What a pair has beside its image: tokens int32 [T], lengths int32 [], same int32 [2]: one number for equal
+    texts, and that of the document, which may come twice in a batch, in two wordings. Each epoch another of the first `phrasings` wordings; `altered` more texts that are wrong, likewise."""
     captions = source.captions(i, phrasings)
     caption = captions[epoch % len(captions)]
     if not caption:
         raise BadImage("no_caption", f"document {i} of {source.spec} has no text")
     tokens, lengths = tokens_of([caption], text, length)
     digest = hashlib.blake2b(tokens.tobytes(), digest_size=4).digest()
-    found = {"tokens": tokens[0], "lengths": lengths[0], "same": np.frombuffer(digest, np.int32)[0]}
+    same = np.array([*np.frombuffer(digest, np.int32), i], np.int32)
+    found = {"tokens": tokens[0], "lengths": lengths[0], "same": same}
     if altered:
         wrong = tokens_of(source.altered(i, altered, epoch), text, length)
         found |= dict(zip(("altered_tokens", "altered_lengths"), wrong))
@@ -102,13 +127,14 @@ def _flops(config, params):
 
 def _adopt(path, workdir):
     if path.resolve() != (workdir / "text.model").resolve():
-        shutil.copy2(path, workdir / "text.model")
+        shutil.copy2(path, workdir / "text.model.tmp")
+        os.replace(workdir / "text.model.tmp", workdir / "text.model")
 
 
-def held_out_pairs(source, limit=None):
-    """-> images uint8 [H, W, 3], texts: of a source's documents those that are good and whose text is the first of
-    its kind, up to `limit`. Of two images with one text neither is right or wrong."""
-    pairs, bad = {}, Bad(source)
+def held_out_pairs(source, max_bad=0.1):
+    """-> images uint8 [H, W, 3] of the source's size, texts: of its documents those that are good and whose text is
+    the first of its kind. Of two images with one text neither is right or wrong."""
+    pairs, bad = {}, Bad(source, max_bad)
     for i in range(len(source)):
         try:
             text = source.captions(i, 1)[0]
@@ -116,14 +142,12 @@ def held_out_pairs(source, limit=None):
                 raise BadImage("no_caption", f"document {i} of {source.spec} has no text")
             if text in pairs:
                 continue
-            image = source.pixels(i)
+            image = pictures.fit(source.pixels(i), *source.size)
         except BadImage as error:
             bad.saw(error)
             continue
         bad.saw()
         pairs[text] = image
-        if len(pairs) == limit:
-            break
     if not pairs:
         raise ValueError(f"{source.spec} has no image with a text")
     return list(pairs.values()), list(pairs)
@@ -136,6 +160,6 @@ def retrieval(images, texts, ranks=(1, 5, 10)):
     right = np.diag(scores)
     found = {}
     for name, axis, own in (("text", 1, right[:, None]), ("image", 0, right[None])):
-        before = (scores >= own).sum(axis) - 1
+        before = (~(scores < own)).sum(axis) - 1  # nor does what is no number come after
         found |= {f"{name}_r{k}": float(np.mean(before < k)) for k in ranks}
     return found

@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -53,15 +54,16 @@ _FREE = {
     "profile",
     "wandb",
     "init",  # where the first weights came from: read once, they may be gone
-    "model.remat",
-    "model.unroll",
-    "model.attention",
+    "remat",  # of any model or tower, as are the next two
+    "unroll",
+    "attention",
     "loss.chunk",
     "loss.towers",  # where they lie; the stage compares their weights
     "data.threads",
     "data.workers",
     "data.max_bad",
     "data.shards",  # where they lie; the stage compares what they hold
+    "data.text",
 }
 
 
@@ -82,6 +84,8 @@ class Stage(NamedTuple):
     identity: dict = {}  # what the data means (hashes of tokenizer, grammar, text): a run goes on with the same alone
     flops: Callable[[dict], float] = lambda params: 0.0  # of a step, from the parameters' shapes, for MFU
     grow: Callable[[Path], dict] = lambda workdir: {}  # how the rows of another run's tables lie in ours
+    only: Callable[[Path], str | None] = lambda workdir: None  # the pattern of what is taken from another run
+    complete: str = ""  # the pattern of parameters that config.init must give, all of them
 
 
 def setup(config, workdir):
@@ -291,14 +295,14 @@ def _check(config, workdir):
         changed = sorted(
             key
             for key, value in now.items()
-            if before.get(key, value) != value and not {key, key.split(".")[0]} & _FREE
+            if before.get(key, value) != value and not {key, key.split(".")[0], key.split(".")[-1]} & _FREE
         )
         if theirs.get("stage") != ours["stage"]:
             raise ConfigError(
                 f"{workdir} holds a {theirs.get('stage')} run, this config is a "
                 f"{ours['stage']} run; use another --workdir"
             )
-        if changed:
+        if changed and checkpoint.latest(workdir) is not None:  # without one nothing is learned yet
             raise ConfigError(
                 f"{workdir} holds a run with other settings ({', '.join(changed)} differ); "
                 "use another --workdir, or the settings in its config.json"
@@ -342,7 +346,14 @@ def _best(text):
 def _initial(state, stage, config):
     """The state with the weights of the run in config.init, as far as they fit; says what was taken."""
     source = Path(config.init)
-    params, report = checkpoint.restore_weights(source, state["params"], grow=stage.grow(source))
+    params, report = checkpoint.restore_weights(
+        source, state["params"], grow=stage.grow(source), only=stage.only(source)
+    )
+    missing = [name for name in report["left"] if stage.complete and re.search(stage.complete, name)]
+    if missing:
+        raise ConfigError(
+            f"config.init={config.init}: expected a run with a tower that stays as it is; it has no {', '.join(missing)}"
+        )
     counts = ", ".join(f"{len(names)} {what}" for what, names in report.items())
     print(
         f"weights from {source}: {counts}; left as initialised: {', '.join(report['left']) or 'none'}",

@@ -26,6 +26,7 @@ def main(argv):
         raise ValueError(f"expected --batch-size of at least 1, found {args.batch_size}")
     towers, source, out = load_towers(args.towers), source_from(args), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "embed.json").unlink(missing_ok=True)  # it is written last, and says that the vectors are whole
     width = towers.model.image_out.w.shape[1]
     images, texts = (
         np.lib.format.open_memmap(out / name, "w+", np.float16, (len(source), width))
@@ -52,6 +53,8 @@ def main(argv):
                 places, values = zip(*found[name])
                 into[list(places)] = embed(list(values))
                 counts[name] += len(places)
+    if not any(counts.values()):
+        raise ValueError(f"{source.spec} gave no image and no text: {dict(source.skipped)}")
     images.flush()
     texts.flush()
     about = {"source": source.spec, "fingerprint": source.fingerprint, "towers": towers.name, "width": width}

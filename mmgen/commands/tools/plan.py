@@ -55,6 +55,8 @@ def main(argv):
     levels = tuple(int(level) for level in args.levels.split(","))
     vocabulary = Vocabulary(args.pieces, args.max_side, levels)
     if args.layout:
+        if args.compile or args.json:
+            raise ValueError("--layout prints the layout and nothing else: leave out --compile and --json")
         print("\n".join(layout(config, topology, vocabulary)))
         return
     if config.stage != "transformer":
