@@ -445,7 +445,7 @@ def test_a_new_run_begins_with_a_tower(space, run, tmp_path, capsys):
 
 
 def test_a_tokenizer_learns_to_look_right_to_the_towers(space, run, pair, tmp_path):
-    flags = [*space.tokenizer_flags, "--config.loss.perceptual=1.0", "--config.steps=4"]
+    flags = [*space.tokenizer_flags, "--config.loss.weights.perceptual=1.0", "--config.steps=4"]
     config = config_of([*flags, f"--config.loss.towers={run.workdir}"])
     last = loop.train(config, tmp_path / "with")
     assert last["perceptual"] > 0

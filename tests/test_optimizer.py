@@ -60,9 +60,14 @@ def test_muon_trains_the_matrices_of_blocks_and_adam_the_rest():
 def test_muon_in_the_tokenizer():
     found = labels(abstract_of(lambda: Autoencoder(configs.load("tokenizer:tiny").model, nnx.Rngs(0))))
     for name, kind in found.items():
-        inside = ("/blocks/" in name and not name.endswith("/b")) or name in ("prior/mix/w", "cells/up/w")
+        inside = ("/blocks/" in name and not name.endswith("/b")) or name in (
+            "prior/mix/w",
+            "decoder/cells/up/w",
+        )
         assert kind == ("muon" if inside else "adam"), name
-    assert "stem/w" in found and "head/b" in found and any("/blocks/" in name for name in found)
+    assert (
+        "encoder/stem/w" in found and "decoder/head/b" in found and any("/blocks/" in name for name in found)
+    )
 
 
 class Stacked(nnx.Module):

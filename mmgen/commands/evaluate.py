@@ -1,4 +1,4 @@
-"""`mmgen evaluate --checkpoint DIR --out DIR [--suite world|retrieval|classifier]`."""
+"""`mmgen evaluate --checkpoint DIR --out DIR [--suite world|retrieval|classifier|tokenizer]`."""
 
 import argparse
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 from mmgen.commands.common import share, size
 from mmgen.data.sources import open_source
 from mmgen.evals import probe, report, suites, towers
+from mmgen.models.autoencoders import load_tokenizer
 from mmgen.models.classifier import load_classifier
 from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
@@ -18,15 +19,19 @@ from mmgen.world.render import render
 def main(argv):
     """Measures a checkpoint and writes report.html and report.json. Suite world: held-out prompts of the world,
     drawn by a transformer and judged; retrieval: the towers of a contrastive run, on pairs of --data; classifier:
-    on labelled images of --data."""
+    on labelled images of --data; tokenizer: how well codes give back the images of --data."""
     parser = argparse.ArgumentParser("mmgen evaluate", description=main.__doc__)
     parser.add_argument("--checkpoint", required=True, help="workdir of a run")
     parser.add_argument("--out", required=True, help="folder of the reports")
-    parser.add_argument("--suite", choices=("world", "retrieval", "classifier"), default="world")
+    parser.add_argument("--suite", choices=("world", "retrieval", "classifier", "tokenizer"), default="world")
     parser.add_argument("--seed", type=int, default=1)
 
     world = parser.add_argument_group("suite world")
-    world.add_argument("--size", type=size, default=(32, 32), help="WIDTHxHEIGHT in pixels")
+    parser.add_argument(
+        "--size",
+        type=size,
+        help="WIDTHxHEIGHT in pixels; left out: 32x32 in suite world, else that of the training",
+    )
     world.add_argument(
         "--seen", type=int, default=200, help="prompts a suite, of combinations seen in training"
     )
@@ -51,7 +56,7 @@ def main(argv):
         "--best-of", type=int, default=1, help="draw so many a prompt, keep the --towers' favourite"
     )
 
-    data = parser.add_argument_group("suites retrieval and classifier")
+    data = parser.add_argument_group("suites retrieval, classifier and tokenizer")
     data.add_argument(
         "--data",
         metavar="SPEC",
@@ -72,14 +77,19 @@ def main(argv):
     began = time.monotonic()
     about = dict(title=f"mmgen evaluate {args.checkpoint}", config=vars(args))
     if args.suite != "world":
-        if args.towers or args.best_of != 1:
-            raise ValueError(f"--towers and --best-of are for suite world, not for {args.suite}")
+        if args.best_of != 1 or (args.towers and args.suite != "tokenizer"):
+            raise ValueError(
+                f"--best-of is for suite world, --towers for that and tokenizer, not for {args.suite}"
+            )
         stage, load, measure = {
             "retrieval": ("contrastive", load_towers, towers.retrieve),
             "classifier": ("classifier", load_classifier, towers.classify),
+            "tokenizer": ("tokenizer", load_tokenizer, towers.reconstruct),
         }[args.suite]
         model, run = load(args.checkpoint), checkpoint.read_config(args.checkpoint, stage)
-        settings = run["held_out"] | {"size": run["data"]["source"]["size"]}
+        if args.size and args.suite != "tokenizer":
+            raise ValueError(f"--size is that of the training in suite {args.suite}; leave it out")
+        settings = run["held_out"] | {"size": args.size or run["data"]["source"]["size"]}
         if args.data:
             settings |= {"spec": args.data, "seed": args.seed}
         given = {
@@ -92,7 +102,8 @@ def main(argv):
         print("measured on " + ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
         about["config"] = about["config"] | {"data": settings}
         max_bad = run["data"]["max_bad"] if args.max_bad is None else args.max_bad
-        metrics, more = measure(model, open_source(**settings), max_bad)
+        more = {"towers": load_towers(args.towers)} if args.towers else {}
+        metrics, more = measure(model, open_source(**settings), max_bad, **more)
         seconds = {"total": time.monotonic() - began}
         page = report.write(args.out, scores={}, metrics=metrics, seconds=seconds, **more, **about)
         print("\n".join(f"{name:<32}{value:.4f}" for name, value in metrics.items()))
@@ -107,6 +118,7 @@ def main(argv):
         )
     if args.best_of < 1 or (args.best_of > 1 and not args.towers):
         raise ValueError(f"--best-of {args.best_of} needs --towers DIR to say which is best")
+    args.size = args.size or (32, 32)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     model = sampler.load(args.checkpoint)
     judges = load_towers(args.towers) if args.towers else None

@@ -23,14 +23,15 @@ svg { background: #fafafa; margin: 0 12px 12px 0; } pre { background: #f4f4f4; p
 
 def write(
     out, *, title, scores, metrics, seconds, config, curves=(), pictures=(), cases=(), examples=16,
-    precision_recall=None,
+    precision_recall=None, worst=(),
 ):  # fmt: skip
     """Writes both reports to the folder `out` -> path of report.html.
 
     scores: as `suites.scores`; metrics, seconds: name -> number; config: JSON-able;
     curves: (title, records, names) with records as `runtime.metrics.read`; pictures: (title, path of
     a PNG); cases: `suites.Case`s, of which `examples` a suite are shown, as they come; precision_recall:
-    {name: (precision, recall)}, arrays along falling thresholds.
+    {name: (precision, recall)}, arrays along falling thresholds; worst: (pixels, pixels, words), what it should
+    be beside what it is.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -54,6 +55,14 @@ def write(
             shown = [_figure(case) for case in chosen if case.unseen == flag][:examples]
             if shown:
                 body.append(f"<h3>{label}</h3><div class=grid>{''.join(shown)}</div>")
+    if worst:
+        body.append("<h2>Worst</h2><div class=grid>")
+        for *pair, words in worst:
+            both = png(np.concatenate(pair, 1))
+            body.append(
+                f"<figure style='width:204px'><img style='width:200px' src='{both}'>{html.escape(words)}</figure>"
+            )
+        body.append("</div>")
     if precision_recall:
         body.append("<h2>Precision over recall</h2>")
         body += [_precision_recall(name, *curve) for name, curve in precision_recall.items()]

@@ -6,6 +6,7 @@ from mmgen import world
 from mmgen.data.sources import World
 from mmgen.evals.metrics import auc, frechet
 from mmgen.models import classifier
+from mmgen.stages import tokenizer as tokenizers
 from mmgen.stages.classifier import held_out_labels
 from mmgen.stages.contrastive import held_out_pairs, retrieval
 from mmgen.world.scene import alter, changed
@@ -54,6 +55,27 @@ def judge(towers, drawn, prompts, true):
     score = 100 * np.maximum(towers.score(drawn, prompts), 0).mean()
     distance = frechet(towers.features(drawn), towers.features(true))
     return {f"CLIPScore-{towers.name}": float(score), f"FD-{towers.name}": distance}
+
+
+def reconstruct(tokenizer, source, max_bad=0.1, towers=None, worst=16):
+    """How well a tokenizer's codes give back the images of `source` -> ({metric: value}, {"pictures": the worst} for the
+    report).
+
+    "psnr", "ssim", "ms_ssim" (means over images) and "psnr_worst", the usage of codes as `stages.tokenizer.usage`, and with
+    `towers` "FD-NAME", the Fréchet distance of their features. Of images with alpha the colours are over middle gray.
+    """
+    images, codes, back = tokenizers.reconstructed(tokenizer, source, max_bad)
+    each = tokenizers.reconstruction(images, back, mean=False)
+    found = {"images": float(len(images)), "psnr_worst": float(each["psnr"].min())}
+    found |= {name: float(values.mean()) for name, values in each.items()} | tokenizers.usage(
+        codes, tokenizer.levels
+    )
+    if towers:
+        found[f"FD-{towers.name}"] = frechet(towers.features(images[..., :3]), towers.features(back[..., :3]))
+    order = np.argsort(each["psnr"])[:worst]
+    return found, {
+        "worst": [(images[i, ..., :3], back[i, ..., :3], f"{each['psnr'][i]:.1f} dB") for i in order]
+    }
 
 
 def classify(model, source, max_bad=0.1):

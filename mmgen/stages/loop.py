@@ -85,6 +85,7 @@ class Stage(NamedTuple):
     flops: Callable[[dict], float] = lambda params: 0.0  # of a step, from the parameters' shapes, for MFU
     grow: Callable[[Path], dict] = lambda workdir: {}  # how the rows of another run's tables lie in ours
     only: Callable[[Path], str | None] = lambda workdir: None  # the pattern of what is taken from another run
+    warnings: Callable[[dict], list[str]] = lambda measured: []  # what is wrong with a step, by its metrics
     complete: str = ""  # the pattern of parameters that config.init must give, all of them
 
 
@@ -244,7 +245,8 @@ def train(config, workdir, *, stop_at=None):
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
                 eta = f"eta {(config.steps - done) * seconds / steps:.0f} s" if steps else ""
                 if first:
-                    tqdm.write(f"step {done}/{config.steps}  {shown}  {eta}")
+                    wrong = "".join(f"  WARNING: {text}" for text in stage.warnings(last))
+                    tqdm.write(f"step {done}/{config.steps}  {shown}  {eta}{wrong}")
                     sys.stdout.flush()  # through a pipe it would come hundreds of steps later
                 if measure:
                     found = evaluate(done)

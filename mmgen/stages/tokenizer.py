@@ -35,10 +35,11 @@ def setup(config, workdir):
     weights, more = dict(config.loss.weights), dict(config.loss)
     del more["weights"]
     towers, tower = more.pop("towers"), None
-    kind = config.model.quantizer.kind
-    if kind != "fsq" and (weights["rate"] or more["recolor"]):
+    q = config.model.quantizer
+    if (q.kind != "fsq" or q.depth > 1) and (weights["rate"] or more["recolor"]):
         raise ConfigError(
-            f"config.loss.weights.rate and config.loss.recolor are about FSQ's digits, which {kind!r} has not; set both to 0"
+            "config.loss.weights.rate and config.loss.recolor are about the digits of plain FSQ; set both to 0 for the "
+            f"quantizer {q.kind!r} of depth {q.depth}"
         )
     if weights["perceptual"]:
         if not towers:
@@ -56,7 +57,9 @@ def setup(config, workdir):
         return model
 
     def evaluate(graphdef, params, step):
-        model = Tokenizer(nnx.merge(graphdef, params))
+        model = nnx.merge(graphdef, params)
+        model.discriminator = None  # no part of a tokenizer, nor of its hash
+        model = Tokenizer(model)
         images, codes, back = reconstructed(model, held_out)
         _preview(workdir / "previews" / f"{step:07d}.png", images[:32], back[:32])
         return {**reconstruction(images, back), **usage(codes, model.levels)}
@@ -78,16 +81,32 @@ def setup(config, workdir):
 def warnings(measured):
     """What is wrong with a run, by the metrics of a step: texts for its log line."""
     checks = (
-        ("digit_entropy", lambda x: x < 0.5, "codes collapse: digits have {:.0%} of the entropy they could have"),
-        ("dead", lambda x: x > 0.5, "{:.0%} of the codebook is dead: fewer codes, fewer channels, or restart"),
-        ("grad_norm", lambda x: x < 1e-6, "the gradient is all but gone ({:.1e}): nothing is learned any more"),
+        (
+            "digit_entropy",
+            lambda x: x < 0.5,
+            "codes collapse: digits have {:.0%} of the entropy they could have",
+        ),
+        (
+            "dead",
+            lambda x: x > 0.5,
+            "{:.0%} of the codebook is dead: fewer codes, fewer channels, or restart",
+        ),
+        (
+            "grad_norm",
+            lambda x: x < 1e-6,
+            "the gradient is all but gone ({:.1e}): nothing is learned any more",
+        ),
         (
             "discriminator_right",
             lambda x: x > 0.95,
             "the discriminator wins ({:.0%} right): a lower learning rate for it, or more r1",
         ),
     )
-    return [words.format(measured[name]) for name, bad, words in checks if name in measured and bad(measured[name])]
+    return [
+        words.format(measured[name])
+        for name, bad, words in checks
+        if name in measured and bad(measured[name])
+    ]
 
 
 def reconstructed(model, source, max_bad=0.1):
@@ -172,10 +191,12 @@ def _disturbed(values, key, noise):
 # ---- how good it is -------------------------------------------------------------------------
 
 
-def reconstruction(images, back):
-    """Of uint8 [N, H, W, C] against their reconstructions: PSNR in dB, SSIM and MS-SSIM, means over images."""
-    found = [_compared(images[i : i + 64], back[i : i + 64]) for i in range(0, len(images), 64)]
-    return {name: float(np.mean(np.concatenate([each[name] for each in found]))) for name in found[0]}
+def reconstruction(images, back, mean=True):
+    """Of uint8 [N, H, W, C] against their reconstructions: PSNR in dB, SSIM and MS-SSIM, means over images or, without
+    `mean`, float32 [N]. Of images with alpha it is that of all four channels."""
+    parts = [_compared(images[i : i + 64], back[i : i + 64]) for i in range(0, len(images), 64)]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: float(values.mean()) for name, values in found.items()} if mean else found
 
 
 @jax.jit
