@@ -26,6 +26,7 @@ from mmgen.sampling.strategies import Strategy
 from mmgen.stages import loop
 from mmgen.stages.contrastive import held_out_pairs, retrieval
 from mmgen.text import Text
+from mmgen.world.scene import holds
 from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records, run_python
 
 
@@ -401,6 +402,18 @@ def test_the_best_of_several_draws(sampler, pair):
         assert turn.parts[0].pixels.mean() == pytest.approx(row[0])
     with pytest.raises(ValueError, match="at least one"):
         best_of(sampler, requests, 0, brightness)
+
+
+def test_held_out_captions_are_true_of_their_own_picture_alone():
+    """Of a world of few scenes many are the same, said in other words, in the other language or with less."""
+    source = open_source("world:test", (32, 32), 0, documents=300, languages=("en", "zh"), category="colors")
+    images, texts = held_out_pairs(source)
+    kept = {source.captions(i, 1)[0]: source.item(i) for i in reversed(range(300))}
+    items = [kept[text] for text in texts]
+    assert 10 < len(items) < len(kept) and len(images) == len(items)
+    for i, a in enumerate(items):
+        for j, b in enumerate(items):
+            assert holds(a.claim, b.scene) == (i == j)
 
 
 def test_a_judged_set_of_pictures(pair):

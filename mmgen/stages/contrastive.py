@@ -14,12 +14,13 @@ from flax import nnx
 from mmgen.data import images as pictures
 from mmgen.data.images import BadImage
 from mmgen.data.loader import Images
-from mmgen.data.sources import Bad, open_source
+from mmgen.data.sources import Bad, World, open_source
 from mmgen.models import contrastive
 from mmgen.models.contrastive import Contrastive, Towers, tokens_of
 from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
 from mmgen.text import Text
+from mmgen.world.scene import holds
 
 
 def setup(config, workdir):
@@ -59,11 +60,12 @@ def setup(config, workdir):
         workers=data.workers,
     )
     held_out = open_source(**config.held_out)
+    pairs_held_out = functools.cache(lambda: held_out_pairs(held_out, data.max_bad))
 
     def evaluate(graphdef, params, step):
         model = nnx.merge(graphdef, params)
         towers = Towers(model, text, data.length, data.source.size, config.name)
-        images, texts = held_out_pairs(held_out, data.max_bad)
+        images, texts = pairs_held_out()
         return retrieval(towers.embed_images(images), towers.embed_texts(texts))
 
     return Stage(
@@ -133,8 +135,10 @@ def _adopt(path, workdir):
 
 def held_out_pairs(source, max_bad=0.1):
     """-> images uint8 [H, W, 3] of the source's size, texts: of its documents those that are good and whose text is
-    the first of its kind. Of two images with one text neither is right or wrong."""
-    pairs, bad = {}, Bad(source, max_bad)
+    the first of its kind. Of two images with one text neither is right or wrong. Nor are they where a text is true of
+    both in other words or says less, which only a world can tell: there a document is left out whose caption is true
+    of one before it, or the other way round."""
+    pairs, items, bad = {}, [], Bad(source, max_bad)
     for i in range(len(source)):
         try:
             text = source.captions(i, 1)[0]
@@ -142,6 +146,11 @@ def held_out_pairs(source, max_bad=0.1):
                 raise BadImage("no_caption", f"document {i} of {source.spec} has no text")
             if text in pairs:
                 continue
+            if isinstance(source, World):
+                item = source.item(i)
+                if any(holds(item.claim, one.scene) or holds(one.claim, item.scene) for one in items):
+                    continue
+                items.append(item)
             image = pictures.fit(source.pixels(i), *source.size)
         except BadImage as error:
             bad.saw(error)
