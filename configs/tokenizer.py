@@ -104,8 +104,11 @@ def get_config(variant):
 def _large(c, variant):
     """256 px for accelerators: ViT towers for 256 codes an image, and a CNN pyramid for 1,024."""
     m, d, l, q = c.model, c.data, c.loss, c.model.quantizer
-    m.patch, m.encoder, m.decoder, m.cell_layers, m.unroll, m.dtype = 16, "attention", "attention", 0, False, "bfloat16"
-    m.width, m.encoder_layers, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 768, 12, 12, 12, 12, 64, 2048
+    m.patch, m.encoder, m.decoder, m.cell_layers = 16, "attention", "attention", 0
+    m.unroll, m.dtype = False, "bfloat16"
+    m.width, m.encoder_layers, m.layers, m.mlp = 768, 12, 12, 2048
+    m.heads = m.kv_heads = 12
+    m.head_dim = 64
     m.discriminator = dict(width=64, layers=3)
     q.levels = (8, 8, 8, 6, 5)  # 15,360 codes
     if variant == "256px-f16-64k":
@@ -123,7 +126,8 @@ def _large(c, variant):
     l.noise = l.weights.rate = l.recolor = 0.0
     l.weights.log_mse, l.weights.l1, l.weights.l2, l.weights.gradient = 0.0, 0.2, 1.0, 0.1
     l.weights.adversarial, l.gan = 0.1, dict(kind="hinge", start=20_000, r1_weight=1e-3, r1_every=16)
-    c.steps, c.evaluate_every, c.save_every, c.log_every, c.keep = 400_000, 10_000, 5000, 100, 3
+    c.steps, c.evaluate_every = 400_000, 10_000
+    c.log_every, c.save_every, c.keep = 100, 5000, 3
     c.optimizer.learning_rate, c.optimizer.adam_learning_rate, c.optimizer.warmup = 5e-3, 5e-4, 5000
     c.ema, c.spike, c.keep_every, c.keep_pages = 0.9999, 20.0, 50_000, False
     c.mesh.data, c.mesh.fsdp = 1, -1

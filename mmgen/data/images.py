@@ -115,11 +115,16 @@ class Buckets:
         return self.shapes[np.abs(self._logs - math.log(width / height)).argmin()]
 
 
+ALPHA = "alpha"  # a background: see `read`
+MIDDLE = (127, 127, 127)
+
+
 def read(data, limits=Limits(), background=(255, 255, 255), size=None):
     """Decodes JPEG, PNG or WebP bytes -> uint8 [H, W, 3] in sRGB, upright.
 
     EXIF orientation is applied, an embedded colour profile is converted to sRGB, 16 bits become 8,
-    alpha is composited on `background` (None refuses what is not opaque), an animation gives its first
+    alpha is composited on `background` (None refuses what is not opaque; ALPHA composites on middle gray and gives
+    uint8 [H, W, 4] with alpha beside it, which resizing does not smear), an animation gives its first
     frame. With `size`, a (width, height) or Buckets, the image comes as `resize` gives it; a JPEG of
     three times that or more is decoded at a half, a quarter or an eighth. Raises BadImage.
     """
@@ -312,9 +317,9 @@ def _jpeg(data, image, scale):
 
 
 def _flat(image, background):
-    """Any mode that the three formats decode to -> uint8 [H, W, 3] in sRGB without alpha."""
+    """Any mode that the three formats decode to -> uint8 [H, W, 3] in sRGB without alpha, or [H, W, 4] for ALPHA."""
     if isinstance(image, np.ndarray):
-        return image
+        return opaque(image) if background == ALPHA else image
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -328,8 +333,25 @@ def _flat(image, background):
     if alpha is not None and alpha.getextrema()[0] < 255:
         if background is None:
             raise BadImage("alpha", "parts are transparent, and no background is given")
-        image = Image.composite(image, Image.new("RGB", image.size, tuple(background)), alpha)
-    return np.asarray(image)
+        behind = MIDDLE if background == ALPHA else tuple(background)
+        image = Image.composite(image, Image.new("RGB", image.size, behind), alpha)
+    if background != ALPHA:
+        return np.asarray(image)
+    return opaque(np.asarray(image)) if alpha is None else np.dstack([image, alpha])
+
+
+def opaque(pixels):
+    """uint8 [..., 3] -> [..., 4], with an alpha of 255."""
+    return np.pad(pixels, [(0, 0)] * (pixels.ndim - 1) + [(0, 1)], constant_values=255)
+
+
+def straight(pixels):
+    """uint8 [..., 4] as ALPHA gives it, over middle gray -> as PNGs have it: colours as if nothing were transparent,
+    middle gray where everything is."""
+    color, alpha = pixels[..., :3].astype(np.float32), pixels[..., 3:].astype(np.float32) / 255
+    color = MIDDLE[0] + (color - MIDDLE[0]) / np.maximum(alpha, 1 / 255)
+    color = np.where(alpha > 0, color, MIDDLE[0]).round().clip(0, 255)
+    return np.concatenate([color.astype(np.uint8), pixels[..., 3:]], -1)
 
 
 @functools.lru_cache(64)

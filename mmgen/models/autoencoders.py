@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mmgen.data import images as pictures
 from mmgen.models import layers
 from mmgen.models.quantizers import FSQ, make_quantizer
 from mmgen.runtime import checkpoint
@@ -457,7 +458,7 @@ class Tokenizer:
         A tokenizer with alpha takes RGB as opaque. ValueError for RGBA where it has none.
         """
         if self.alpha and images.shape[-1] == 3:
-            images = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=255)
+            images = pictures.opaque(images)
         return self._in_batches(self._encode, images, batch)
 
     def decode(self, codes, batch=64, tile=None):

@@ -1,5 +1,6 @@
 """AdamW and Muon from the config, with warmup, cosine decay and clipping."""
 
+import functools
 import math
 
 import jax
@@ -25,23 +26,20 @@ def schedule(config, steps):
     )
 
 
-def _dimensions(state):
-    """Pure dict: how Muon sees each parameter as a matrix, or a MaskedNode where AdamW trains it."""
+def _dimensions(state, mine):
+    """Pure dict: how Muon sees each parameter as a matrix, or a MaskedNode where AdamW trains it, or another
+    transform does: where it is not `mine`."""
 
     def one(variable):
         axes = variable.get_metadata()["axes"]
         stacked = variable.ndim - len(axes)
-        if len(axes) < 2 or _ADAM_AXES & set(axes) or _frozen(variable):
+        if len(axes) < 2 or _ADAM_AXES & set(axes) or not mine(variable):
             return optax.MaskedNode()
         # The first axis is summed over, except where several axes lead to one output ("out").
         outputs = tuple(i + stacked for i, a in enumerate(axes) if i > 0 and a not in _BATCH_AXES)
         return MuonDimensionNumbers((stacked,), outputs)
 
     return _each(state, one)
-
-
-def _frozen(variable):
-    return variable.get_metadata().get("frozen", False)
 
 
 def _each(state, one):
@@ -156,7 +154,8 @@ def make(config, steps, state):
         else:
             own = ml_collections.ConfigDict(config)
             own.update(groups.get(name, {}))
-            transforms[name] = _learner(own, steps, state)
+            mine = functools.partial(lambda name, variable: kind(variable) == name, name)
+            transforms[name] = _learner(own, steps, state, mine)
     transform = (
         optax.partition(transforms, kinds) if len(transforms) > 1 else next(iter(transforms.values()))
     )
@@ -173,8 +172,8 @@ def learned(state):
     return lambda grads: [grad for grad, keep in zip(jax.tree.leaves(grads), real) if keep]
 
 
-def _learner(config, steps, state):
-    """The transform of `make` for parameters without anything special."""
+def _learner(config, steps, state, mine):
+    """The transform of `make` for parameters that are `mine`, without anything special."""
     factor = schedule(config, steps)
     rate = lambda peak: lambda step: peak * factor(step)
     if config.name == "adamw":
@@ -187,7 +186,7 @@ def _learner(config, steps, state):
             mask=_each(state, lambda variable: len(variable.get_metadata()["axes"]) > 1),
         )
     elif config.name == "muon":
-        dimensions = _dimensions(state)
+        dimensions = _dimensions(state, mine)
         labels = jax.tree.map(
             lambda d: "muon" if isinstance(d, MuonDimensionNumbers) else "adam",
             dimensions,

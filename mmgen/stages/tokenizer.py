@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from mmgen.data.images import ALPHA
 from mmgen.data.loader import Images
 from mmgen.data.sources import documents_of, open_source
 from mmgen.models import contrastive, image_losses
@@ -32,6 +33,11 @@ def setup(config, workdir):
         workers=config.data.workers,
     )
     held_out = open_source(**config.held_out)
+    if config.model.alpha != (config.data.source.get("background") == ALPHA):
+        raise ConfigError(
+            f"config.model.alpha={config.model.alpha} goes with images that have an alpha: set background={ALPHA!r} in "
+            "config.data.source and config.held_out, or alpha to False"
+        )
     weights, more = dict(config.loss.weights), dict(config.loss)
     del more["weights"]
     towers, tower = more.pop("towers"), None
@@ -61,7 +67,7 @@ def setup(config, workdir):
         model.discriminator = None  # no part of a tokenizer, nor of its hash
         model = Tokenizer(model)
         images, codes, back = reconstructed(model, held_out)
-        _preview(workdir / "previews" / f"{step:07d}.png", images[:32], back[:32])
+        _preview(workdir / "previews" / f"{step:07d}.png", images[:32, ..., :3], back[:32, ..., :3])
         return {**reconstruction(images, back), **usage(codes, model.levels)}
 
     return Stage(

@@ -1,0 +1,198 @@
+"""The stage that trains tokenizers: its quantizers, losses and discriminator in real steps, what it warns of, and
+what is measured of a tokenizer."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmgen.data import images as pictures
+from mmgen.models.autoencoders import load_tokenizer, to_float
+from mmgen.runtime import mesh as meshes
+from mmgen.runtime.config import ConfigError
+from mmgen.stages import loop, program
+from mmgen.stages import tokenizer as stage
+from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records
+
+PLAIN = ["--config", "tokenizer:tiny", "--config.loss.recolor=0.0", "--config.loss.weights.rate=0.0"]
+PLAIN += ["--config.steps=4", "--config.save_every=2", "--config.log_every=1", "--config.loss.noise=0.0"]
+GAN = [
+    "--config.loss.weights.adversarial=0.5",
+    "--config.loss.gan.r1_weight=1e-3",
+    "--config.loss.gan.r1_every=2",
+]
+GAN += ["--config.model.discriminator.width=8", "--config.model.discriminator.layers=1"]
+VQ = [
+    "--config.model.quantizer.kind=vq",
+    "--config.model.quantizer.codes=64",
+    "--config.model.quantizer.channels=4",
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The workdir of a tiny run without an adversary."""
+    workdir = tmp_path_factory.mktemp("plain")
+    loop.train(config_of(PLAIN), workdir)
+    return workdir
+
+
+def parts(found):
+    """(the tokenizer's, the discriminator's) of a checkpoint's parameters."""
+    params = {name: value for name, value in found.items() if name.startswith("params")}
+    theirs = {name: value for name, value in params.items() if "discriminator" in name}
+    return {name: value for name, value in params.items() if name not in theirs}, theirs
+
+
+def test_until_it_is_listened_to_a_discriminator_changes_nothing(plain, tmp_path):
+    """Nor does it by a norm that is clipped, or by the optimizer: the tokenizer is that of a run without one."""
+    config = config_of([*PLAIN, *GAN, "--config.loss.gan.start=3"])
+    loop.train(config, tmp_path / "run", stop_at=2)
+    before, learned = parts(arrays(tmp_path / "run", 2))
+    for name, value in parts(arrays(plain, 2))[0].items():
+        np.testing.assert_allclose(before[name], value, atol=1e-5, err_msg=name)
+    loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "whole")
+    assert_same_arrays(arrays(tmp_path / "run", 4), arrays(tmp_path / "whole", 4))
+    after, theirs = parts(arrays(tmp_path / "run", 4))
+    assert all(np.abs(theirs[name] - learned[name]).max() > 0 for name in theirs) and len(theirs) == 6
+    others = parts(arrays(plain, 4))[0]
+    assert max(np.abs(after[name] - others[name]).max() for name in after) > 1e-4  # now it does
+    measured = records(tmp_path / "run")
+    assert all({"adversarial", "discriminator", "discriminator_right"} <= line.keys() for line in measured)
+    assert [line["adversarial"] == 0 for line in measured] == [True] * 3 + [False]
+    tokenizer = load_tokenizer(tmp_path / "run")  # which knows nothing of it
+    assert tokenizer.encode(np.zeros((1, 8, 8, 3), np.uint8)).shape == (1, 2, 2)
+
+
+def test_the_codebook_is_a_moving_average_of_the_features(tmp_path):
+    """A step of the real program against the update by hand; neither its rate nor its clipping is the optimizer's."""
+    config = config_of([*PLAIN, *VQ, "--config.model.quantizer.restart=0.0", "--config.optimizer.clip=1e-3"])
+    made = loop.setup(config, tmp_path)
+    mesh = meshes.make_mesh({"data": 1})
+    with meshes.use(mesh, config.sharding):
+        built = program.build(config, made.make, made.loss, mesh)
+        state = built.init(jax.random.key(0))
+        before = jax.tree.map(np.asarray, state["params"])
+        batch = made.data.batch(0)
+        model = jax.tree.map(lambda x: x, made.make(stage.nnx.Rngs(jax.random.key(0))))
+        features = model.quantizer.squash(model.features(to_float(batch["images"]))).reshape(-1, 4)
+        codes = np.asarray(model.quantizer.index(features))
+        state, measured = built.step(state, batch)
+    after = state["params"]["quantizer"]
+    counts = np.bincount(codes, minlength=64)
+    np.testing.assert_allclose(
+        after["counts"], 0.99 * before["quantizer"]["counts"] + 0.01 * counts, rtol=1e-4
+    )
+    sums = np.zeros((64, 4))
+    np.add.at(sums, codes, np.asarray(features))
+    np.testing.assert_allclose(after["sums"], 0.99 * before["quantizer"]["sums"] + 0.01 * sums, atol=1e-4)
+    assert float(measured["usage"]) == pytest.approx((counts > 0).mean())
+    # Of everything else the first step of a warmup is 0.
+    assert np.array_equal(state["params"]["to_features"]["w"], before["to_features"]["w"])
+
+
+def test_a_tokenizer_with_a_codebook_serves_a_transformer(space, tmp_path):
+    """From pixels to a training step on its codes."""
+    flags = [*PLAIN, *VQ, "--config.model.quantizer.depth=2", "--config.model.quantizer.codes=16"]
+    assert mmgen("train", *flags, "--workdir", tmp_path / "vq") == 0
+    tokenizer = load_tokenizer(tmp_path / "vq")
+    assert tokenizer.levels == (16, 16) and tokenizer.codes == 256
+    world = ["--source", "world:train", "--documents", 40]
+    out = ["--tokenizer", tmp_path / "vq", "--text", space.text, "--out", tmp_path / "shards"]
+    assert mmgen("tokenize", *world, *out) == 0
+    flags = [
+        "--config",
+        "transformer:tiny",
+        f"--config.data.shards={tmp_path / 'shards'}",
+        "--config.steps=1",
+    ]
+    assert mmgen("train", *flags, "--config.data.row_length=256", "--workdir", tmp_path / "transformer") == 0
+
+
+def test_the_other_terms_and_quantizers_learn(tmp_path):
+    weights = {"log_mse": 0, "l1": 1, "l2": 1, "gradient": 0.5, "focal_frequency": 1, "ms_ssim": 0.5}
+    flags = [f"--config.loss.weights.{name}={value}" for name, value in weights.items()]
+    flags += ["--config.model.quantizer.kind=lfq", "--config.model.quantizer.entropy=0.1", "--config.ema=0.9"]
+    flags += ["--config.steps=30", "--config.save_every=30", "--config.log_every=10"]
+    last = loop.train(config_of([*PLAIN, *flags]), tmp_path)
+    first = records(tmp_path)[0]
+    assert last["l1"] < first["l1"] and last["batch_psnr"] > first["batch_psnr"]
+    assert {"gradient", "focal_frequency", "ms_ssim"} <= last.keys() and not {"log_mse", "rate"} & last.keys()
+    assert last["psnr"] > 8 and 0 < last["digit_entropy_least"] <= last["digit_entropy_mean"] <= 1
+
+
+def test_mistakes_are_said(tmp_path):
+    for flags, words in (
+        (["--config.loss.recolor=0.5", *VQ], "plain FSQ"),
+        (["--config.model.quantizer.kind=pq"], "unknown quantizer 'pq'; known: fsq, vq, lfq, bsq"),
+        (["--config.model.alpha=true"], "background='alpha'"),
+        (["--config.loss.weights.perceptual=1"], "loss.towers"),
+    ):
+        with pytest.raises((ConfigError, ValueError), match=words):
+            loop.train(config_of([*PLAIN, *flags]), tmp_path)
+
+
+def test_warnings_are_in_the_log_line(tmp_path, monkeypatch, capsys):
+    good = {"digit_entropy": 0.9, "dead": 0.1, "grad_norm": 0.1, "discriminator_right": 0.6, "loss": 1.0}
+    assert stage.warnings(good) == [] == stage.warnings({"loss": 1.0})
+    for change, words in (
+        ({"digit_entropy": 0.2}, "collapse.*20%"),
+        ({"dead": 0.7}, "70% of the codebook"),
+        ({"grad_norm": 1e-8}, "gradient"),
+        ({"discriminator_right": 0.99}, "discriminator wins"),
+    ):
+        (found,) = stage.warnings(good | change)
+        assert __import__("re").search(words, found)
+    setup = stage.setup
+    monkeypatch.setattr(stage, "setup", lambda *a: setup(*a)._replace(warnings=lambda m: ["look here"]))
+    loop.train(config_of([*PLAIN, "--config.steps=1"]), tmp_path)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/1"))
+    assert line.endswith("WARNING: look here")
+
+
+def test_evaluate_a_tokenizer_at_any_size(plain, tmp_path, capsys):
+    flags = ["--suite", "tokenizer", "--checkpoint", plain, "--data", "world:test", "--documents", 6]
+    assert mmgen("evaluate", *flags, "--size", "48x32", "--out", tmp_path) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = report["metrics"]
+    assert found["images"] == 6 and 5 < found["psnr_worst"] <= found["psnr"] < 40
+    assert {"ssim", "ms_ssim", "code_usage", "code_perplexity", "digit_entropy_mean"} <= found.keys()
+    assert "Worst" in (tmp_path / "report.html").read_text()
+    assert report["config"]["data"]["size"] == [48, 32]
+    assert mmgen("evaluate", *flags, "--best-of", 2, "--out", tmp_path) == 1
+    assert "--best-of" in capsys.readouterr().err
+
+
+def test_transparent_images_survive(tmp_path):
+    """What lies behind is told from what is seen, and comes back as PNGs have it."""
+    rgba = np.zeros((40, 40, 4), np.uint8)
+    rgba[8:32, 8:32] = [250, 20, 20, 255]
+    rgba[32:, :] = [20, 20, 250, 128]
+    rgba[:4, :] = [9, 99, 9, 0]  # a colour that cannot be seen
+    file = io.BytesIO()
+    Image.fromarray(rgba).save(file, "PNG")
+    pixels = pictures.read(file.getvalue(), background=pictures.ALPHA)
+    assert pixels.shape == (40, 40, 4) and pixels[0, 0].tolist() == [127, 127, 127, 0]
+    back = pictures.straight(pixels)
+    assert (
+        np.abs(back[4:].astype(int) - np.where(rgba[4:, :, 3:] > 0, rgba[4:], [127, 127, 127, 0])).max() <= 2
+    )
+    small = pictures.read(file.getvalue(), background=pictures.ALPHA, size=(20, 20))
+    on = lambda pixels, gray: pixels[..., :3] + (1 - pixels[..., 3:] / 255) * (gray - 127.0)
+    white = pictures.read(file.getvalue(), background=(255, 255, 255), size=(20, 20))
+    assert np.abs(on(small, 255) - white).max() < 6  # on any background it is what it would be there
+    for i in range(16):
+        Image.fromarray(np.roll(rgba, i, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a square")
+    source = dict(spec=f"folder:{tmp_path}", size=(32, 32), background="alpha")
+    config = config_of([*PLAIN, "--config.model.alpha=true", "--config.steps=2", *GAN])
+    with config.unlocked():
+        config.data.source, config.held_out = source, source
+    assert loop.train(config, tmp_path / "run")["psnr"] > 3
+    tokenizer = load_tokenizer(tmp_path / "run")
+    images = np.stack([pixels, pictures.opaque(pixels[..., :3])])
+    assert tokenizer.decode(tokenizer.encode(images)).shape == (2, 40, 40, 4)
