@@ -39,10 +39,10 @@ def get_config(variant):
     d.augment, d.flip = False, False  # random resized crops; mirrored half of the time
     c.held_out = dict(spec="world:valid", size=(32, 32), seed=0, documents=4000, category="colors")
 
-    c.steps = 600
+    c.steps = 1000
     c.optimizer = OPTIMIZER | dict(adam_learning_rate=3e-3)
     c.ema = 0.0
-    c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 600, 300, 2
+    c.log_every, c.evaluate_every, c.save_every, c.keep = 50, 1000, 500, 2
     c.mesh, c.sharding = MESH, SHARDING
     c.update(LOOP)
     c.keep_pages = True  # on CPU faster for large models: see runtime/memory.py

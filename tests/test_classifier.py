@@ -195,15 +195,14 @@ def test_a_frozen_tower_keeps_its_weights(space, tmp_path, capsys):
         f"--config.init={tmp_path / 'towers'}",
     ]
     flags += ["--config.steps=4", "--config.save_every=4", "--config.optimizer.weight_decay=0.1"]
-    for name in ("muon", "adamw"):
-        assert mmgen("train", *flags, f"--config.optimizer.name={name}", "--workdir", tmp_path / name) == 0
-        before, after = arrays(tmp_path / "towers", 4), arrays(tmp_path / name, 4)
-        towers = [key for key in after if key.startswith("params['image']")]
-        assert len(towers) > 5 and any("head" in key for key in after)
-        for key in towers:
-            assert np.array_equal(before[key], after[key]), key
-        assert after["params['head']['b']"].any()
-        assert not any("moments" in key and "'image'" in key for key in after)  # nor are moments kept
+    assert mmgen("train", *flags, "--workdir", tmp_path / "probe") == 0
+    before, after = arrays(tmp_path / "towers", 4), arrays(tmp_path / "probe", 4)
+    towers = [key for key in after if key.startswith("params['image']")]
+    assert len(towers) > 5 and any("head" in key for key in after)
+    for key in towers:
+        assert np.array_equal(before[key], after[key]), key
+    assert after["params['head']['b']"].any()
+    assert not any("moments" in key and "'image'" in key for key in after)  # nor are moments kept
     capsys.readouterr()
     assert mmgen("train", *flags[:3], "--workdir", tmp_path / "none") == 1
     assert "config.init" in capsys.readouterr().err

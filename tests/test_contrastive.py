@@ -136,6 +136,7 @@ loop.train(config, out + "/mixed")
 """
 
 
+@pytest.mark.soak  # what it compiles takes a minute; test_processes.py has a step of it on four devices
 def test_runs_on_eight_devices_learn_what_one_does(run, tmp_path):
     flags = [*run.flags, "--config.log_every=1"]
     run_python(TRAIN, json.dumps(flags), tmp_path, devices=8)

@@ -99,6 +99,24 @@ def random_like(state, seed):
     return jax.tree.unflatten(definition, [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves)])
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_frozen_parameters_stay_and_have_no_moments(name):
+    class Both(nnx.Module):
+        def __init__(self):
+            self.kept, self.learned = (layers.MLP(6, 10, nnx.Rngs(0), dtype=jnp.float32) for _ in range(2))
+            for _, variable in nnx.to_flat_state(nnx.state(self.kept)):
+                variable.set_metadata(frozen=True)
+
+    state = abstract_of(Both)
+    params, gradients = random_like(state, 0), random_like(state, 1)
+    changed = updates(state, params, gradients, name=name, weight_decay=0.1)
+    assert not any(np.any(x) for x in jax.tree.leaves(changed["kept"]))
+    assert all(np.all(np.asarray(x) != 0) for x in jax.tree.leaves(changed["learned"]))
+    moments = optimizer.make(settings(name=name), 10, state).init(params)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(moments)]
+    assert any("learned" in path for path in paths) and not any("kept" in path for path in paths)
+
+
 def test_muon_on_stacked_layers_is_muon_on_each():
     stacked, single = abstract_of(Stacked), abstract_of(Single)
     params, gradients = random_like(stacked, 0), random_like(stacked, 1)

@@ -106,7 +106,7 @@ def main(argv):
         metrics, more = measure(model, open_source(**settings), max_bad, **more)
         seconds = {"total": time.monotonic() - began}
         page = report.write(args.out, scores={}, metrics=metrics, seconds=seconds, **more, **about)
-        print("\n".join(f"{name:<32}{value:.4f}" for name, value in metrics.items()))
+        print("\n".join(f"{name:<36}{value:.4f}" for name, value in metrics.items()))
         print(f"\nthe report is {page.resolve()}")
         return
 
