@@ -424,7 +424,7 @@ def test_a_judged_set_of_pictures(pair):
     assert found[f"FD-{pair.name}"] == pytest.approx(0, abs=1e-4)
     expected = 100 * np.maximum(np.sum(pair.embed_images(images) * pair.embed_texts(texts), -1), 0).mean()
     assert found[f"CLIPScore-{pair.name}"] == pytest.approx(expected)
-    noise = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8) for i in range(40)]
+    noise = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8) for i in range(len(images))]
     assert towers.judge(pair, noise, texts, images)[f"FD-{pair.name}"] > 1e-3
 
 

@@ -488,13 +488,24 @@ def _newest_weights(workdir):
     return step
 
 
-def load_weights(workdir, abstract):
-    """Restores the inference weights of the newest good step; returns (params, step)."""
+def load_weights(workdir, abstract, beside=()):
+    """Restores the inference weights of the newest good step; returns (params, step). `beside` are names at the top
+    of the tree, of what training needed and nobody else does: they are left where they are."""
     step = _newest_weights(workdir)
     item = weights_item(workdir, step)
     place = lambda a: getattr(a, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(a)), abstract)
-    return restore(workdir, step, {item: abstract})[item], step
+    source = _folder(workdir) / str(step) / item
+    stored = _stored(source) if beside else {}
+    if not stored.keys() & set(beside):
+        return restore(workdir, step, {item: abstract})[item], step
+    kept = named_leaves({name: tree for name, tree in stored.items() if name not in beside}, "/")
+    different = sorted(kept.keys() ^ named_leaves(abstract, "/").keys())
+    if different:
+        raise CheckpointError(
+            f"{source} does not fit the model of this config: only one has {', '.join(different)}"
+        )
+    return _read(source, abstract), step
 
 
 def restore_weights(workdir, params, *, only=None, grow=None, leave=None):

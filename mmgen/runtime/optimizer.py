@@ -26,7 +26,7 @@ def schedule(config, steps):
     )
 
 
-def _dimensions(state, mine):
+def _dimensions(state, mine=lambda variable: True):
     """Pure dict: how Muon sees each parameter as a matrix, or a MaskedNode where AdamW trains it, or another
     transform does: where it is not `mine`."""
 

@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from mmgen.data.images import ALPHA
+from mmgen.data import images as pictures
+from mmgen.data.images import ALPHA, BadImage
 from mmgen.data.loader import Images
-from mmgen.data.sources import documents_of, open_source
+from mmgen.data.sources import Bad, open_source
 from mmgen.models import contrastive, image_losses
 from mmgen.models.autoencoders import Autoencoder, Tokenizer, to_float
 from mmgen.models.contrastive import load_towers
@@ -118,8 +119,16 @@ def warnings(measured):
 def reconstructed(model, source, max_bad=0.1):
     """-> images uint8 [N, H, W, C], codes int32 [N, h, w] and images again, of a source's good documents: the first
     image of each."""
-    documents = [document.images() for _, document in documents_of(source, max_bad=max_bad)]
-    images = np.stack([found[0].pixels for found in documents if found])
+    images, bad = [], Bad(source, max_bad)
+    for i in range(len(source)):
+        try:
+            images.append(pictures.fit(source.pixels(i), *source.size))
+            bad.saw()
+        except BadImage as error:
+            bad.saw(error)
+    if not images:
+        raise ValueError(f"{source.spec} has no image: {dict(source.skipped)}")
+    images = np.stack(images)
     codes = model.encode(images)
     return images, codes, model.decode(codes)
 
