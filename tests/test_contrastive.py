@@ -280,7 +280,6 @@ def test_altered_captions_are_wrong_and_learned_from(space, run, tmp_path):
     plain = {name: value for name, value in batch.items() if "altered" not in name}
     more, less = (float(contrastive.loss(model, each)["loss"][0]) / 16 for each in (batch, plain))
     assert more - less == pytest.approx(np.log(18 / 16) / 2, rel=0.5)  # 18 texts to tell apart for 16
-    assert loop.train(config, tmp_path)["loss"] != records(run.workdir)[-1]["loss"]
     with config.unlocked():
         config.data.source = dict(spec="jsonl:sample", size=(32, 32))
     with pytest.raises(ConfigError, match="altered"):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mmgen.data.shards import write
-from tests.conftest import ROOT, records, run_python
+from mmgen.stages import loop
+from tests.conftest import ROOT, config_of, records, run_python
 from tests.test_shards import GRAMMAR, edit
 
 STEPS, ROWS, DEVICES = 1000, 8, 4
@@ -159,24 +160,35 @@ EVALUATE = """
 import sys
 from mmgen.runtime import mesh as meshes
 from mmgen.stages import loop
-from tests.conftest import config_of
+from tests.test_processes import measured
 
-text, out = sys.argv[1:]
+name, text, out = sys.argv[1:]
 meshes.join()
-for name, mesh, flags in (("contrastive", {"fsdp": 4}, [f"--config.data.text={text}"]), ("classifier", {"data": 4}, [])):
-    config = config_of(["--config", f"{name}:tiny", "--config.steps=1", "--config.log_every=1", *flags])
-    with config.unlocked():
-        config.mesh, config.model.image.layers = mesh, 1
-    loop.train(config, f"{out}/{name}")
+config = measured(name, text)
+with config.unlocked():
+    config.mesh = {"fsdp": 4} if name == "contrastive" else {"data": 4}
+loop.train(config, out)
 """
 
 
-def test_towers_and_classifiers_are_measured_on_several_processes(space, tmp_path):
-    """What is measured is that of one process; parameters lie in parts, and then the batch alone does."""
-    for count in (1, 2):
-        run(count, EVALUATE, [(space.text, tmp_path / str(count))] * count)
-    for name, metric in (("contrastive", "text_r10"), ("classifier", "shape_accuracy")):
-        one, two = (records(tmp_path / str(count) / name)[-1] for count in (1, 2))
-        assert one.keys() == two.keys() and metric in one
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two[metric] == pytest.approx(one[metric], abs=0.1)
+def measured(name, text):
+    """The config of a tiny run that is measured after its only step."""
+    flags = [f"--config.data.text={text}"] if name == "contrastive" else []
+    config = config_of(["--config", f"{name}:tiny", "--config.steps=1", "--config.log_every=1", *flags])
+    with config.unlocked():
+        config.model.image.layers = 1
+    return config
+
+
+@pytest.mark.parametrize(
+    "name, metric",
+    [("contrastive", "text_r10"), pytest.param("classifier", "shape_accuracy", marks=pytest.mark.soak)],
+)
+def test_towers_are_measured_on_several_processes(name, metric, space, tmp_path):
+    """What is measured is that of one process; parameters lie in parts, or the batch alone does."""
+    run(2, EVALUATE, [(name, space.text, tmp_path / "2")] * 2)
+    loop.train(measured(name, space.text), tmp_path / "1")
+    one, two = (records(tmp_path / count)[-1] for count in ("1", "2"))
+    assert one.keys() == two.keys() and metric in one
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two[metric] == pytest.approx(one[metric], abs=0.1)
