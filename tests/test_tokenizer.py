@@ -3,6 +3,7 @@ what is measured of a tokenizer."""
 
 import io
 import json
+import re
 
 import jax
 import numpy as np
@@ -146,7 +147,7 @@ def test_warnings_are_in_the_log_line(tmp_path, monkeypatch, capsys):
         ({"discriminator_right": 0.99}, "discriminator wins"),
     ):
         (found,) = stage.warnings(good | change)
-        assert __import__("re").search(words, found)
+        assert re.search(words, found)
     setup = stage.setup
     monkeypatch.setattr(stage, "setup", lambda *a: setup(*a)._replace(warnings=lambda m: ["look here"]))
     loop.train(config_of([*PLAIN, "--config.steps=1"]), tmp_path)
@@ -163,6 +164,9 @@ def test_evaluate_a_tokenizer_at_any_size(plain, tmp_path, capsys):
     assert {"ssim", "ms_ssim", "code_usage", "code_perplexity", "digit_entropy_mean"} <= found.keys()
     assert "Worst" in (tmp_path / "report.html").read_text()
     assert report["config"]["data"]["size"] == [48, 32]
+    assert mmgen("evaluate", *flags, "--size", "48x32", "--tile", 2, "--out", tmp_path / "tiles") == 0
+    tiled = json.loads((tmp_path / "tiles" / "report.json").read_text())["metrics"]
+    assert tiled["psnr"] == pytest.approx(found["psnr"], abs=0.02)  # of convolutions, the same pictures
     assert mmgen("evaluate", *flags, "--best-of", 2, "--out", tmp_path) == 1
     assert "--best-of" in capsys.readouterr().err
 

@@ -71,6 +71,7 @@ def main(argv):
     )
     data.add_argument("--split-by", help="field whose equal values stay together")
     data.add_argument("--holdout", type=share, help="share of the test side")
+    data.add_argument("--tile", type=int, help="of tokenizers: decode in tiles of so many codes a side")
     data.add_argument("--max-bad", type=share, help="share of bad documents to put up with")
     args = parser.parse_args(argv)
 
@@ -102,7 +103,10 @@ def main(argv):
         print("measured on " + ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
         about["config"] = about["config"] | {"data": settings}
         max_bad = run["data"]["max_bad"] if args.max_bad is None else args.max_bad
+        if args.tile and args.suite != "tokenizer":
+            raise ValueError(f"--tile is for suite tokenizer, not for {args.suite}")
         more = {"towers": load_towers(args.towers)} if args.towers else {}
+        more |= {"tile": args.tile} if args.tile else {}
         metrics, more = measure(model, open_source(**settings), max_bad, **more)
         seconds = {"total": time.monotonic() - began}
         page = report.write(args.out, scores={}, metrics=metrics, seconds=seconds, **more, **about)

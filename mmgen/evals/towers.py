@@ -57,14 +57,14 @@ def judge(towers, drawn, prompts, true):
     return {f"CLIPScore-{towers.name}": float(score), f"FD-{towers.name}": distance}
 
 
-def reconstruct(tokenizer, source, max_bad=0.1, towers=None, worst=16):
+def reconstruct(tokenizer, source, max_bad=0.1, towers=None, tile=None, worst=16):
     """How well a tokenizer's codes give back the images of `source` -> ({metric: value}, {"pictures": the worst} for the
     report).
 
     "psnr", "ssim", "ms_ssim" (means over images) and "psnr_worst", the usage of codes as `stages.tokenizer.usage`, and with
     `towers` "FD-NAME", the Fréchet distance of their features. Of images with alpha the colours are over middle gray.
     """
-    images, codes, back = tokenizers.reconstructed(tokenizer, source, max_bad)
+    images, codes, back = tokenizers.reconstructed(tokenizer, source, max_bad, tile)
     each = tokenizers.reconstruction(images, back, mean=False)
     found = {"images": float(len(images)), "psnr_worst": float(each["psnr"].min())}
     found |= {name: float(values.mean()) for name, values in each.items()} | tokenizers.usage(

@@ -116,7 +116,7 @@ def warnings(measured):
     ]
 
 
-def reconstructed(model, source, max_bad=0.1):
+def reconstructed(model, source, max_bad=0.1, tile=None):
     """-> images uint8 [N, H, W, C], codes int32 [N, h, w] and images again, of a source's good documents: the first
     image of each."""
     images, bad = [], Bad(source, max_bad)
@@ -130,7 +130,7 @@ def reconstructed(model, source, max_bad=0.1):
         raise ValueError(f"{source.spec} has no image: {dict(source.skipped)}")
     images = np.stack(images)
     codes = model.encode(images)
-    return images, codes, model.decode(codes)
+    return images, codes, model.decode(codes, tile=tile)
 
 
 def loss(model, batch, key, *, weights, noise, recolor, color_digits, floor, gan, tower=None):
