@@ -74,6 +74,7 @@ def get_config(variant):
         q.levels = (8, 5, 5, 5)
         m.encoder, m.width, m.layers, m.cell_layers = "conv", 96, 4, 0
         split = dict(size=(64, 64), seed=0, split_by="base" if variant == "emoji" else "key")
+        split["background"] = (127, 127, 127)  # under emoji
         d.source = dict(spec=f"tars:data/{variant}/*.tar", split="train", **split)
         c.held_out = dict(spec=f"tars:data/{variant}/*.tar", split="test", documents=256, **split)
         d.augment = variant == "photos"

@@ -33,7 +33,8 @@ class Text:
 class Image:
     """An image as pixels, as codes, or as both.
 
-    pixels: uint8 [H, W, 3]. codes: int32 [h, w], or [h, w, depth] where the quantizer gives
+    pixels: uint8 [H, W, 3], or [H, W, 4] with alpha beside the colours as seen over middle gray (see `data.images.ALPHA`
+    and `straight`). codes: int32 [h, w], or [h, w, depth] where the quantizer gives
     several codes a patch. Images are equal when both arrays are.
     """
 
@@ -124,8 +125,8 @@ def edit_image(source: Image, instruction: str, image: Image | None = None) -> D
 
 def _pixels(pixels) -> np.ndarray:
     pixels = np.asarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ValueError(f"pixels must be uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4) or 0 in pixels.shape:
+        raise ValueError(f"pixels must be uint8 [H, W, 3 or 4], not {pixels.dtype} {list(pixels.shape)}")
     return pixels
 
 

@@ -50,7 +50,7 @@ def test_the_usual_documents():
         (lambda: Text(b"a"), "holds a str, not bytes"),
         (lambda: Text("a\ud800"), "lone surrogate at 1"),
         (lambda: Image(), "needs pixels, codes, or both"),
-        (lambda: Image(PIXELS.astype(np.float32)), r"uint8 \[H, W, 3\], not float32 \[4, 6, 3\]"),
+        (lambda: Image(PIXELS.astype(np.float32)), r"uint8 \[H, W, 3 or 4\], not float32 \[4, 6, 3\]"),
         (lambda: Image(PIXELS[..., :1]), r"not uint8 \[4, 6, 1\]"),
         (lambda: Image(codes=CODES.astype(float)), "codes must be integers"),
         (lambda: Image(codes=np.zeros((0, 3), int)), r"not int64 \[0, 3\]"),

@@ -1,7 +1,6 @@
 """The stage that trains tokenizers: its quantizers, losses and discriminator in real steps, what it warns of, and
 what is measured of a tokenizer."""
 
-import io
 import json
 import re
 
@@ -11,11 +10,14 @@ import pytest
 from PIL import Image
 
 from mmgen.data import images as pictures
+from mmgen.data.shards import Shards
+from mmgen.grammar import Grammar
 from mmgen.models.autoencoders import load_tokenizer, to_float
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
 from mmgen.stages import loop, program
 from mmgen.stages import tokenizer as stage
+from mmgen.text import Text
 from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records
 
 PLAIN = ["--config", "tokenizer:tiny", "--config.loss.recolor=0.0", "--config.loss.weights.rate=0.0"]
@@ -96,15 +98,44 @@ def test_the_codebook_is_a_moving_average_of_the_features(tmp_path):
     assert np.array_equal(state["params"]["to_features"]["w"], before["to_features"]["w"])
 
 
-def test_a_tokenizer_with_a_codebook_serves_a_transformer(space, tmp_path):
-    """From pixels to a training step on its codes."""
-    flags = [*PLAIN, *VQ, "--config.model.quantizer.depth=2", "--config.model.quantizer.codes=16"]
+@pytest.fixture
+def stickers(tmp_path):
+    """A folder of pictures that are transparent in part, each with a caption."""
+    rgba = np.zeros((40, 40, 4), np.uint8)
+    rgba[8:32, 8:32] = [250, 20, 20, 255]
+    rgba[32:, :] = [20, 20, 250, 128]
+    rgba[:4, :] = [9, 99, 9, 0]  # a colour that cannot be seen
+    (tmp_path / "stickers").mkdir()
+    for i in range(16):
+        Image.fromarray(np.roll(rgba, i, 0)).save(tmp_path / "stickers" / f"{i:02d}.png")
+        (tmp_path / "stickers" / f"{i:02d}.txt").write_text("a square")
+    return tmp_path / "stickers"
+
+
+def test_a_tokenizer_with_a_codebook_and_alpha_serves_a_transformer(space, stickers, tmp_path):
+    """From transparent pictures to transparent samples."""
+    flags = [*PLAIN, *VQ, "--config.model.quantizer.depth=2", "--config.model.quantizer.codes=16", *GAN]
+    flags += [f"--config.{name}.spec=folder:{stickers}" for name in ("data.source", "held_out")]
+    flags += [
+        "--config.held_out.documents=16",
+        "--config.data.source.category=",
+    ]
+    flags += ["--config.model.alpha=true", "--config.steps=2"]
     assert mmgen("train", *flags, "--workdir", tmp_path / "vq") == 0
     tokenizer = load_tokenizer(tmp_path / "vq")
     assert tokenizer.levels == (16, 16) and tokenizer.codes == 256
-    world = ["--source", "world:train", "--documents", 40]
+    assert mmgen("evaluate", "--suite", "tokenizer", "--checkpoint", tmp_path / "vq", "--out", tmp_path) == 0
     out = ["--tokenizer", tmp_path / "vq", "--text", space.text, "--out", tmp_path / "shards"]
-    assert mmgen("tokenize", *world, *out) == 0
+    assert mmgen("tokenize", "--source", f"folder:{stickers}", *out) == 0
+    manifest, shards = (
+        json.loads((tmp_path / "shards" / "manifest.json").read_text()),
+        Shards(tmp_path / "shards"),
+    )
+    document = Grammar.from_dict(manifest["grammar"]).decode(shards.tokens(0), Text(space.text))
+    file = (stickers / "00.png").read_bytes()
+    pixels = pictures.read(file, background=pictures.ALPHA, size=(32, 32))
+    assert np.array_equal(document.images()[0].codes, tokenizer.encode(pixels[None])[0])
+    assert not np.array_equal(document.images()[0].codes, tokenizer.encode(pixels[None, ..., :3])[0])
     flags = [
         "--config",
         "transformer:tiny",
@@ -112,6 +143,19 @@ def test_a_tokenizer_with_a_codebook_serves_a_transformer(space, tmp_path):
         "--config.steps=1",
     ]
     assert mmgen("train", *flags, "--config.data.row_length=256", "--workdir", tmp_path / "transformer") == 0
+    sample = [
+        "sample",
+        "--checkpoint",
+        tmp_path / "transformer",
+        "--prompt",
+        "a square",
+        "--size",
+        "32x32",
+        "--out",
+    ]
+    for name, mode in (("drawn.png", "RGBA"), ("drawn.jpg", "RGB")):
+        assert mmgen(*sample, tmp_path / name) == 0
+        assert Image.open(tmp_path / name).mode == mode
 
 
 def test_the_other_terms_and_quantizers_learn(tmp_path):
@@ -130,7 +174,7 @@ def test_mistakes_are_said(tmp_path):
     for flags, words in (
         (["--config.loss.recolor=0.5", *VQ], "plain FSQ"),
         (["--config.model.quantizer.kind=pq"], "unknown quantizer 'pq'; known: fsq, vq, lfq, bsq"),
-        (["--config.model.alpha=true"], "background='alpha'"),
+        (["--config.model.alpha=true"], "the world has none"),
         (["--config.loss.weights.perceptual=1"], "loss.towers"),
     ):
         with pytest.raises((ConfigError, ValueError), match=words):
@@ -171,32 +215,18 @@ def test_evaluate_a_tokenizer_at_any_size(plain, tmp_path, capsys):
     assert "--best-of" in capsys.readouterr().err
 
 
-def test_transparent_images_survive(tmp_path):
+def test_transparent_images_survive(stickers):
     """What lies behind is told from what is seen, and comes back as PNGs have it."""
-    rgba = np.zeros((40, 40, 4), np.uint8)
-    rgba[8:32, 8:32] = [250, 20, 20, 255]
-    rgba[32:, :] = [20, 20, 250, 128]
-    rgba[:4, :] = [9, 99, 9, 0]  # a colour that cannot be seen
-    file = io.BytesIO()
-    Image.fromarray(rgba).save(file, "PNG")
-    pixels = pictures.read(file.getvalue(), background=pictures.ALPHA)
+    rgba = np.asarray(Image.open(stickers / "00.png"))
+    file = (stickers / "00.png").read_bytes()
+    pixels = pictures.read(file, background=pictures.ALPHA)
     assert pixels.shape == (40, 40, 4) and pixels[0, 0].tolist() == [127, 127, 127, 0]
     back = pictures.straight(pixels)
     assert (
         np.abs(back[4:].astype(int) - np.where(rgba[4:, :, 3:] > 0, rgba[4:], [127, 127, 127, 0])).max() <= 2
     )
-    small = pictures.read(file.getvalue(), background=pictures.ALPHA, size=(20, 20))
+    small = pictures.read(file, background=pictures.ALPHA, size=(20, 20))
     on = lambda pixels, gray: pixels[..., :3] + (1 - pixels[..., 3:] / 255) * (gray - 127.0)
-    white = pictures.read(file.getvalue(), background=(255, 255, 255), size=(20, 20))
+    white = pictures.read(file, background=(255, 255, 255), size=(20, 20))
     assert np.abs(on(small, 255) - white).max() < 6  # on any background it is what it would be there
-    for i in range(16):
-        Image.fromarray(np.roll(rgba, i, 0)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text("a square")
-    source = dict(spec=f"folder:{tmp_path}", size=(32, 32), background="alpha")
-    config = config_of([*PLAIN, "--config.model.alpha=true", "--config.steps=2", *GAN])
-    with config.unlocked():
-        config.data.source, config.held_out = source, source
-    assert loop.train(config, tmp_path / "run")["psnr"] > 3
-    tokenizer = load_tokenizer(tmp_path / "run")
-    images = np.stack([pixels, pictures.opaque(pixels[..., :3])])
-    assert tokenizer.decode(tokenizer.encode(images)).shape == (2, 40, 40, 4)
+    assert np.array_equal(pictures.straight(pixels[..., :3]), pixels[..., :3])

@@ -61,9 +61,9 @@ def add_source_flags(parser):
     add("--max-bad", type=share, default=0.1, help="share of bad documents above which a run gives up")
 
 
-def source_from(args, multiple=1, max_side=None):
+def source_from(args, multiple=1, max_side=None, **options):
     """The source that the flags name, or Several. `multiple` is the patch of its tokenizer and `max_side` its
-    largest image side, both in pixels; images keep to them."""
+    largest image side, both in pixels; images keep to them. `options` are more of `open_source`."""
     if args.buckets:
         width, height = args.buckets
         images_at = images.Buckets(width * height, multiple=multiple, max_side=max_side)
@@ -88,6 +88,7 @@ def source_from(args, multiple=1, max_side=None):
             exclude=_rules(args.exclude),
             data_dir=args.data_dir,
             max_chars=args.max_chars,
+            **options,
         )
         for spec in args.source
     ]

@@ -13,6 +13,7 @@ from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
+from mmgen.stages.tokenizer import background
 from mmgen.world.render import render
 
 
@@ -93,6 +94,8 @@ def main(argv):
         settings = run["held_out"] | {"size": args.size or run["data"]["source"]["size"]}
         if args.data:
             settings |= {"spec": args.data, "seed": args.seed}
+        if args.suite == "tokenizer":
+            settings |= background(run)
         given = {
             name: getattr(args, name)
             for name in ("documents", "languages", "category", "split_by", "holdout")

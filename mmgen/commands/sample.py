@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from mmgen.commands.common import size
+from mmgen.data.images import straight
 from mmgen.document import Document, Text, Turn
 from mmgen.models.contrastive import load_towers
 from mmgen.sampling import sampler
@@ -80,7 +81,7 @@ def main(argv):
         turns, _ = sampler.best_of(model, requests, args.best_of, towers.score, batch_size)
     else:
         turns = model.generate(requests, batch_size)
-    pictures = [_enlarged(turn.parts[0].pixels, args.scale) for turn in turns]
+    pictures = [_enlarged(straight(turn.parts[0].pixels), args.scale) for turn in turns]
     print(write(pictures, args.n))
 
 
@@ -100,11 +101,19 @@ def _prepare(out):
         def sheet(pictures, columns):
             height, width = np.max([p.shape[:2] for p in pictures], axis=0)
             rows = -(-len(pictures) // columns)
-            canvas = np.full((rows * height, columns * width, 3), 255, np.uint8)
+            channels = pictures[0].shape[
+                2
+            ]  # RGBA where the tokenizer has an alpha, with a clear sheet around
+            canvas = np.full(
+                (rows * height, columns * width, channels), 255 if channels == 3 else 0, np.uint8
+            )
             for i, p in enumerate(pictures):
                 y, x = divmod(i, columns)
                 canvas[y * height : y * height + p.shape[0], x * width : x * width + p.shape[1]] = p
-            Image.fromarray(canvas).save(out)
+            sheet = Image.fromarray(canvas)
+            if channels == 4 and out.suffix.lower() not in (".png", ".webp"):
+                sheet = Image.alpha_composite(Image.new("RGBA", sheet.size, "white"), sheet).convert("RGB")
+            sheet.save(out)
             return out
 
         return sheet

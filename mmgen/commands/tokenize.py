@@ -7,6 +7,7 @@ from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
 from mmgen.runtime.mesh import process
 from mmgen.stages.tokenize import tokenize
+from mmgen.stages.tokenizer import background
 
 
 def main(argv):
@@ -40,9 +41,10 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.min_score is not None and not args.towers:
         raise ValueError(f"--min-score {args.min_score} needs --towers DIR to give scores")
-    patch = checkpoint.read_config(args.tokenizer, "tokenizer")["model"]["patch"]
+    config = checkpoint.read_config(args.tokenizer, "tokenizer")
+    patch = config["model"]["patch"]
     manifest = tokenize(
-        source_from(args, multiple=patch, max_side=patch * args.max_side),
+        source_from(args, multiple=patch, max_side=patch * args.max_side, **background(config)),
         args.tokenizer,
         args.text,
         args.out,

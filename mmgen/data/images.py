@@ -347,7 +347,9 @@ def opaque(pixels):
 
 def straight(pixels):
     """uint8 [..., 4] as ALPHA gives it, over middle gray -> as PNGs have it: colours as if nothing were transparent,
-    middle gray where everything is."""
+    middle gray where everything is. [..., 3] as it is."""
+    if pixels.shape[-1] == 3:
+        return pixels
     color, alpha = pixels[..., :3].astype(np.float32), pixels[..., 3:].astype(np.float32) / 255
     color = MIDDLE[0] + (color - MIDDLE[0]) / np.maximum(alpha, 1 / 255)
     color = np.where(alpha > 0, color, MIDDLE[0]).round().clip(0, 255)

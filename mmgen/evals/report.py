@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmgen.data.images import straight
+
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .2em .9em; text-align: right; border-bottom: 1px solid #ddd; }
@@ -104,9 +106,9 @@ def _figure(case):
 
 
 def png(pixels):
-    """Pixels uint8 [H, W, 3] -> the PNG as a data URI."""
+    """Pixels uint8 [H, W, 3], or 4 as `images.ALPHA` gives them -> the PNG as a data URI."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(straight(pixels)).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

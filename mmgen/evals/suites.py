@@ -62,11 +62,11 @@ def run(sampler, cases, *, size, seed, batch_size=32, score=None, best_of=1, **o
         turns = sampler.generate(requests, batch_size)
     for case, turn in zip(cases, turns):
         case.pixels = turn.parts[0].pixels
-        verdict = judge(case.pixels, case.item.claim)
+        verdict = judge(case.pixels[..., :3], case.item.claim)
         case.ok, case.why = verdict.ok, verdict.why
     truth = np.stack([render(case.item.scene, width, height) for case in cases])
     for case, back in zip(cases, sampler.tokenizer.decode(sampler.tokenizer.encode(truth))):
-        case.ceiling = judge(back, case.item.claim).ok
+        case.ceiling = judge(back[..., :3], case.item.claim).ok
     return cases
 
 

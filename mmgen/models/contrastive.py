@@ -256,7 +256,7 @@ class Towers:
         return f"{self._run}@{checkpoint.weights_hash(nnx.to_pure_dict(self._params))[:6]}"
 
     def embed_images(self, images):
-        """Images, uint8 [H, W, 3] each of any size -> unit vectors float32 [B, E].
+        """Images, uint8 [H, W, 3] each of any size -> unit vectors float32 [B, E]. Of a fourth channel nothing is seen.
 
         They are fitted into the size of the training, their middle where the aspect ratio is another.
         """
@@ -275,7 +275,7 @@ class Towers:
         return np.sum(self.embed_images(images) * self.embed_texts(texts), -1)
 
     def _fitted(self, images):
-        return np.stack([pictures.fit(image, *self.size) for image in images])
+        return np.stack([pictures.fit(image[..., :3], *self.size) for image in images])
 
 
 def in_batches(function, params, arrays, batch=256):

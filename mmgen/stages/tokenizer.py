@@ -23,8 +23,9 @@ from mmgen.stages.loop import Stage
 
 def setup(config, workdir):
     """See `loop.Stage`. Learns from `config.data`, is measured on `config.held_out`."""
+    seen = background(config)
     data = Images(
-        open_source(**config.data.source),
+        open_source(**{**config.data.source, **seen}),
         config.data.batch_size,
         config.seed,
         augment=config.data.augment,
@@ -33,11 +34,11 @@ def setup(config, workdir):
         threads=config.data.threads,
         workers=config.data.workers,
     )
-    held_out = open_source(**config.held_out)
-    if config.model.alpha != (config.data.source.get("background") == ALPHA):
+    held_out = open_source(**{**config.held_out, **seen})
+    if config.model.alpha and any("world" == each.spec.partition(":")[0] for each in (data.source, held_out)):
         raise ConfigError(
-            f"config.model.alpha={config.model.alpha} goes with images that have an alpha: set background={ALPHA!r} in "
-            "config.data.source and config.held_out, or alpha to False"
+            "config.model.alpha is for pictures that may be transparent, and the world has none: name another source in "
+            "config.data.source and config.held_out, or set it to False"
         )
     weights, more = dict(config.loss.weights), dict(config.loss)
     del more["weights"]
@@ -83,6 +84,15 @@ def setup(config, workdir):
         identity={"towers": towers} if tower else {},
         warnings=warnings,
     )
+
+
+def background(config):
+    """What a tokenizer of this config sees behind transparent parts, as a setting of `open_source`: with
+    `model.alpha` these themselves, else what its training source says, if anything."""
+    if config["model"]["alpha"]:
+        return {"background": ALPHA}
+    source = config["data"]["source"]
+    return {"background": source["background"]} if "background" in source else {}
 
 
 def warnings(measured):
