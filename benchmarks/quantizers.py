@@ -19,7 +19,7 @@ LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 
 KINDS = {
     "fsq": lambda bits: {"kind": "fsq", "levels": LEVELS[bits]},
     "vq": lambda bits: {"kind": "vq", "codes": 2**bits, "channels": 8},
-    "lfq": lambda bits: {"kind": "lfq", "bits": bits, "entropy": 0.1},
+    "lfq": lambda bits: {"kind": "lfq", "bits": bits},
 }
 COLORS = dict(zip(KINDS, ("#1560bd", "#c2410c", "#15803d")))
 SHOWN = {"psnr": "PSNR, dB", "code_usage": "codes used", "code_perplexity": "perplexity"}

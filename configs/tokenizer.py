@@ -25,7 +25,7 @@ def get_config(variant):
     q.levels = (3, 3, 5, 5, 5)  # of fsq: 1,125 codes
     q.codes, q.channels, q.decay, q.normalize, q.restart = 1024, 8, 0.99, True, 1.0  # of vq
     q.bits, q.diversity = 10, 1.0  # of lfq and bsq
-    q.commitment, q.entropy = 0.25, 0.0  # of vq, lfq and bsq
+    q.commitment, q.entropy = None, None  # of vq, lfq and bsq; None: what the kind's paper has
     m.alpha = False  # a fourth channel: how opaque
     # What a place sees of its surroundings: "patch" (nothing), "conv", "attention", or "cnn", a pyramid that begins
     # with pixels. An encoder that sees its patch alone gives codes that are far easier to foresee; the decoder makes
@@ -63,7 +63,7 @@ def get_config(variant):
 
     c.steps = 2600
     c.optimizer = ml_collections.ConfigDict(OPTIMIZER)
-    c.optimizer.groups = dict(discriminator=dict(name="adamw", learning_rate=4e-4, beta1=0.5, beta2=0.99))
+    c.optimizer.groups = dict(discriminator=dict(name="adamw", learning_rate=4e-4, beta1=0.5, beta2=0.99, clip=0.0))
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 2000, 2
     c.mesh, c.sharding = MESH, SHARDING
@@ -120,13 +120,13 @@ def _large(c, variant):
     if variant == "vq-16k":
         q.kind, q.codes, q.channels = "vq", 16_384, 8
     if variant == "lfq-18bit":
-        q.kind, q.bits, q.entropy = "lfq", 18, 0.1
+        q.kind, q.bits = "lfq", 18
     d.source = dict(spec="tars:data/images/*.tar", size=(256, 256), seed=0, split="train", holdout=0.01)
     c.held_out = dict(d.source, split="test", documents=5000)
     d.batch_size, d.augment, d.workers = 256, True, 8
     l.noise = l.weights.rate = l.recolor = 0.0
     l.weights.log_mse, l.weights.l1, l.weights.l2, l.weights.gradient = 0.0, 0.2, 1.0, 0.1
-    l.weights.adversarial, l.gan = 0.1, dict(kind="hinge", start=20_000, r1_weight=1e-3, r1_every=16)
+    l.weights.adversarial, l.gan = 0.1, dict(kind="hinge", start=20_000, r1_weight=1e-4, r1_every=16)
     c.steps, c.evaluate_every = 400_000, 10_000
     c.log_every, c.save_every, c.keep = 100, 5000, 3
     c.optimizer.learning_rate, c.optimizer.adam_learning_rate, c.optimizer.warmup = 5e-3, 5e-4, 5000

@@ -18,13 +18,13 @@ from mmgen.runtime.config import ConfigError
 from mmgen.stages import loop, program
 from mmgen.stages import tokenizer as stage
 from mmgen.text import Text
-from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records
+from tests.conftest import ROOT, arrays, assert_same_arrays, config_of, mmgen, records, run_python
 
 PLAIN = ["--config", "tokenizer:tiny", "--config.loss.recolor=0.0", "--config.loss.weights.rate=0.0"]
 PLAIN += ["--config.steps=4", "--config.save_every=2", "--config.log_every=1", "--config.loss.noise=0.0"]
 GAN = [
     "--config.loss.weights.adversarial=0.5",
-    "--config.loss.gan.r1_weight=1e-3",
+    "--config.loss.gan.r1_weight=1.0",
     "--config.loss.gan.r1_every=2",
 ]
 GAN += ["--config.model.discriminator.width=8", "--config.model.discriminator.layers=1"]
@@ -67,6 +67,12 @@ def test_until_it_is_listened_to_a_discriminator_changes_nothing(plain, tmp_path
     measured = records(tmp_path / "run")
     assert all({"adversarial", "discriminator", "discriminator_right"} <= line.keys() for line in measured)
     assert [line["adversarial"] == 0 for line in measured] == [True] * 3 + [False]
+    # A rare term of the discriminator's is no spike of the tokenizer's gradient, and its norm is its own.
+    assert measured[-1]["skipped"] == 0
+    norms = [line["grad_norm_discriminator"] for line in measured]
+    assert min(norms[0], norms[2]) > 2 * max(norms[1], norms[3])  # R1 in every second step
+    for line, other in zip(measured[:3], records(plain)):
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     tokenizer = load_tokenizer(tmp_path / "run")  # which knows nothing of it
     assert tokenizer.encode(np.zeros((1, 8, 8, 3), np.uint8)).shape == (1, 2, 2)
 
@@ -124,7 +130,9 @@ def test_a_tokenizer_with_a_codebook_and_alpha_serves_a_transformer(space, stick
     assert mmgen("train", *flags, "--workdir", tmp_path / "vq") == 0
     tokenizer = load_tokenizer(tmp_path / "vq")
     assert tokenizer.levels == (16, 16) and tokenizer.codes == 256
-    assert mmgen("evaluate", "--suite", "tokenizer", "--checkpoint", tmp_path / "vq", "--out", tmp_path) == 0
+    evaluate = ["evaluate", "--suite", "tokenizer", "--checkpoint", tmp_path / "vq", "--out", tmp_path]
+    assert mmgen(*evaluate) == 0
+    assert mmgen(*evaluate, "--data", "world:test", "--documents", 4) == 0  # opaque
     out = ["--tokenizer", tmp_path / "vq", "--text", space.text, "--out", tmp_path / "shards"]
     assert mmgen("tokenize", "--source", f"folder:{stickers}", *out) == 0
     manifest, shards = (
@@ -175,6 +183,7 @@ def test_mistakes_are_said(tmp_path):
         (["--config.loss.recolor=0.5", *VQ], "plain FSQ"),
         (["--config.model.quantizer.kind=pq"], "unknown quantizer 'pq'; known: fsq, vq, lfq, bsq"),
         (["--config.model.alpha=true"], "the world has none"),
+        ([*VQ, "--config.accumulate=2"], "restart the same dead codes"),
         (["--config.loss.weights.perceptual=1"], "loss.towers"),
     ):
         with pytest.raises((ConfigError, ValueError), match=words):
@@ -182,10 +191,18 @@ def test_mistakes_are_said(tmp_path):
 
 
 def test_warnings_are_in_the_log_line(tmp_path, monkeypatch, capsys):
-    good = {"digit_entropy": 0.9, "dead": 0.1, "grad_norm": 0.1, "discriminator_right": 0.6, "loss": 1.0}
+    good = {
+        "digit_entropy": 0.9,
+        "digit_entropy_least": 0.6,
+        "dead": 0.1,
+        "grad_norm": 0.1,
+        "discriminator_right": 0.6,
+        "loss": 1.0,
+    }
     assert stage.warnings(good) == [] == stage.warnings({"loss": 1.0})
     for change, words in (
         ({"digit_entropy": 0.2}, "collapse.*20%"),
+        ({"digit_entropy_least": 0.01}, "a digit is all but constant: it has 1%"),
         ({"dead": 0.7}, "70% of the codebook"),
         ({"grad_norm": 1e-8}, "gradient"),
         ({"discriminator_right": 0.99}, "discriminator wins"),
@@ -230,3 +247,48 @@ def test_transparent_images_survive(stickers):
     white = pictures.read(file, background=(255, 255, 255), size=(20, 20))
     assert np.abs(on(small, 255) - white).max() < 6  # on any background it is what it would be there
     assert np.array_equal(pictures.straight(pixels[..., :3]), pixels[..., :3])
+
+
+MESHES = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding
+from mmgen.runtime import mesh as meshes
+from mmgen.stages import loop, program as programs
+from tests.conftest import config_of
+
+work, runs = sys.argv[1], json.loads(sys.argv[2])
+for flags in runs:
+    config, curves = config_of(flags), []
+    stage = loop.setup(config, work)
+    for shape in ({}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        sizes = [shape.get(axis, 1) for axis in meshes.AXES]
+        mesh = Mesh(np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes), meshes.AXES)
+        layout, rows = NamedSharding(mesh, meshes.spec(stage.axes, config.sharding)), np.arange(stage.shape[0])
+        with meshes.use(mesh, config.sharding):
+            program = programs.build(config, stage.make, stage.loss, mesh)
+            state = program.init(jax.random.key(config.seed))
+            for step in range(4):
+                batch = meshes.global_batch(stage.data.batch(step), rows, len(rows), layout)
+                state, measured = program.step(state, batch)
+                curves.append({name: float(value) for name, value in measured.items()})
+    for place, curve in enumerate(curves):
+        for name, value in curves[place % 4].items():
+            tolerance = 0.02 if place % 4 else 1e-4  # rounding flips a few codes, by and by
+            assert np.isclose(curve[name], value, rtol=tolerance, atol=tolerance / 10), (place, name, curve[name], value)
+    assert {"grad_norm", "usage", "loss"} <= curves[0].keys()
+"""
+
+
+def test_a_mesh_of_eight_learns_what_one_device_learns(tmp_path):
+    """Codebooks by moving averages, entropies of the whole batch, and the discriminator's norm and optimizer of its own:
+    all sums are over the whole batch. (Restarts make several codewords of pictures' many equal patches, among which
+    rounding then chooses; of these on a mesh see test_quantizers.py.)"""
+    small = [*PLAIN, "--config.optimizer.warmup=1", "--config.model.quantizer.restart=0.0"]
+    lfq = [*small, "--config.model.quantizer.kind=lfq", "--config.model.quantizer.entropy=0.1"]
+    lfq += [
+        "--config.model.encoder=attention",
+        "--config.model.decoder=attention",
+        "--config.model.cell_layers=0",
+    ]
+    run_python(MESHES, tmp_path, json.dumps([[*small, *VQ, *GAN], lfq]), devices=8, cwd=ROOT)

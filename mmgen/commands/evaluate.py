@@ -106,10 +106,10 @@ def main(argv):
         print("measured on " + ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
         about["config"] = about["config"] | {"data": settings}
         max_bad = run["data"]["max_bad"] if args.max_bad is None else args.max_bad
-        if args.tile and args.suite != "tokenizer":
+        if args.tile is not None and args.suite != "tokenizer":
             raise ValueError(f"--tile is for suite tokenizer, not for {args.suite}")
         more = {"towers": load_towers(args.towers)} if args.towers else {}
-        more |= {"tile": args.tile} if args.tile else {}
+        more |= {} if args.tile is None else {"tile": args.tile}
         metrics, more = measure(model, open_source(**settings), max_bad, **more)
         seconds = {"total": time.monotonic() - began}
         page = report.write(args.out, scores={}, metrics=metrics, seconds=seconds, **more, **about)

@@ -61,8 +61,8 @@ def reconstruct(tokenizer, source, max_bad=0.1, towers=None, tile=None, worst=16
     """How well a tokenizer's codes give back the images of `source` -> ({metric: value}, {"pictures": the worst} for the
     report).
 
-    "psnr", "ssim", "ms_ssim" (means over images) and "psnr_worst", the usage of codes as `stages.tokenizer.usage`, and with
-    `towers` "FD-NAME", the Fréchet distance of their features. Of images with alpha the colours are over middle gray.
+    "psnr", "ssim", "ms_ssim" (means over images) and "psnr_worst", the usage of codes as `stages.tokenizer.usage` with
+    the entropy of each digit besides, and with `towers` "FD-NAME", the Fréchet distance of their features. Of images with alpha the colours are over middle gray.
     """
     images, codes, back = tokenizers.reconstructed(tokenizer, source, max_bad, tile)
     each = tokenizers.reconstruction(images, back, mean=False)
@@ -70,6 +70,8 @@ def reconstruct(tokenizer, source, max_bad=0.1, towers=None, tile=None, worst=16
     found |= {name: float(values.mean()) for name, values in each.items()} | tokenizers.usage(
         codes, tokenizer.levels
     )
+    entropies = tokenizers.digit_entropies(codes, tokenizer.levels)
+    found |= {f"digit_entropy_{i}": entropy for i, entropy in enumerate(entropies)}
     if towers:
         found[f"FD-{towers.name}"] = frechet(towers.features(images[..., :3]), towers.features(back[..., :3]))
     order = np.argsort(each["psnr"])[:worst]

@@ -477,7 +477,12 @@ class Tokenizer:
         from 8x8 codes for 400 steps decoded 32x48 codes in tiles of 8 with 29 dB from the whole (in tiles of
         16: 32 dB; with twice the halo 33 and 37), but 18.9 dB from the original, the whole being 18.5. Best
         are windows as large as the grids it learned from.
+
+        ValueError for codes that this tokenizer has not.
         """
+        codes = np.asarray(codes)
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.codes:
+            raise ValueError(f"codes must be in [0, {self.codes}), found {codes.min()} to {codes.max()}")
         if tile is None:
             return self._in_batches(self._decode, codes, batch)
         if tile < 1:
@@ -511,6 +516,8 @@ class Tokenizer:
 
     def _in_batches(self, function, x, batch):
         """Applies a jitted function in equal, padded batches, so that it compiles once."""
+        if not len(x):
+            raise ValueError("there is nothing to encode or decode: expected at least one image")
         if self._rows is not None:
             batch = -(-batch // self._rows.num_devices) * self._rows.num_devices
         out = []

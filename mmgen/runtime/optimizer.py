@@ -138,12 +138,7 @@ def make(config, steps, state):
     `config.groups[group]` says what of it differs from `config`.
     """
 
-    def kind(variable):
-        about = variable.get_metadata()
-        average = "average" if "average" in about else None
-        return "frozen" if about.get("frozen") else average or about.get("group", "learned")
-
-    kinds = _each(state, kind)
+    kinds = _each(state, _kind)
     transforms, groups = {}, dict(config.get("groups", {}))
     for name in sorted(set(jax.tree.leaves(kinds))):
         if name == "frozen":
@@ -154,7 +149,7 @@ def make(config, steps, state):
         else:
             own = ml_collections.ConfigDict(config)
             own.update(groups.get(name, {}))
-            mine = functools.partial(lambda name, variable: kind(variable) == name, name)
+            mine = functools.partial(lambda name, variable: _kind(variable) == name, name)
             transforms[name] = _learner(own, steps, state, mine)
     transform = (
         optax.partition(transforms, kinds) if len(transforms) > 1 else next(iter(transforms.values()))
@@ -165,11 +160,26 @@ def make(config, steps, state):
     return transform
 
 
-def learned(state):
-    """The function that takes the gradients of a state's parameters to the list of those that are gradients:
-    averages have distances."""
-    real = jax.tree.leaves(_each(state, lambda variable: "average" not in variable.get_metadata()))
-    return lambda grads: [grad for grad, keep in zip(jax.tree.leaves(grads), real) if keep]
+def _kind(variable):
+    """Who changes a parameter: "frozen", "average", its group, or "learned"."""
+    about = variable.get_metadata()
+    average = "average" if "average" in about else None
+    return "frozen" if about.get("frozen") else average or about.get("group", "learned")
+
+
+def norms(state):
+    """The function that takes the gradients of a state's parameters to {"grad_norm": of those of no group,
+    "grad_norm_GROUP": of a group's}. Frozen parameters are in none, nor are averages, whose gradients are distances.
+    """
+    kinds = jax.tree.leaves(_each(state, _kind))
+    named = {kind: "grad_norm" + f"_{kind}" * (kind != "learned") for kind in dict.fromkeys(["learned", *kinds])}
+
+    def of(grads):
+        leaves = list(zip(jax.tree.leaves(grads), kinds))
+        norm = lambda kind: optax.tree.norm([grad for grad, its in leaves if its == kind])
+        return {name: norm(kind) for kind, name in named.items() if kind not in ("frozen", "average")}
+
+    return of
 
 
 def _learner(config, steps, state, mine):

@@ -34,7 +34,7 @@ def build(config, make, loss, mesh):
     it is computed in. A mean of the parts' means would give each token of a part with few a larger say.
 
     A step that has no weights at all, whose loss or gradient is not finite, or whose gradient norm is over `config.spike` times its
-    running mean, leaves parameters and optimizer as they were and is counted in the metrics `skipped` (so far)
+    running mean (that of parameters of no optimizer group: a discriminator's may leap with its lazy terms), leaves parameters and optimizer as they were and is counted in the metrics `skipped` (so far)
     and `skipped_in_row`.
     """
     create = lambda key: make(nnx.Rngs(key))
@@ -43,7 +43,7 @@ def build(config, make, loss, mesh):
     )  # its shape: no device is asked
     graphdef, abstract = nnx.split(nnx.eval_shape(create, new_key))
     tx = optimizer.make(config.optimizer, config.steps, abstract)
-    learned = optimizer.learned(abstract)
+    norms = optimizer.norms(abstract)
 
     def init(key):
         params = nnx.to_pure_dict(nnx.split(create(key))[1])
@@ -94,10 +94,11 @@ def build(config, make, loss, mesh):
         at = state["optimizer"]["step"]
         sums, grads = gradients(params, batch, at)
         measured = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in sums.items()}
-        norm = optax.tree.norm(learned(grads))
+        measured_norms = norms(grads)
+        norm = measured_norms["grad_norm"]
 
         updates, moments = tx.update(grads, state["optimizer"]["moments"], params)
-        good = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm) & (sums["loss"][1] > 0)
+        good = jnp.isfinite(measured["loss"]) & jnp.isfinite(sum(measured_norms.values())) & (sums["loss"][1] > 0)
         if config.spike:
             known = at - watch["skipped"] >= _KNOWN
             good &= ~known | (norm <= config.spike * watch["norm"])
@@ -122,7 +123,7 @@ def build(config, make, loss, mesh):
             decay = jnp.minimum(config.ema, (1 + at) / (10 + at))
             new["ema"] = keep(optax.incremental_update(new["params"], state["ema"], 1 - decay), state["ema"])
         counts = {"skipped": watch["skipped"], "skipped_in_row": watch["in_row"]}
-        return new, measured | {"grad_norm": norm} | counts
+        return new, measured | measured_norms | counts
 
     return Program(
         graphdef,

@@ -40,10 +40,15 @@ def setup(config, workdir):
             "config.model.alpha is for pictures that may be transparent, and the world has none: name another source in "
             "config.data.source and config.held_out, or set it to False"
         )
+    q = config.model.quantizer
+    if q.kind == "vq" and q.decay and q.restart and config.accumulate > 1:
+        raise ConfigError(
+            f"config.accumulate={config.accumulate}: each part of a batch would restart the same dead codes, at other "
+            "features, of which they would become the mean; set accumulate to 1 or model.quantizer.restart to 0"
+        )
     weights, more = dict(config.loss.weights), dict(config.loss)
     del more["weights"]
     towers, tower = more.pop("towers"), None
-    q = config.model.quantizer
     if (q.kind != "fsq" or q.depth > 1) and (weights["rate"] or more["recolor"]):
         raise ConfigError(
             "config.loss.weights.rate and config.loss.recolor are about the digits of plain FSQ; set both to 0 for the "
@@ -68,7 +73,7 @@ def setup(config, workdir):
         model = nnx.merge(graphdef, params)
         model.discriminator = None  # no part of a tokenizer, nor of its hash
         model = Tokenizer(model)
-        images, codes, back = reconstructed(model, held_out)
+        images, codes, back = reconstructed(model, held_out, config.data.max_bad)
         _preview(workdir / "previews" / f"{step:07d}.png", images[:32, ..., :3], back[:32, ..., :3])
         return {**reconstruction(images, back), **usage(codes, model.levels)}
 
@@ -102,6 +107,11 @@ def warnings(measured):
             "digit_entropy",
             lambda x: x < 0.5,
             "codes collapse: digits have {:.0%} of the entropy they could have",
+        ),
+        (
+            "digit_entropy_least",
+            lambda x: x < 0.1,
+            "a digit is all but constant: it has {:.0%} of the entropy it could have",
         ),
         (
             "dead",
@@ -139,6 +149,8 @@ def reconstructed(model, source, max_bad=0.1, tile=None):
     if not images:
         raise ValueError(f"{source.spec} has no image: {dict(source.skipped)}")
     images = np.stack(images)
+    if model.alpha and images.shape[-1] == 3:
+        images = pictures.opaque(images)
     codes = model.encode(images)
     return images, codes, model.decode(codes, tile=tile)
 
@@ -240,15 +252,19 @@ def usage(codes, levels):
     perplexity exp(entropy), and each digit's entropy over that of a uniform one: the least and the mean."""
     size = math.prod(int(level) for level in levels)
     seen, counts = np.unique(codes, return_counts=True)
-    entropies = []
-    for digit, level in zip(np.unravel_index(codes.ravel(), tuple(levels), order="F"), levels):
-        entropies.append(_entropy(np.bincount(digit, minlength=level)) / math.log(level))
+    entropies = digit_entropies(codes, levels)
     return {
         "code_usage": len(seen) / size,
         "code_perplexity": math.exp(_entropy(counts)),
         "digit_entropy_least": min(entropies),
         "digit_entropy_mean": float(np.mean(entropies)),
     }
+
+
+def digit_entropies(codes, levels):
+    """Each digit's entropy over that of a uniform one."""
+    digits = np.unravel_index(codes.ravel(), tuple(levels), order="F")
+    return [_entropy(np.bincount(digit)) / math.log(level) for digit, level in zip(digits, levels)]
 
 
 def _entropy(counts):
