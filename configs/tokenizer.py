@@ -35,6 +35,9 @@ def get_config(variant):
     m.encoder_layers, m.layers = 2, 3  # of the encoder, and of the decoder
     m.cell_layers, m.cell_width = 3, 32  # of the decoder's last part, on cells of half a patch
     m.heads, m.kv_heads, m.head_dim, m.mlp, m.rope_base = 2, 2, 32, 128, 100.0  # of attention towers
+    m.window = (
+        0  # codes along each axis that a code of attention towers sees; 0: all. With it tiles are exact
+    )
     m.channels, m.blocks = (32, 48, 64), 1  # of "cnn": widths from the finest scale on, blocks at each
     m.discriminator = dict(width=32, layers=2)
     m.dtype = "float32"
@@ -63,7 +66,9 @@ def get_config(variant):
 
     c.steps = 2600
     c.optimizer = ml_collections.ConfigDict(OPTIMIZER)
-    c.optimizer.groups = dict(discriminator=dict(name="adamw", learning_rate=4e-4, beta1=0.5, beta2=0.99, clip=0.0))
+    c.optimizer.groups = dict(
+        discriminator=dict(name="adamw", learning_rate=4e-4, beta1=0.5, beta2=0.99, clip=0.0)
+    )
     c.ema = 0.0
     c.log_every, c.evaluate_every, c.save_every, c.keep = 250, 10_000, 2000, 2
     c.mesh, c.sharding = MESH, SHARDING

@@ -257,6 +257,7 @@ REACHES = [
     (dict(decoder="patch", cell_layers=3), 2),
     (dict(decoder="conv", layers=2, cell_layers=0), 2),
     (dict(decoder="conv", layers=1, cell_layers=2), 2),
+    (dict(decoder="attention", layers=2, window=2, cell_layers=1), 5),
     (dict(decoder="cnn", patch=1, channels=(8,)), 6),
     (dict(decoder="cnn", patch=2, channels=(8, 8)), 7),  # ((1 + 2 + 2) * 2 + 2 + 1) / 2
     (dict(decoder="cnn", patch=4, channels=(8, 8, 12)), 7),  # (((1 + 2 + 2) * 2 + 2) * 2 + 2 + 1) / 4
@@ -278,7 +279,7 @@ def test_a_code_reaches_exactly_as_far_as_is_said(options, reach):
     assert np.array_equal(seen, distance <= reach)
 
 
-@pytest.mark.parametrize("options", [options for options, _ in REACHES[1:8:2]])
+@pytest.mark.parametrize("options", [options for options, _ in REACHES[1:9:2]])
 def test_tiles_are_what_the_whole_is(options):
     tokenizer = Tokenizer(make("patch", **options))
     size, tile = 3 + 2 * tokenizer.halo, 3

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mmgen.data import images as pictures
 from mmgen.models import layers
+from mmgen.models.attention import bias_of
 from mmgen.models.quantizers import FSQ, make_quantizer
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
@@ -51,17 +52,29 @@ def unpatchify(x, patch):
 
 
 class AttentionTower(nnx.Module):
-    """Bidirectional transformer over a grid with two-axis rotary positions (ViT-VQGAN, arXiv:2110.04627)."""
+    """Bidirectional transformer over a grid with two-axis rotary positions (ViT-VQGAN, arXiv:2110.04627).
+
+    With `config.window` a place sees those at most so many away along each axis, else all.
+    """
 
     def __init__(self, config, depth, rngs, *, dtype):
+        if config.window < 0:
+            raise ValueError(
+                f"model.window is at least 0, which stands for all places, found {config.window}"
+            )
         self.head_dim, self.base, self.unroll = config.head_dim, config.rope_base, config.unroll
+        self.window = config.window
         self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=dtype), depth, rngs)
 
     def __call__(self, x):
         B, h, w, D = x.shape
-        grid = jnp.stack(jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij"), -1)
-        cos_sin = layers.rope(grid.reshape(1, h * w, 2), self.head_dim, self.base)
-        x = layers.scan(self.blocks, x.reshape(B, h * w, D), cos_sin, unroll=self.unroll)
+        places = np.stack(np.mgrid[:h, :w], -1).reshape(1, h * w, 2)
+        cos_sin = layers.rope(jnp.asarray(places), self.head_dim, self.base)
+        see = None
+        if self.window:
+            near = np.abs(places[0, :, None] - places[0]).max(-1) <= self.window
+            see = bias_of(near)[None]
+        x = layers.scan(self.blocks, x.reshape(B, h * w, D), cos_sin, see, unroll=self.unroll)
         return layers.rms_norm(x).reshape(B, h, w, D)
 
 
@@ -314,13 +327,14 @@ DECODERS = {**dict.fromkeys(TOWERS, PatchDecoder), "cnn": PyramidDecoder}
 def decoder_reach(config):
     """How many codes away, along each axis, a code still changes pixels: the radius of what a decoder sees.
 
-    Exactly so for decoders of convolutions. None for attention, which sees everything.
+    Exactly so for decoders of convolutions. None for attention that sees everything; of a window it is the farthest
+    that can be, though little of a code gets there.
 
     It counts, on each layer's grid, the places by which a change has spread beyond the code's own: a 3x3
     convolution adds one, and on a grid twice as fine they are twice as many. A code of which only some pixels
     change counts whole.
     """
-    if config.decoder == "attention":
+    if config.decoder == "attention" and not config.window:
         return None
     if config.decoder == "cnn":
         scale = 2 * config.blocks  # convolutions on one grid
@@ -328,7 +342,7 @@ def decoder_reach(config):
         for k in reversed(range(len(config.channels))):
             reach = (reach + scale) * (2 if k else 1)
         return -(-(reach + 1) // config.patch)  # in pixels, with the head's
-    reach = config.layers if config.decoder == "conv" else 0
+    reach = config.layers * {"patch": 0, "conv": 1, "attention": config.window}[config.decoder]
     return reach + -(-config.cell_layers // CELLS)
 
 
@@ -469,10 +483,10 @@ class Tokenizer:
         images share one program. Windows are shifted inwards where they would leave the grid, so that they
         end where the image does and see what it sees there.
 
-        A decoder of convolutions gives the image it gives without tiles (but for a gray level where another
-        program rounds otherwise): a window's pixels are kept where they are `halo` codes from its cut sides.
+        A decoder of convolutions, or of attention within a `window`, gives the image it gives without tiles (but for
+        a gray level where another program rounds otherwise): what is kept of a tile is `halo` codes from its cut sides.
 
-        Of attention no halo is wide enough. There, neighbouring windows overlap by 2 * `halo` codes and are
+        Of attention that sees everything no halo is wide enough. There, neighbouring windows overlap by 2 * `halo` codes and are
         blended linearly, into another image than the whole and one as good: a small model that had learned
         from 8x8 codes for 400 steps decoded 32x48 codes in tiles of 8 with 29 dB from the whole (in tiles of
         16: 32 dB; with twice the halo 33 and 37), but 18.9 dB from the original, the whole being 18.5. Best

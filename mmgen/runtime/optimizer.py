@@ -151,9 +151,7 @@ def make(config, steps, state):
             own.update(groups.get(name, {}))
             mine = functools.partial(lambda name, variable: _kind(variable) == name, name)
             transforms[name] = _learner(own, steps, state, mine)
-    transform = (
-        optax.partition(transforms, kinds) if len(transforms) > 1 else next(iter(transforms.values()))
-    )
+    transform = optax.partition(transforms, kinds) if len(transforms) > 1 else next(iter(transforms.values()))
     bounds = _each(state, lambda variable: variable.get_metadata().get("bounds"))
     if jax.tree.leaves(bounds):
         transform = optax.chain(transform, _within(bounds))
@@ -172,7 +170,9 @@ def norms(state):
     "grad_norm_GROUP": of a group's}. Frozen parameters are in none, nor are averages, whose gradients are distances.
     """
     kinds = jax.tree.leaves(_each(state, _kind))
-    named = {kind: "grad_norm" + f"_{kind}" * (kind != "learned") for kind in dict.fromkeys(["learned", *kinds])}
+    named = {
+        kind: "grad_norm" + f"_{kind}" * (kind != "learned") for kind in dict.fromkeys(["learned", *kinds])
+    }
 
     def of(grads):
         leaves = list(zip(jax.tree.leaves(grads), kinds))

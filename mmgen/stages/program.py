@@ -98,7 +98,11 @@ def build(config, make, loss, mesh):
         norm = measured_norms["grad_norm"]
 
         updates, moments = tx.update(grads, state["optimizer"]["moments"], params)
-        good = jnp.isfinite(measured["loss"]) & jnp.isfinite(sum(measured_norms.values())) & (sums["loss"][1] > 0)
+        good = (
+            jnp.isfinite(measured["loss"])
+            & jnp.isfinite(sum(measured_norms.values()))
+            & (sums["loss"][1] > 0)
+        )
         if config.spike:
             known = at - watch["skipped"] >= _KNOWN
             good &= ~known | (norm <= config.spike * watch["norm"])
