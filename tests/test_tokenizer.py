@@ -268,13 +268,13 @@ for flags in runs:
         with meshes.use(mesh, config.sharding):
             program = programs.build(config, stage.make, stage.loss, mesh)
             state = program.init(jax.random.key(config.seed))
-            for step in range(4):
+            for step in range(2):
                 batch = meshes.global_batch(stage.data.batch(step), rows, len(rows), layout)
                 state, measured = program.step(state, batch)
                 curves.append({name: float(value) for name, value in measured.items()})
     for place, curve in enumerate(curves):
-        for name, value in curves[place % 4].items():
-            tolerance = 0.02 if place % 4 else 1e-4  # rounding flips a few codes, by and by
+        for name, value in curves[place % 2].items():
+            tolerance = 0.02 if place % 2 else 1e-4  # rounding flips a few codes, by and by
             assert np.isclose(curve[name], value, rtol=tolerance, atol=tolerance / 10), (place, name, curve[name], value)
     assert {"grad_norm", "usage", "loss"} <= curves[0].keys()
 """
