@@ -25,6 +25,9 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    from mmgen.runtime import hardware  # which imports JAX, and that reads the environment
+
+    hardware.apply_flags("cpu")  # as commands do: programs of other flags would be others
 
 
 def mmgen(*arguments):
