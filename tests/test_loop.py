@@ -33,6 +33,10 @@ main(sys.argv[2:])
 """
 
 
+# A smaller program, for what is the same of any.
+SMALL = ["--config.model.cell_layers=0", "--config.loss.recolor=0.0", "--config.loss.weights.rate=0.0"]
+
+
 def runs(space):
     return {"tokenizer": (space.tokenizer_flags, space.tokenizer),
             "transformer": (space.transformer_flags, space.transformer)}  # fmt: skip
@@ -220,7 +224,13 @@ def poison(monkeypatch, when):
 def test_steps_that_are_not_finite_are_left_out(space, tmp_path, monkeypatch):
     """As if they had never been: but for the step's number, the run is one that stood still meanwhile."""
     poison(monkeypatch, lambda step: step in (2, 3))
-    flags = [*space.tokenizer_flags, "--config.save_every=1", "--config.keep=9", "--config.log_every=1"]
+    flags = [
+        *space.tokenizer_flags,
+        *SMALL,
+        "--config.save_every=1",
+        "--config.keep=9",
+        "--config.log_every=1",
+    ]
     loop.train(config_of([*flags, "--config.ema=0.9"]), tmp_path)
     at = lambda step: {name: x for name, x in arrays(tmp_path, step).items() if "['step']" not in name}
     same = lambda a, b: all(
@@ -238,7 +248,7 @@ def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_see_it_again(
     space, tmp_path, monkeypatch, capsys, limit
 ):
     poison(monkeypatch, lambda step: step >= 2)
-    flags = [*space.tokenizer_flags, f"--config.max_skipped={limit}", "--config.log_every=100"]
+    flags = [*space.tokenizer_flags, *SMALL, f"--config.max_skipped={limit}", "--config.log_every=100"]
     flags += ["--config.ema=0.9"]  # as above: the same program
     assert mmgen("train", *flags, "--workdir", tmp_path) == 1
     error = capsys.readouterr().err
@@ -268,7 +278,7 @@ def test_spikes_of_the_gradient_are_skipped(space, tmp_path, monkeypatch):
     """Once enough norms are known to say what a spike is."""
     monkeypatch.setattr(program, "_KNOWN", 3)
     flags = [flag for flag in space.tokenizer_flags if "log_every" not in flag]
-    flags += ["--config.log_every=1", "--config.max_skipped=99"]
+    flags += [*SMALL, "--config.log_every=1", "--config.max_skipped=99"]
     loop.train(config_of([*flags, "--config.spike=1e-3"]), tmp_path / "low", stop_at=6)
     assert [line["skipped"] for line in records(tmp_path / "low")] == [0, 0, 0, 1, 2, 3]
     loop.train(config_of([*flags, "--config.spike=1e3"]), tmp_path / "high", stop_at=6)
