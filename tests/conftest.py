@@ -1,9 +1,12 @@
 """One tiny run of the whole road, made by the real commands, that many tests look at."""
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8  # of every tiny run
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """A folder where every run of the session, here and in subprocesses, finds what is compiled already."""
-    import jax
+def pytest_configure(config):
+    """One folder for the programs that are compiled: all processes of the session, a test's subprocesses too, find
+    what one of them has compiled. Workers of xdist inherit it; one of your own makes later sessions faster still."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    from mmgen.runtime import hardware  # which imports JAX, and that reads the environment
 
-    folder = tmp_path_factory.mktemp("compiled")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    return folder
+    hardware.apply_flags("cpu")  # as commands do: programs of other flags would be others
 
 
 def mmgen(*arguments):
@@ -33,26 +38,37 @@ def mmgen(*arguments):
 
 
 @pytest.fixture(scope="session")
-def space(tmp_path_factory, compiled):
-    """text.model, tokenizer/, shards/ and transformer/ of tiny runs; `tokenizer_flags` and
+def space(tmp_path_factory):
+    """text.model, tokenizer/, shards/ and transformer/ of tiny runs, which tests only read; `tokenizer_flags` and
     `transformer_flags` are those of their `mmgen train`, without --workdir."""
-    root = tmp_path_factory.mktemp("space")
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers: the first makes them, the others wait
+    root = root / "space"
     steps = [f"--config.steps={STEPS}", "--config.save_every=3", "--config.log_every=2", "--config.keep=3"]
     here = SimpleNamespace(
-        root=root, compiled=compiled, text=root / "text.model", tokenizer=root / "tokenizer",
+        root=root, text=root / "text.model", tokenizer=root / "tokenizer",
         shards=root / "shards", transformer=root / "transformer",
         tokenizer_flags=["--config", "tokenizer:tiny", *steps],
     )  # fmt: skip
     here.transformer_flags = ["--config", "transformer:tiny", f"--config.data.shards={here.shards}", *steps]
+    with open(root.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "done").exists():
+            shutil.rmtree(root, ignore_errors=True)  # another worker began and failed
+            make_space(here)
+            (root / "done").touch()
+    return here
+
+
+def make_space(here):
     world = ("--source", "world:train", "--documents", 200)
+    tokenize = ("tokenize", *world, "--tokenizer", here.tokenizer, "--text", here.text, "--out", here.shards)
+    here.root.mkdir()
     assert mmgen("text", *world, "--pieces", 384, "--out", here.text) == 0
     assert mmgen("train", *here.tokenizer_flags, "--workdir", here.tokenizer) == 0
-    assert (
-        mmgen("tokenize", *world, "--tokenizer", here.tokenizer, "--text", here.text, "--out", here.shards)
-        == 0
-    )
+    assert mmgen(*tokenize) == 0
     assert mmgen("train", *here.transformer_flags, "--workdir", here.transformer) == 0
-    return here
 
 
 @pytest.fixture(scope="session")
@@ -69,16 +85,12 @@ def config_of(flags):
     return config.load(flags[1], [flag.removeprefix("--config.") for flag in flags[2:]])
 
 
-def run_python(code, *arguments, compiled=None, devices=1, check=True, **options):
+def run_python(code, *arguments, devices=1, check=True, **options):
     """Runs Python code in a fresh process -> CompletedProcess with its output as text."""
     environment = dict(
         os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", JAX_PLATFORMS="cpu",
         XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
     )  # fmt: skip
-    if compiled:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True,
         timeout=600, **options,

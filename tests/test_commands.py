@@ -82,7 +82,7 @@ def test_from_another_folder_as_a_process(space, tmp_path):
     code = "import sys, runpy; sys.argv[0] = 'mmgen'; runpy.run_module('mmgen', run_name='__main__')"
     flags = ["--checkpoint", os.path.relpath(space.transformer, tmp_path), "--prompt", "a red circle"]
     flags += ["--prompt", "two blue stars", "--n", 2, "--size", "32x32", "--out", "here.png"]
-    run_python(code, "sample", *flags, compiled=space.compiled, cwd=tmp_path)
+    run_python(code, "sample", *flags, cwd=tmp_path)
     assert pixels(tmp_path / "here.png").shape == (64, 64, 3)
 
 
@@ -172,7 +172,7 @@ def test_quickstart_keeps_pages_before_any_library_starts_threads(tmp_path, monk
     assert order == ["pages", "text"]
 
 
-def test_quickstart_end_to_end(tmp_path, compiled, capsys):
+def test_quickstart_end_to_end(tmp_path, capsys):
     flags = ["quickstart", "--config", "quickstart:tiny", "--workdir", tmp_path / "run"]
     assert mmgen(*flags) == 0
     said = capsys.readouterr().out

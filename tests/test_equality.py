@@ -71,8 +71,7 @@ def eight(space, tmp_path, dtype, tolerance, names):
     meshes = {name: MESHES[name] for name in ("one", *names)}
     out = tmp_path / "curves.json"
     run_python(
-        CURVES, space.shards, dtype, STEPS, tmp_path / "work", json.dumps(SIZES), json.dumps(meshes), out,
-        devices=8, compiled=space.compiled,
+        CURVES, space.shards, dtype, STEPS, tmp_path / "work", json.dumps(SIZES), json.dumps(meshes), out, devices=8,
     )  # fmt: skip
     curves = json.loads(out.read_text())
     expected = curves.pop("one")
@@ -110,9 +109,6 @@ def test_processes_learn_what_one_does(space, tmp_path, processes, shape):
     ]
     for count, mesh in ((1, {"data": 4}), (processes, shape)):
         sizes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-        run(
-            count, TRAIN, [(tmp_path / str(count), STEPS, *flags, *sizes)] * count,
-            JAX_COMPILATION_CACHE_DIR=space.compiled,
-        )  # fmt: skip
+        run(count, TRAIN, [(tmp_path / str(count), STEPS, *flags, *sizes)] * count)
     one, several = ([line["loss"] for line in records(tmp_path / str(count))] for count in (1, processes))
     assert_close(several, one, 1e-5)

@@ -438,21 +438,18 @@ def train(workdir, *more, processes=2, flags=(), **environment):
     return launch("local", *devices, *flags, "--", *FLAGS, *more, "--workdir", workdir, **environment)
 
 
-def test_two_processes_train_as_one_does_and_go_on(tmp_path, compiled):
+def test_two_processes_train_as_one_does_and_go_on(tmp_path):
     more = ["--config.steps=4", "--config.log_every=1", "--config.save_every=2"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    status, output = finish(train(tmp_path / "one", *more, processes=1, **cache), within=300)
+    status, output = finish(train(tmp_path / "one", *more, processes=1), within=300)
     assert status == 0, output
-    status, output = finish(train(tmp_path / "two", *more, **cache), within=300)
+    status, output = finish(train(tmp_path / "two", *more), within=300)
     assert status == 0 and "[1] " in output, output
     expected, found = records(tmp_path / "one"), records(tmp_path / "two")
     assert [line["step"] for line in found] == [1, 2, 3, 4]
     names = ("loss", "grad_norm", "batch_psnr")
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose([a[name] for name in names], [b[name] for name in names], rtol=2e-4)
-    status, output = finish(
-        train(tmp_path / "two", *more, **cache), within=300
-    )  # there is nothing left to do
+    status, output = finish(train(tmp_path / "two", *more), within=300)  # there is nothing left to do
     assert status == 0 and "steps 4 -> 4" in output and records(tmp_path / "two") == found
 
 

@@ -61,7 +61,7 @@ def eight(space, tmp_path_factory):
         "--config.model.kv_heads=2",
     ]
     flags += ["--config.data.batch_size=8", "--config.model.layers=1"]
-    run_python(EIGHT, out, json.dumps(flags), json.dumps(MESHES), devices=8, compiled=space.compiled)
+    run_python(EIGHT, out, json.dumps(flags), json.dumps(MESHES), devices=8)
     loop.train(config_of(flags), out / "one")
     return out, flags
 

@@ -6,6 +6,7 @@ And a process that is stuck ends by itself.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ sys.exit(main(sys.argv[3:]))
 )  # fmt: skip
 def test_a_signal_saves_and_the_next_start_goes_on(space, tmp_path, number, place, saved):
     command = ["train", *space.tokenizer_flags, "--workdir", tmp_path]
-    done = run_python(SIGNALLED, number, place, *command, compiled=space.compiled, check=False)
+    done = run_python(SIGNALLED, number, place, *command, check=False)
     assert done.returncode == EXIT, done.stderr[-2000:]
     assert checkpoint.latest(tmp_path) in saved
     for _ in range(2):  # the second finds nothing left to do
@@ -110,9 +111,7 @@ def test_processes_agree_on_the_step_that_they_stop_at(space, tmp_path, rank, nu
     flags = ["--config", "transformer:tiny", f"--config.data.shards={space.shards}", "--config.mesh.data=4"]
     flags += ["--config.steps=2000", "--config.save_every=5000", "--config.log_every=1"]
     command = ["train", *flags, "--workdir", tmp_path]
-    run(
-        2, ONE_OF_SEVERAL, [(rank, number, *command)] * 2, status=EXIT, JAX_COMPILATION_CACHE_DIR=space.compiled
-    )  # fmt: skip
+    run(2, ONE_OF_SEVERAL, [(rank, number, *command)] * 2, status=EXIT)
     step = checkpoint.latest(tmp_path)
     assert 0 < step < 2000 and records(tmp_path)[-1]["step"] == step
     loop.train(config_of([*flags, "--config.mesh.data=1"]), tmp_path, stop_at=step + 1)  # and one goes on
@@ -136,7 +135,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_stuck_process_says_where_and_ends(space, tmp_path):
     command = ["train", *space.tokenizer_flags, "--config.step_limit=3", "--workdir", tmp_path]
-    done = run_python(STUCK, *command, compiled=space.compiled, check=False)
+    done = run_python(STUCK, *command, check=False)
     assert done.returncode == 1 and "Timeout" in done.stderr
     assert "in rows_of" in done.stderr and "in train" in done.stderr  # the culprit and who waits for it
     assert checkpoint.latest(tmp_path) == 3
@@ -146,7 +145,8 @@ def test_a_stuck_process_says_where_and_ends(space, tmp_path):
 
 def test_signals_find_their_old_handlers_again(space, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    assert mmgen("train", *space.tokenizer_flags, "--workdir", space.tokenizer) == 0
+    workdir = shutil.copytree(space.tokenizer, tmp_path / "run")
+    assert mmgen("train", *space.tokenizer_flags, "--workdir", workdir) == 0
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
 
 
@@ -160,7 +160,7 @@ def test_killed_twenty_times_and_not_a_bit_is_lost(space, tmp_path):
     command = [sys.executable, "-m", "mmgen", "train", *flags, "--workdir", str(killed)]
     for _ in range(20):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                                   env=os.environ | {"PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(space.compiled)})  # fmt: skip
+                                   env=os.environ | {"PYTHONUNBUFFERED": "1"})  # fmt: skip
         if random.random() < 0.8:  # else it may not even have begun
             next(line for line in process.stdout if line.startswith("step "))
         with pytest.raises(subprocess.TimeoutExpired):

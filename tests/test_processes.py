@@ -138,13 +138,9 @@ loop.train(config_of(sys.argv[3:]), sys.argv[1], stop_at=int(sys.argv[2]))
 
 def test_two_processes_train_in_one_workdir_and_one_goes_on(space, tmp_path):
     flags = ["--config", "transformer:tiny", f"--config.data.shards={space.shards}", "--config.save_every=1"]
-    flags += ["--config.keep=1", "--config.log_every=1", "--config.mesh.data=4", "--config.steps=6"]
-    train = lambda processes, workdir, stop: run(
-        processes,
-        TRAIN,
-        [(tmp_path / workdir, stop, *flags)] * processes,
-        JAX_COMPILATION_CACHE_DIR=space.compiled,
-    )
+    flags += ["--config.keep=1", "--config.log_every=1", "--config.mesh.data=4"]
+    flags += ["--config.steps=2000"]  # as in test_preemption.py: the same programs
+    train = lambda n, workdir, stop: run(n, TRAIN, [(tmp_path / workdir, stop, *flags)] * n)
     train(1, "one", 6)
     train(2, "two", 4)
     assert [path.name for path in (tmp_path / "two" / "checkpoints").glob("*.json")] == ["4.json"]

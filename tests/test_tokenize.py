@@ -157,7 +157,7 @@ sys.exit(main(sys.argv[2:]))
 def test_killed_at_random_points_nothing_is_lost_or_twice(space, whole, tmp_path):
     flags = flags_of(space, tmp_path)
     for _ in range(3):
-        done = run_python(KILLED, random.randrange(1, 40), *flags, compiled=space.compiled, check=False)
+        done = run_python(KILLED, random.randrange(1, 40), *flags, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         with pytest.raises(ValueError, match="never finished"):
             Shards(tmp_path)
@@ -173,7 +173,7 @@ def test_twenty_kills_at_any_time_of_two_processes(space, whole, tmp_path):
     """By the clock, wherever they are, both writing the same folder; then one finishes."""
     flags = flags_of(space, tmp_path)
     command = [sys.executable, "-m", "mmgen", *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(space.compiled)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     rng = random.Random(0)
     for _ in range(20):
         running = [

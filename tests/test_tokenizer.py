@@ -87,9 +87,14 @@ def test_the_codebook_is_a_moving_average_of_the_features(tmp_path):
         state = built.init(jax.random.key(0))
         before = jax.tree.map(np.asarray, state["params"])
         batch = made.data.batch(0)
-        model = jax.tree.map(lambda x: x, made.make(stage.nnx.Rngs(jax.random.key(0))))
-        features = model.quantizer.squash(model.features(to_float(batch["images"]))).reshape(-1, 4)
-        codes = np.asarray(model.quantizer.index(features))
+
+        @jax.jit
+        def coded(params, images):
+            model = stage.nnx.merge(built.graphdef, params)
+            features = model.quantizer.squash(model.features(to_float(images))).reshape(-1, 4)
+            return features, model.quantizer.index(features)
+
+        features, codes = jax.tree.map(np.asarray, coded(state["params"], batch["images"]))
         state, measured = built.step(state, batch)
     after = state["params"]["quantizer"]
     counts = np.bincount(codes, minlength=64)
@@ -97,7 +102,7 @@ def test_the_codebook_is_a_moving_average_of_the_features(tmp_path):
         after["counts"], 0.99 * before["quantizer"]["counts"] + 0.01 * counts, rtol=1e-4
     )
     sums = np.zeros((64, 4))
-    np.add.at(sums, codes, np.asarray(features))
+    np.add.at(sums, codes, features)
     np.testing.assert_allclose(after["sums"], 0.99 * before["quantizer"]["sums"] + 0.01 * sums, atol=1e-4)
     assert float(measured["usage"]) == pytest.approx((counts > 0).mean())
     # Of everything else the first step of a warmup is 0.
