@@ -8,7 +8,7 @@ import ml_collections
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
 VARIANTS = (
-    "quickstart", "tiny", "emoji", "photos",
+    "quickstart", "tiny", "emoji", "photos", "emoji-f8", "photos-f8",
     "64px-1k", "256px-f16-16k", "256px-f16-64k", "256px-f8", "vq-16k", "lfq-18bit",
 )  # fmt: skip
 
@@ -75,16 +75,21 @@ def get_config(variant):
     c.update(LOOP)
     c.keep_pages = True  # on CPU a third faster for large models: see runtime/memory.py
 
-    if variant in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
+    folder = variant.removesuffix("-f8")
+    if folder in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
         q.levels = (8, 5, 5, 5)
         m.encoder, m.width, m.layers, m.cell_layers = "conv", 96, 4, 0
-        split = dict(size=(64, 64), seed=0, split_by="base" if variant == "emoji" else "key")
+        split = dict(size=(64, 64), seed=0, split_by="base" if folder == "emoji" else "key")
         split["background"] = (127, 127, 127)  # under emoji
-        d.source = dict(spec=f"tars:data/{variant}/*.tar", split="train", **split)
-        c.held_out = dict(spec=f"tars:data/{variant}/*.tar", split="test", documents=256, **split)
-        d.augment = variant == "photos"
+        d.source = dict(spec=f"tars:data/{folder}/*.tar", split="train", **split)
+        c.held_out = dict(spec=f"tars:data/{folder}/*.tar", split="test", documents=256, **split)
+        d.augment = folder == "photos"
         l.noise = l.weights.rate = l.recolor = 0.0
         c.steps, c.evaluate_every = 1500, 500
+        if variant != folder:  # a quarter of the codes, each of 15 digits: 2^30 codes, 1,920 bits an image
+            m.patch, q.levels = 8, (4,) * 15
+            m.width, m.encoder_layers, m.layers = 128, 4, 6
+            d.batch_size, c.steps, c.evaluate_every = 32, 5000, 1000
     if variant == "64px-1k":  # small pictures, small codebook: what papers compare quantizers with
         q.levels = (8, 5, 5, 5)
         m.patch, m.encoder, m.decoder, m.cell_layers = 8, "attention", "attention", 0
