@@ -2,17 +2,21 @@
 
 python benchmarks/quantizers.py --data 'tars:data/*/*.tar' --out runs/quantizers
 
-Held-out PSNR, the share of codes used and their perplexity, as a table (table.md) and a plot (plot.svg). Each run has a
-workdir under --out and goes on where it was stopped, so that the same command again ends with the same numbers.
+PSNR of held-out pictures, and of all pictures the share of codes used and their perplexity (the held-out alone have too
+few codes to use 2^14), as a table (table.md) and a plot (plot.svg). Each run has a workdir under --out and goes on where
+it was stopped, so that the same command again ends with the same numbers.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from mmgen.data.sources import open_source
+from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import config as configs
 from mmgen.runtime import metrics
 from mmgen.stages import loop
+from mmgen.stages.tokenizer import reconstructed, usage
 
 # As the FSQ paper has them (arXiv:2309.15505, appendix): close to the power of two.
 LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5)}
@@ -41,7 +45,9 @@ def main():
             workdir = out / f"{kind}-{bits}"
             loop.train(config_of(args, KINDS[kind](bits)), workdir)
             last = [line for line in metrics.read(workdir) if "psnr" in line][-1]
-            rows.append({"kind": kind, "bits": bits} | {name: last[name] for name in SHOWN})
+            tokenizer = load_tokenizer(workdir)
+            _, codes, _ = reconstructed(tokenizer, open_source(args.data, (args.size, args.size)))
+            rows.append({"kind": kind, "bits": bits, "psnr": last["psnr"]} | usage(codes, tokenizer.levels))
             (out / "rows.json").write_text(json.dumps(rows, indent=1))
             (out / "table.md").write_text(table(rows))
             (out / "plot.svg").write_text(plot(rows))
@@ -86,9 +92,7 @@ def plot(rows, side=240):
             points = " ".join(f"{x(row):.1f},{y(row):.1f}" for row in mine)
             panels.append(f"<polyline fill='none' stroke='{color}' stroke-width='2' points='{points}'/>")
             panels += [f"<circle cx='{x(row):.1f}' cy='{y(row):.1f}' r='3' fill='{color}'/>" for row in mine]
-    legend = "".join(
-        f"<tspan fill='{color}'>{kind.upper()} </tspan>" for kind, color in COLORS.items()
-    )
+    legend = "".join(f"<tspan fill='{color}'>{kind.upper()} </tspan>" for kind, color in COLORS.items())
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{2 * side}' height='{side + 20}' font-family='sans-serif' "
         f"font-size='11'>{''.join(panels)}<text x='30' y='{side + 14}'>{legend}</text></svg>\n"

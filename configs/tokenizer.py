@@ -79,10 +79,10 @@ def get_config(variant):
     if folder in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
         q.levels = (8, 5, 5, 5)
         m.encoder, m.width, m.layers, m.cell_layers = "conv", 96, 4, 0
-        split = dict(size=(64, 64), seed=0, split_by="base" if folder == "emoji" else "key")
-        split["background"] = (127, 127, 127)  # under emoji
-        d.source = dict(spec=f"tars:data/{folder}/*.tar", split="train", **split)
-        c.held_out = dict(spec=f"tars:data/{folder}/*.tar", split="test", documents=256, **split)
+        d.source = dict(spec=f"tars:data/{folder}/*.tar", size=(64, 64), seed=0, split="train", documents=None)
+        d.source.split_by = "base" if folder == "emoji" else "key"
+        d.source.background = (127, 127, 127)  # under emoji
+        c.held_out = dict(d.source, split="test", documents=256)
         d.augment = folder == "photos"
         l.noise = l.weights.rate = l.recolor = 0.0
         c.steps, c.evaluate_every = 1500, 500
@@ -94,11 +94,11 @@ def get_config(variant):
         q.levels = (8, 5, 5, 5)
         m.patch, m.encoder, m.decoder, m.cell_layers = 8, "attention", "attention", 0
         m.width, m.encoder_layers, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 256, 4, 6, 8, 8, 32, 704
-        d.source = dict(spec="tars:data/photos/*.tar", size=(64, 64), seed=0, split="train")
+        d.source = dict(spec="tars:data/photos/*.tar", size=(64, 64), seed=0, split="train", documents=None)
         c.held_out = dict(d.source, split="test", documents=1000)
         d.batch_size, d.augment, d.workers = 64, True, 2
         l.noise = l.weights.rate = l.recolor = 0.0
-        l.weights.log_mse, l.weights.l1, l.weights.ms_ssim = 0.1, 0.1, 0.05
+        l.weights.l1, l.weights.ms_ssim = 0.1, 0.05
         c.steps, c.evaluate_every, c.save_every, c.ema = 50_000, 2500, 2500, 0.999
     if variant in ("256px-f16-16k", "256px-f16-64k", "256px-f8", "vq-16k", "lfq-18bit"):
         _large(c, variant)

@@ -297,3 +297,10 @@ def test_a_mesh_of_eight_learns_what_one_device_learns(tmp_path):
         "--config.model.cell_layers=0",
     ]
     run_python(MESHES, tmp_path, json.dumps([[*small, *VQ, *GAN], lfq]), devices=8, cwd=ROOT)
+
+
+def test_eight_images_are_learned_by_heart(tmp_path):
+    flags = [*PLAIN, "--config.data.source.documents=8", "--config.data.source.category=", "--config.steps=600"]
+    flags += ["--config.held_out.spec=world:train", "--config.held_out.documents=8", "--config.model.width=64"]
+    flags += ["--config.log_every=600", "--config.save_every=600", "--config.loss.floor=1e-4"]
+    assert loop.train(config_of(flags), tmp_path)["psnr"] > 35
