@@ -110,7 +110,7 @@ def test_the_sampler_lowers(platform):
         "size": np.full((B, 2), 4, np.int32), "guidance": np.full(B, 3, np.float32),
         "image_only": np.ones(B, bool), "text_only": np.zeros(B, bool), "keep_mode": np.zeros((B, 2), bool),
         "temperature": np.ones((B, 2), np.float32), "top_k": np.zeros((B, 2), np.int32),
-        "top_p": np.ones((B, 2), np.float32),
+        "top_p": np.ones((B, 2), np.float32), "min_p": np.zeros((B, 2), np.float32),
     }  # fmt: skip
     done = export.export(sampler._generate, platforms=[platform])(
         params, np.zeros((rows, 32), np.int32), np.zeros((rows, 32, 3), np.int32), np.full(rows, 4, np.int32),

@@ -13,6 +13,7 @@ from flax import nnx
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.runtime.checkpoint import CheckpointError
 from mmgen.sampling.sampler import Request, Sampler, load
+from mmgen.sampling import strategies
 from mmgen.sampling.strategies import Strategy, choose
 
 BATCH = 4  # one batch size, so that few programs are compiled
@@ -201,7 +202,7 @@ def test_wrong_requests(sampler):
         sampler.generate([ask("x", size=(1, sampler.grammar.max_side + 1))])
     with pytest.raises(ValueError, match="'image', 'text' or 'any'"):
         ask("x", output="picture")
-    for wrong in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
+    for wrong in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(min_p=2.0)):
         with pytest.raises(ValueError, match="expected temperature"):
             Strategy(**wrong)
 
@@ -248,7 +249,9 @@ def test_another_tokenizer_or_text_model_is_refused(space, tmp_path):
 # ---- choosing one token --------------------------------------------------------------------------
 
 
-def draw(logits, legal, uniform, temperature=1.0, top_k=0, top_p=1.0, keep_mode=False, previous=-1):
+def draw(
+    logits, legal, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keep_mode=False, previous=-1
+):
     """`choose` with one setting for all rows of uniform [B], from the same logits [V]."""
     B = len(uniform)
     row = lambda value, dtype: jnp.full(B, value, dtype)
@@ -256,7 +259,8 @@ def draw(logits, legal, uniform, temperature=1.0, top_k=0, top_p=1.0, keep_mode=
         jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (B, len(logits))),
         jnp.broadcast_to(jnp.asarray(legal), (B, len(logits))), jnp.asarray(uniform, jnp.float32),
         row(previous, jnp.int32),
-        row(temperature, jnp.float32), row(top_k, jnp.int32), row(top_p, jnp.float32), row(keep_mode, bool),
+        row(temperature, jnp.float32), row(top_k, jnp.int32), row(top_p, jnp.float32), row(min_p, jnp.float32),
+        row(keep_mode, bool),
     ))  # fmt: skip
 
 
@@ -322,6 +326,31 @@ def test_top_k_keeps_k_and_top_p_the_nucleus():
             counts = np.bincount(draw(logits, legal, UNIFORM, top_p=top_p), minlength=12) / len(UNIFORM)
             np.testing.assert_allclose(counts[nucleus], p[nucleus] / p[nucleus].sum(), atol=2e-4)
             assert counts[nucleus].sum() == pytest.approx(1)
+        for min_p in (0.05, 1.0):
+            counts = np.bincount(draw(logits, legal, UNIFORM, min_p=min_p), minlength=12)
+            assert np.array_equal(counts > 0, p >= min_p * p.max())
+
+
+def test_what_is_kept_is_what_sorting_keeps():
+    """To the last bit, of a vocabulary's size, with ties, tiny weights and illegal tokens."""
+    V, B, rng = 3_000, 64, np.random.default_rng(4)
+    p = rng.exponential(size=(B, V)).astype(np.float32) ** 6 * (rng.random((B, V)) < 0.7)
+    p[::3] = p[::3].round(1)
+    p[1, 5:], p[2] = 0, 1e-40
+    p[2, 0] = 1
+    p /= p.sum(1, keepdims=True)
+    top_k = rng.choice([0, 1, 7, 100, V], B).astype(np.int32)
+    top_p = rng.choice([1.0, 1e-6, 0.5, 0.99], B).astype(np.float32)
+    kept = np.asarray(jax.jit(strategies._keep_top)(p, top_k, top_p, np.zeros(B, np.float32)))
+    for row, found, k, weight in zip(p, kept, top_k, top_p):
+        ordered = -np.sort(-row)
+        least = 0.0 if k == 0 else ordered[k - 1]
+        if weight < 1:
+            reached = np.searchsorted(np.cumsum(ordered.astype(float)), weight)
+            near = ordered[max(reached - 1, 0)], ordered[min(reached + 1, V - 1)]  # as sums are rounded
+            assert max(near[1], least) <= found[found > 0].min() <= max(near[0], least)
+            least = found[found > 0].min()
+        np.testing.assert_array_equal(found, np.where(row >= least, row, 0))
 
 
 def test_greedy_is_the_best_legal_token_whatever_the_draw():
@@ -331,7 +360,7 @@ def test_greedy_is_the_best_legal_token_whatever_the_draw():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("options", [{}, dict(top_k=200), dict(top_p=0.99)])
+@pytest.mark.parametrize("options", [{}, dict(top_k=200), dict(top_p=0.99), dict(min_p=0.01)])
 def test_no_illegal_token_however_the_sums_are_rounded(options):
     """Uniforms at the very border between two tokens, at 0 and just under 1: a parallel cumulative sum is
     not monotone there."""
@@ -349,16 +378,16 @@ def test_no_illegal_token_however_the_sums_are_rounded(options):
 
 
 def test_a_row_does_not_see_its_neighbours_settings():
-    """Alone or beside rows that sort and cut: the same token, at every quantile."""
+    """Alone or beside rows that cut: the same token, at every quantile."""
     V, B, rng = 2_000, 256, np.random.default_rng(3)
     logits, legal = rng.normal(size=(B, V)).astype(np.float32), rng.random((B, V)) < 0.5
     uniform = rng.random(B).astype(np.float32)
     ones = np.ones(B, np.float32)
     none = np.zeros(B, bool)
     previous = np.argmax(np.where(legal, logits, -np.inf), axis=-1).astype(np.int32)
-    alone = _choose(logits, legal, uniform, previous, ones, np.zeros(B, np.int32), ones, none)
+    alone = _choose(logits, legal, uniform, previous, ones, np.zeros(B, np.int32), ones, 0 * ones, none)
     odd = np.arange(B) % 2 == 1
-    cut = np.where(odd, 5, 0), np.where(odd, np.float32(0.5), ones)
+    cut = np.where(odd, 5, 0), np.where(odd, np.float32(0.5), ones), np.where(odd, np.float32(0.01), 0 * ones)
     beside = _choose(logits, legal, uniform, previous, ones, *cut, odd)
     np.testing.assert_array_equal(alone[~odd], beside[~odd])
     assert (alone[odd] != beside[odd]).any()

@@ -45,6 +45,7 @@ def main(argv):
     world.add_argument("--temperature", type=float, default=0.1)
     world.add_argument("--top-k", type=int, default=0)
     world.add_argument("--top-p", type=float, default=1.0)
+    world.add_argument("--min-p", type=float, default=0.0)
     world.add_argument("--keep-mode", action=argparse.BooleanOptionalAction, default=True)
     world.add_argument("--batch-size", type=int, default=50)
     world.add_argument(
@@ -138,7 +139,7 @@ def main(argv):
         best_of=args.best_of,
         score=judges and judges.score,
         guidance=args.guidance,
-        image=Strategy(args.temperature, args.top_k, args.top_p, args.keep_mode),
+        image=Strategy(args.temperature, args.top_k, args.top_p, args.min_p, args.keep_mode),
     )
     scores = suites.scores(cases)
     known = probe.run(model, args.probe, size=args.size) if args.language == "en" else {}

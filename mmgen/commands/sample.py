@@ -27,6 +27,7 @@ def main(argv):
     parser.add_argument("--temperature", type=float, default=0.1, help="of image codes; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument(
         "--keep-mode",
         action=argparse.BooleanOptionalAction,
@@ -71,7 +72,7 @@ def main(argv):
             # Each picture has its own seed, whatever else is asked for in the same call.
             seed=int(np.random.SeedSequence([args.seed, k]).generate_state(1)[0]),
             guidance=args.guidance,
-            image=Strategy(args.temperature, args.top_k, args.top_p, args.keep_mode),
+            image=Strategy(args.temperature, args.top_k, args.top_p, args.min_p, args.keep_mode),
         )
         for prompt in prompts
         for k in range(args.n)

@@ -132,6 +132,7 @@ class Sampler:
             "temperature": np.array([[s.temperature for s in pair] for pair in strategies], np.float32),
             "top_k": np.array([[s.top_k for s in pair] for pair in strategies], np.int32),
             "top_p": np.array([[s.top_p for s in pair] for pair in strategies], np.float32),
+            "min_p": np.array([[s.min_p for s in pair] for pair in strategies], np.float32),
             "keep_mode": np.array([[s.keep_mode for s in pair] for pair in strategies]),
         }
         out = _generate(
@@ -259,7 +260,7 @@ def _generate(params, tokens, positions, lengths, machine, knobs, *, graphdef, g
         )
         modality = (state.mode == CODES).astype(jnp.int32)
         knob = lambda name: jnp.take_along_axis(knobs[name], modality[:, None], 1)[:, 0]
-        how = map(knob, ("temperature", "top_k", "top_p", "keep_mode"))
+        how = map(knob, ("temperature", "top_k", "top_p", "min_p", "keep_mode"))
         previous = jnp.where(s.i > 0, s.out[:, s.i - 1], -1)
         token = choose(logits, legal, draw(knobs["seed"], s.i), previous, *how)
         token = jnp.where(s.done, grammar.eos, token)
