@@ -89,7 +89,9 @@ def get_config(variant):
         if variant != folder:  # a quarter of the codes, each of 15 digits: 2^30 codes, 1,920 bits an image
             m.patch, q.levels = 8, (4,) * 15
             m.width, m.encoder_layers, m.layers = 128, 4, 6
-            d.batch_size, c.steps, c.evaluate_every = 32, 5000, 1000
+            d.batch_size, d.augment, c.steps, c.evaluate_every = 32, True, 5000, 1000
+            if folder == "emoji":
+                l.floor, c.steps = 2e-4, 8000
     if variant == "64px-1k":  # small pictures, small codebook: what papers compare quantizers with
         q.levels = (8, 5, 5, 5)
         m.patch, m.encoder, m.decoder, m.cell_layers = 8, "attention", "attention", 0
