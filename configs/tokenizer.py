@@ -91,7 +91,7 @@ def get_config(variant):
             m.width, m.encoder_layers, m.layers = 128, 4, 6
             d.batch_size, d.augment, c.steps, c.evaluate_every = 32, True, 5000, 1000
             if folder == "emoji":
-                l.floor, c.steps = 2e-4, 8000
+                l.floor, c.steps = 2e-4, 4000
     if variant == "64px-1k":  # small pictures, small codebook: what papers compare quantizers with
         q.levels = (8, 5, 5, 5)
         m.patch, m.encoder, m.decoder, m.cell_layers = 8, "attention", "attention", 0
