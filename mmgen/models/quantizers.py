@@ -105,9 +105,9 @@ class FSQ(Quantizer):
 
     No parameters, no state, no auxiliary loss.
 
-    As in the paper the outermost levels get half an interval of the tanh's values: all but what is beyond the other
-    levels' intervals goes to them anyway. With `whole` they get a whole one like the others, which stages that divide
-    what this one leaves (`FinerFSQ`) need: a half that nothing reaches would waste half of their codes there.
+    As in the paper the tanh ends at the outermost levels, which so get half of the interval that the others have.
+    With `whole` it ends half a level further out. Stages that divide what this one leaves (`FinerFSQ`) need that: they
+    divide whole intervals, and would have codes for halves that nothing reaches.
     """
 
     def __init__(self, levels, whole=False):
