@@ -12,8 +12,8 @@ from flax import nnx
 
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.runtime.checkpoint import CheckpointError
-from mmgen.sampling.sampler import Request, Sampler, load
 from mmgen.sampling import strategies
+from mmgen.sampling.sampler import Request, Sampler, load
 from mmgen.sampling.strategies import Strategy, choose
 
 BATCH = 4  # one batch size, so that few programs are compiled
