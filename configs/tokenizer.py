@@ -79,7 +79,9 @@ def get_config(variant):
     if folder in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
         q.levels = (8, 5, 5, 5)
         m.encoder, m.width, m.layers, m.cell_layers = "conv", 96, 4, 0
-        d.source = dict(spec=f"tars:data/{folder}/*.tar", size=(64, 64), seed=0, split="train", documents=None)
+        d.source = dict(
+            spec=f"tars:data/{folder}/*.tar", size=(64, 64), seed=0, split="train", documents=None
+        )
         d.source.split_by = "base" if folder == "emoji" else "key"
         d.source.background = (127, 127, 127)  # under emoji
         c.held_out = dict(d.source, split="test", documents=256)
