@@ -88,7 +88,8 @@ def get_config(variant):
         d.augment = folder == "photos"
         l.noise = l.weights.rate = l.recolor = 0.0
         c.steps, c.evaluate_every = 1500, 500
-        if variant != folder:  # a quarter of the codes, each of 15 digits: 2^30 codes, 1,920 bits an image
+        # A quarter of the codes, of 30 bits each: for reconstruction, no transformer's vocabulary holds 2^30
+        if variant != folder:
             m.patch, q.levels = 8, (4,) * 15
             m.width, m.encoder_layers, m.layers = 128, 4, 6
             d.batch_size, d.augment, c.steps, c.evaluate_every = 32, True, 5000, 1000

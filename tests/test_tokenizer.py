@@ -300,7 +300,24 @@ def test_a_mesh_of_eight_learns_what_one_device_learns(tmp_path):
 
 
 def test_eight_images_are_learned_by_heart(tmp_path):
-    flags = [*PLAIN, "--config.data.source.documents=8", "--config.data.source.category=", "--config.steps=600"]
-    flags += ["--config.held_out.spec=world:train", "--config.held_out.documents=8", "--config.model.width=64"]
+    flags = [
+        *PLAIN,
+        "--config.data.source.documents=8",
+        "--config.data.source.category=",
+        "--config.steps=600",
+    ]
+    flags += [
+        "--config.held_out.spec=world:train",
+        "--config.held_out.documents=8",
+        "--config.model.width=64",
+    ]
     flags += ["--config.log_every=600", "--config.save_every=600", "--config.loss.floor=1e-4"]
     assert loop.train(config_of(flags), tmp_path)["psnr"] > 35
+
+
+def test_more_codes_than_a_vocabulary_holds_are_refused(space, tmp_path, capsys):
+    flags = [*PLAIN, "--config.model.quantizer.levels=[8,8,8,8,8,8,8]", "--config.steps=1"]
+    assert mmgen("train", *flags, "--workdir", tmp_path / "fine") == 0
+    out = ["--tokenizer", tmp_path / "fine", "--text", space.text, "--out", tmp_path / "shards"]
+    assert mmgen("tokenize", "--source", "world:train", "--documents", 4, *out) == 1
+    assert "2097152 codes" in capsys.readouterr().err and not (tmp_path / "shards").exists()

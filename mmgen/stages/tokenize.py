@@ -20,6 +20,7 @@ from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint
 from mmgen.text import Text
 
+MOST_CODES = 2**20  # of which a transformer can still hold a row and a logit each
 LOW = "low_score"  # why a document was left out whose images do not fit its text
 
 
@@ -52,6 +53,11 @@ def tokenize(
         raise ValueError("several processes cannot overwrite a folder at once: empty it first")
     out, (rank, count) = Path(out), process
     tokenizer, text = load_tokenizer(tokenizer_dir), Text(text_path)
+    if tokenizer.codes > MOST_CODES:
+        raise ValueError(
+            f"{tokenizer_dir} has {tokenizer.codes} codes, and each would be a token of the transformer's vocabulary: at "
+            f"most {MOST_CODES} are taken; train a tokenizer with a smaller codebook, and more codes an image"
+        )
     grammar = Grammar(pieces=text.size, max_side=max_side, codes=tokenizer.codes)
     facts = {
         "source": source.spec,
