@@ -184,6 +184,25 @@ class Grammar:
         if state.mode != DONE:
             expected = self._expected(state)
             raise GrammarError(f"token {len(tokens)}: expected {expected}, found the end of the tokens")
+        return self._document(tokens, turns, text)
+
+    def decode_open(self, tokens, text) -> tuple[Document, np.ndarray | None]:
+        """What the beginning of a document writes -> its finished parts as a document, and the codes of an image that
+        is not finished as int32 [h, w] ([h, w, depth]), -1 where none is yet, or None. Errors as decode."""
+        tokens = _row(tokens)
+        turns, state = self._read(tokens)
+        codes = None
+        if state.mode in (CODES, EOI):
+            shape = (state.height, state.width, self.depth)
+            codes = np.full(shape, -1, np.int32).reshape(-1)
+            found = len(codes) - state.remaining
+            codes[:found] = tokens[len(tokens) - found :]
+            codes[:found] -= np.resize(self._depth_start, found)
+            codes = codes.reshape(shape if self.depth > 1 else shape[:2])
+        return self._document(tokens, turns, text), codes
+
+    def _document(self, tokens: np.ndarray, turns: list, text) -> Document:
+        """The document of the spans that `_read` found."""
         document = []
         for role, spans in turns:
             parts = []

@@ -78,6 +78,23 @@ def sampler(space):
     return load(space.transformer)
 
 
+def whole_model(workdir):
+    """(graphdef, params) of a transformer run: what it is without a sampler's cache and layout."""
+    import ml_collections
+    from flax import nnx
+
+    from mmgen.grammar import Grammar
+    from mmgen.models import transformer
+    from mmgen.runtime import checkpoint
+
+    config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "transformer"))
+    manifest = json.loads((workdir / "vocabulary.json").read_text())
+    vocab = Grammar.from_dict(manifest["grammar"]).vocab_size
+    make = lambda: transformer.of_codes(config.model, manifest, vocab, nnx.Rngs(0))
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    return graphdef, checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))[0]
+
+
 def config_of(flags):
     """The config that `mmgen train` makes of its flags."""
     from mmgen.runtime import config

@@ -11,10 +11,12 @@ import pytest
 from flax import nnx
 
 from mmgen.document import Document, Image, Text, Turn
+from mmgen.grammar import CODES
 from mmgen.runtime.checkpoint import CheckpointError
 from mmgen.sampling import strategies
 from mmgen.sampling.sampler import Request, Sampler, load
 from mmgen.sampling.strategies import Strategy, choose
+from tests.conftest import whole_model
 
 BATCH = 4  # one batch size, so that few programs are compiled
 
@@ -24,15 +26,17 @@ def ask(prompt, size=(8, 8), *, seed=0, image=Strategy(), text=Strategy(), befor
     return Request(document=document, size=size, seed=seed, image=image, text=text, **options)
 
 
-def random_model(sampler, scale=1.0):
-    """The sampler with random weights: nearly uniform, so that it tries everything it may."""
-    leaves, definition = jax.tree.flatten(sampler.params)
+def random_model(space, sampler, scale=1.0, **options):
+    """The sampler with random weights, nearly uniform, so that it tries everything it may; and these."""
+    graphdef, params = whole_model(space.transformer)
+    leaves, definition = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
     drawn = [
         scale * jax.random.normal(k, x.shape) * x.shape[-2 % x.ndim] ** -0.5 for k, x in zip(keys, leaves)
     ]
     params = jax.tree.unflatten(definition, drawn)
-    return Sampler(sampler.graphdef, params, sampler.config, sampler.grammar, sampler.text, sampler.tokenizer)
+    parts = sampler.config, sampler.grammar, sampler.text, sampler.tokenizer
+    return Sampler(graphdef, params, *parts, **options), params
 
 
 # ---- the whole sampler ---------------------------------------------------------------------------
@@ -110,10 +114,10 @@ WISHES = [
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_random_model_writes_nothing_illegal(sampler, guidance):
+def test_a_random_model_writes_nothing_illegal(space, sampler, guidance):
     """Every output decodes by the grammar, even at temperature 2, and is what was wished for."""
     wild = Strategy(temperature=2.0)
-    model = random_model(sampler, 2.0)
+    model, _ = random_model(space, sampler, 2.0)
     # "any" leaves room for all that fits a row, so that all batches are one program.
     wishes = [
         ask(f"p {n}", seed=n, image=wild, text=wild, guidance=guidance, **w) for n, w in enumerate(WISHES)
@@ -121,11 +125,13 @@ def test_a_random_model_writes_nothing_illegal(sampler, guidance):
     wishes += [dataclasses.replace(wish, seed=wish.seed + 50) for wish in wishes]
     order = np.argsort([wish.output != "any" for wish in wishes], kind="stable")  # one "any" in each batch
     wishes = [wishes[i] for i in order.reshape(BATCH, -1).T.ravel()]
-    rows = []
-    model._turn = lambda row: rows.append(row) or Sampler._turn(model, row)
-    for wish, turn, row in zip(wishes, model.generate(wishes, BATCH), rows, strict=True):
+    rows = {}
+    turn_of = model.turn
+    model.turn = lambda request, row: rows.update({request.seed: row}) or turn_of(request, row)
+    for wish, turn in zip(wishes, model.generate(wishes, BATCH), strict=True):
+        row = rows[wish.seed]
         images = [part for part in turn.parts if isinstance(part, Image)]
-        whole = np.concatenate([model._prompt(wish)[0], row, [model.grammar.eos]])
+        whole = np.concatenate([model.prompts(wish)[0], row, [model.grammar.eos]])
         read = model.grammar.decode(whole, model.text).turns[-1].parts
         assert [part for part in read if isinstance(part, Text)] == [
             p for p in turn.parts if isinstance(p, Text)
@@ -142,50 +148,64 @@ def test_a_random_model_writes_nothing_illegal(sampler, guidance):
             assert all(image.codes.shape == wish.size for image in images)
 
 
-def prediction(sampler, forward, tokens):
-    """Logits [V] after `tokens` by the full model, without a cache."""
-    width = 128
-    padded, positions = np.zeros((1, width), np.int32), np.zeros((1, width, 3), np.int32)
-    padded[0, : len(tokens)], positions[0, : len(tokens)] = (
-        tokens,
-        sampler.grammar.positions(np.array(tokens)),
-    )
-    return np.asarray(forward(sampler.params, padded, positions)[0, len(tokens) - 1], np.float64)
-
-
 @pytest.fixture(scope="module")
-def forward(sampler):
+def forward(space):
+    """Logits [V] after some tokens by the full model, without a cache: (params, grammar, tokens)."""
+    graphdef, width = whole_model(space.transformer)[0], 160
+
     @jax.jit
     def run(params, tokens, positions):
-        model = nnx.merge(sampler.graphdef, params)
+        model = nnx.merge(graphdef, params)
         return model.logits(model(tokens, jnp.ones_like(tokens), positions))
 
-    return run
+    def of(params, grammar, tokens):
+        padded, positions = np.zeros((1, width), np.int32), np.zeros((1, width, 3), np.int32)
+        padded[0, : len(tokens)], positions[0, : len(tokens)] = tokens, grammar.positions(np.array(tokens))
+        return np.asarray(run(params, padded, positions)[0, : len(tokens)], np.float64)
+
+    return of
 
 
-@pytest.mark.parametrize("guidance, size", [(1.0, (3, 4)), (3.0, (2, 5))])
-def test_greedy_is_the_argmax_of_the_full_model(sampler, forward, guidance, size):
-    """Cache, machine, positions and guidance, all against the uncached model and free + g (full - free)."""
-    grammar, model = sampler.grammar, random_model(sampler, 1.5)
-    greedy = Strategy(0.0)
-    request = ask("two red stars", size, image=greedy, text=greedy, guidance=guidance)
-    full, free = (list(tokens) for tokens in model._prompt(request))
-    assert len(free) < len(full)
-    start, room = len(full), model._room(request, full)
-    while full[-1] != grammar.end:
-        logits = prediction(model, forward, full)
-        if guidance != 1:
-            without = prediction(model, forward, free)
-            logits = without + guidance * (logits - without)
-        state = grammar.feed(full)
-        legal = grammar.allowed(
-            state, np.array([room - len(full) + start]), np.array([size]), np.array([True])
-        )[0]
+PICTURE = Image(codes=np.arange(12, dtype=np.int32).reshape(3, 4))
+GUIDANCE = [
+    (dict(), (3, 4)),
+    (dict(guidance=3.0), (2, 5)),
+    (dict(guidance=2.0, image_guidance=1.7), (3, 3)),
+    (dict(guidance=3.0, guidance_interval=(0.25, 0.75), guidance_rescale=0.7), (2, 6)),
+]
+
+
+@pytest.mark.parametrize("guidance, size", GUIDANCE)
+def test_greedy_is_the_argmax_of_the_full_model(space, sampler, forward, guidance, size):
+    """Cache, machine, positions and guidance, all against the uncached model and the formula; the document has an
+    image, and its prompt more than one chunk."""
+    grammar, greedy = sampler.grammar, Strategy(0.0)
+    model, params = random_model(space, sampler, 1.5)
+    before = (Turn("user", (PICTURE, Text("what is this? say it in some more words"))), Turn("assistant", (Text("two"),)))
+    request = ask("two red stars", size, image=greedy, text=greedy, before=before, **guidance)
+    branches = [list(tokens) for tokens in model.prompts(request)]
+    assert len({len(tokens) for tokens in branches}) == len(branches) == 1 + len(set(guidance) & {"guidance", "image_guidance"})
+    start, room, total = len(branches[0]), model.room(request, branches[0]), size[0] * size[1]
+    assert start > model.chunk
+    low, high = request.guidance_interval
+    while branches[0][-1] != grammar.end:
+        state = grammar.feed(branches[0])
+        left = np.array([room - len(branches[0]) + start])
+        legal = grammar.allowed(state, left, np.array([size]), np.array([True]))[0]
+        full, *others = (forward(params, grammar, tokens)[-1] for tokens in branches)
+        logits = full
+        share = (total - state.remaining[0]) / total
+        if others and not (state.mode == CODES and not low <= share < high):
+            logits = others[0] + request.guidance * (full - others[0])
+            if len(others) == 2:
+                logits = others[1] + request.image_guidance * (others[0] - others[1]) + request.guidance * (full - others[0])
+            narrow = logits * (full[legal].std() / max(logits[legal].std(), 1e-30))
+            logits = logits + request.guidance_rescale * (narrow - logits)
         token = int(np.argmax(np.where(legal, logits, -np.inf)))
-        full, free = [*full, token], [*free, token]
-    (image,) = model.generate([request] + requests()[:1], BATCH)[0].parts
-    expected = np.array([token for token in full[start:] if token >= grammar.code_start]) - grammar.code_start
-    np.testing.assert_array_equal(image.codes.ravel(), expected)
+        branches = [[*tokens, token] for tokens in branches]
+    (image,) = model.generate([request, requests()[0]], BATCH)[0].parts
+    written = np.array(branches[0][start:])
+    np.testing.assert_array_equal(image.codes.ravel(), written[written >= grammar.code_start] - grammar.code_start)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from mmgen.grammar import Grammar
-from mmgen.models import layers, transformer
+from mmgen.models import transformer
 from mmgen.models.quantizers import FSQ
 from mmgen.runtime import config as configs
 from mmgen.runtime import mesh as meshes
+from mmgen.sampling import cache as caches
 
 LEVELS = (5, 3, 2)
 GRAMMAR = Grammar(pieces=20, max_side=4, codes=30)
@@ -149,16 +150,14 @@ def whole(model, tokens, positions):
 @pytest.fixture(scope="module")
 def cached():
     return jax.jit(
-        lambda model, cache, tokens, positions, lengths: transformer.step(
-            model, layers.unstack(model.blocks, model.config.layers), cache, tokens, positions, lengths
-        )
+        lambda model, *fed: caches.step(model, caches.prepare(model, jnp.float32), *fed)
     )
 
 
 @pytest.mark.smoke
 def test_token_by_token_is_the_full_pass(model, cached):
     tokens, positions = document(1, 7)
-    cache, logits = transformer.init_cache(model.config, 1, 9), []
+    cache, logits = caches.empty(model.config, 1, 9, jnp.float32), []
     for t in range(7):
         x, cache = cached(model, cache, tokens[None, t : t + 1], positions[None, t : t + 1], jnp.array([t]))
         logits.append(model.logits(x)[0, 0])
@@ -172,7 +171,7 @@ def test_prefill_of_unequal_prompts_then_decode_is_the_full_pass(model, cached):
     for row, ((t, p), n) in enumerate(zip(documents, lengths)):
         tokens[row, :n], positions[row, :n] = t[:n], p[:n]
     x, cache = cached(
-        model, transformer.init_cache(model.config, 3, 12), tokens, positions, jnp.zeros(3, int)
+        model, caches.empty(model.config, 3, 12, jnp.float32), tokens, positions, jnp.zeros(3, int)
     )
     expected = [whole(model, *each) for each in documents]
     for row, n in enumerate(lengths):

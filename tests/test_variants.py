@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmgen.data.loader import Rows
-from mmgen.data.packing import DROP_TEXT
+from mmgen.data.packing import DROP_IMAGES, DROP_TEXT
 from mmgen.data.shards import Shards, write
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.sampling.sampler import Request
@@ -30,7 +30,7 @@ def test_a_training_row_without_text_is_what_the_sampler_asks_without_text(sampl
     write(tmp_path, [grammar.encode(document, text) for document in found], grammar)
     shards = Shards(tmp_path)
     longest = int(shards.lengths[:][:, 0, 0].max())
-    loader = Rows(shards, grammar, batch_size=1, row_length=longest, text_drop=0.5)
+    loader = Rows(shards, grammar, batch_size=1, row_length=longest, text_drop=0.5, image_drop=0.3)
     seen = set()
     for step in range(3 * len(found)):
         batch = loader.batch(step)
@@ -38,9 +38,11 @@ def test_a_training_row_without_text_is_what_the_sampler_asks_without_text(sampl
             here = batch["segments"][0] == segment
             tokens, positions = batch["tokens"][0][here], batch["positions"][0][here]
             # The prompt of this document's last answer, with text and without, as the sampler writes it.
-            request = Request(Document(found[i].turns[:-1]))
-            full, free = sampler._prompt(request)
-            prompt = free if variant & DROP_TEXT else full
+            request = Request(Document(found[i].turns[:-1]), guidance=2.0, image_guidance=2.0)
+            full, *dropped = sampler.prompts(request)
+            if variant & DROP_IMAGES and not variant & DROP_TEXT:
+                continue  # training has text without images too; no branch asks so
+            prompt = dropped[-1] if variant & DROP_IMAGES else dropped[0] if variant & DROP_TEXT else full
             np.testing.assert_array_equal(tokens[: len(prompt)], prompt)
             np.testing.assert_array_equal(positions[: len(prompt)], grammar.positions(prompt))
             seen.add((int(i), int(variant)))
@@ -51,33 +53,32 @@ def test_a_training_row_without_text_is_what_the_sampler_asks_without_text(sampl
 
 
 @pytest.mark.parametrize("text_drop", [0.0, 1.0])
-def test_logits_of_both_agree(sampler, tmp_path, text_drop):
+def test_logits_of_both_agree(space, sampler, tmp_path, text_drop):
     """A row of several documents through the training model, and each prompt alone through the sampler's prefill."""
     import jax.numpy as jnp
     from flax import nnx
 
-    from mmgen.models import layers, transformer
+    from mmgen.sampling import cache as caches
 
     grammar, text = sampler.grammar, sampler.text
     found = list(documents(grammar, np.random.default_rng(1)))[:12]
     write(tmp_path, [grammar.encode(document, text) for document in found], grammar)
     loader = Rows(Shards(tmp_path), grammar, batch_size=1, row_length=600, text_drop=text_drop)
     batch = loader.batch(0)
-    model = nnx.merge(sampler.graphdef, sampler.params)
+    model = nnx.merge(*whole_model(space.transformer))
     # Every prompt is padded to one length, and all is jitted: two programs, not one for each operation and length.
     row = (batch[name] for name in ("tokens", "segments", "positions"))
     hidden = np.asarray(nnx.jit(lambda model, *row: model(*row))(model, *row))[0]
     prompts = [
-        sampler._prompt(Request(Document(found[i].turns[:-1])))[int(text_drop)]
+        sampler.prompts(Request(Document(found[i].turns[:-1]), guidance=2.0))[int(text_drop)]
         for i in loader.plan.row(0)[0][:4]
     ]
     longest = max(map(len, prompts))
 
     @nnx.jit
     def prefill(model, tokens, positions):
-        blocks = layers.unstack(model.blocks, model.config.layers)
-        cache = transformer.init_cache(model.config, 1, longest)
-        return transformer.step(model, blocks, cache, tokens, positions, jnp.zeros(1, jnp.int32))[0]
+        weights, cache = caches.prepare(model, jnp.float32), caches.empty(model.config, 1, longest, jnp.float32)
+        return caches.step(model, weights, cache, tokens, positions, jnp.zeros(1, jnp.int32))[0]
 
     for segment, prompt in enumerate(prompts, 1):
         padded = np.pad(prompt, (0, longest - len(prompt)))

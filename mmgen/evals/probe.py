@@ -5,12 +5,7 @@ hundred steps on, costs no sampling, and says which word is not understood yet (
 matching, arXiv:2204.03162, by the likelihood of the picture).
 """
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mmgen import world
 from mmgen.document import Document, Image, Text, Turn
@@ -66,26 +61,6 @@ def _first(true, words):
 
 def _image_nats(sampler, documents, batch_size):
     """The cross-entropy, in nats, of all image codes of each document."""
-    grammar = sampler.grammar
-    rows = [grammar.encode(document, sampler.text) for document in documents]
-    T = max(map(len, rows))
-    tokens, segments = np.zeros((2, len(rows), T), np.int32)
-    positions = np.zeros((len(rows), T, 3), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
-        positions[i, : len(row)] = grammar.positions(row)
-    out = []
-    for start in range(0, len(rows), batch_size):
-        chosen = np.minimum(np.arange(start, start + batch_size), len(rows) - 1)
-        batch = tokens[chosen], segments[chosen], positions[chosen]
-        out.append(_nats(sampler.params, *batch, graphdef=sampler.graphdef, code_start=grammar.code_start))
-    return np.concatenate(out)[: len(rows)]
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "code_start"))
-def _nats(params, tokens, segments, positions, *, graphdef, code_start):
-    model = nnx.merge(graphdef, params)
-    logits = model.logits(model(tokens[:, :-1], segments[:, :-1], positions[:, :-1]))
-    targets = tokens[:, 1:]
-    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return (nats * (targets >= code_start)).sum(-1)
+    nats = sampler.nats(documents, batch_size)
+    tokens = (sampler.grammar.encode(document, sampler.text) for document in documents)
+    return [each[row >= sampler.grammar.code_start].sum() for each, row in zip(nats, tokens, strict=True)]

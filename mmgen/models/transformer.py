@@ -96,15 +96,20 @@ class Transformer(nnx.Module):
             self._digits() @ digits[...], ((self.code_start, self.rows - self.vocab), (0, 0))
         )
 
-    def embed(self, tokens, positions, around, before):
+    def embedding_table(self):
+        """[rows, D]: what a token becomes at the input, before its place and its neighbours are added."""
+        return self._table(self.embedding, self.digit_embedding)
+
+    def embed(self, tokens, positions, around, before, table=None):
         """tokens int32 [B, T], positions int32 [B, T, 3], around int32 [B, T, AROUND], before int32 [B, T, N] -> [B, T, D].
 
-        `around` is as `around_next` says, `before` as `tokens_before` does, with N = `config.before`.
+        `around` is as `around_next` says, `before` as `tokens_before` does, with N = `config.before`. `table` is
+        the `embedding_table` where it is at hand already.
         """
         offset = (positions[..., 1:] - positions[..., :1]).astype(jnp.float32)
         angles = offset[..., None] * (np.pi / 2 ** np.arange(1, _OCTAVES + 1, dtype=np.float32))
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles) - 1], -1)
-        table = self._table(self.embedding, self.digit_embedding).astype(self.dtype)
+        table = (self.embedding_table() if table is None else table).astype(self.dtype)
         x = lookup(table, tokens) + self.place(waves.reshape(waves.shape[:-2] + (-1,)))
         if self.before is not None:
             earlier = lookup(table, before)
@@ -118,7 +123,7 @@ class Transformer(nnx.Module):
         """[rows, D]: what a normed hidden state is multiplied with to give logits."""
         if self.head is None:
             # Tied embeddings start at unit scale for the input; the output side is scaled to match.
-            return self._table(self.embedding, self.digit_embedding) * self.config.width**-0.5
+            return self.embedding_table() * self.config.width**-0.5
         return self._table(self.head, self.digit_head)
 
     def logits(self, x):
@@ -133,6 +138,20 @@ class Transformer(nnx.Module):
             around_next(tokens, segments, self.code_start, self.max_side),
             tokens_before(tokens, segments, self.config.before),
         )
+
+    def near_at(self, tokens, places):
+        """As `near`, of one document a row, for the tokens at `places` int32 [B, T] of tokens [B, S] alone."""
+        at = jnp.arange(tokens.shape[1])
+        stated = stated_width(tokens, self.code_start, self.max_side)
+        seen = jnp.where((stated > 0)[:, None] & (at <= places[..., None]), at, -1).max(-1)
+        width = jnp.take_along_axis(stated, jnp.maximum(seen, 0), 1)
+        around = around_places(places, width)
+        of = lambda y: jnp.take_along_axis(tokens[:, None], jnp.clip(y, 0, tokens.shape[1] - 1), 2)
+        now = jnp.take_along_axis(tokens, jnp.minimum(places, tokens.shape[1] - 1), 1)
+        inside = ((now >= self.code_start) & (seen >= 0))[..., None]
+        inside &= (seen[..., None] < around) & (around <= places[..., None])
+        before = places[..., None] - np.arange(1, self.config.before + 1)
+        return jnp.where(inside, of(around) - self.code_start, -1), jnp.where(before >= 0, of(before), -1)
 
     def rope(self, positions):
         return layers.rope(positions, self.config.head_dim, self.config.rope_base)
@@ -173,6 +192,18 @@ def lookup(table, ids):
     )(table, ids)  # fmt: skip
 
 
+def stated_width(tokens, code_start, max_side):
+    """The width that each token states, 0 where it states none: <w:1..max_side> precede the codes in the vocabulary."""
+    width = tokens - code_start + max_side + 1
+    return jnp.where((width > 0) & (width <= max_side), width, 0)
+
+
+def around_places(at, width):
+    """Where the codes around the place after `at` stand, in an image of this width: int32 [..., AROUND]."""
+    above = at - width + 1
+    return jnp.stack([above - 1, above, above + 1, above - width, jnp.broadcast_to(at - 1, above.shape)], -1)
+
+
 def around_next(tokens, segments, code_start, max_side):
     """The codes above left, above, above right, two above and two left of the place that comes after each code.
 
@@ -181,14 +212,10 @@ def around_next(tokens, segments, code_start, max_side):
     codes in the vocabulary. At an image's sides "left" and "right" are the ends of the rows beside.
     """
     at = jnp.arange(tokens.shape[1])
-    width = tokens - code_start + max_side + 1
-    stated = (width > 0) & (width <= max_side)
-    latest = jax.lax.cummax(jnp.where(stated, at * (max_side + 1) + width, 0), axis=1)
+    stated = stated_width(tokens, code_start, max_side)
+    latest = jax.lax.cummax(jnp.where(stated > 0, at * (max_side + 1) + stated, 0), axis=1)
     begin, width = jnp.divmod(latest, max_side + 1)
-    above = at - width + 1
-    places = jnp.stack(
-        [above - 1, above, above + 1, above - width, jnp.broadcast_to(at - 1, above.shape)], -1
-    )
+    places = around_places(at, width)
     of = lambda x: jnp.take_along_axis(x[..., None], jnp.clip(places, 0, x.shape[1] - 1), 1)
     inside = ((tokens >= code_start) & (width > 0))[..., None] & (begin[..., None] < places)
     inside &= places <= at[:, None]
@@ -212,42 +239,6 @@ def of_codes(config, vocabulary, vocab, rngs):
     return Transformer(
         config, vocab, rngs, levels, vocabulary["color_digits"], vocabulary["grammar"]["max_side"]
     )
-
-
-def init_cache(config, batch, length, dtype=None):
-    """Nothing read yet: zeroed keys and values [B, S, K, C], a pair of buffers a layer, and tokens [B, S]."""
-    shape = (batch, length, config.kv_heads, config.head_dim)
-    dtype = dtype or jnp.dtype(config.dtype)
-    pairs = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
-    return {"layers": pairs, "tokens": jnp.zeros((batch, length), jnp.int32)}
-
-
-def step(model, blocks, cache, tokens, positions, lengths):
-    """Feeds tokens to the cached model: prefill (T > 1) and decode (T = 1) alike.
-
-    tokens int32 [B, T], positions int32 [B, T, 3]; lengths int32 [B] is how many tokens each row's
-    cache holds already. Row b's token t is written to slot lengths[b] + t and sees slots up to its
-    own. `blocks` is `layers.unstack(...)` of the model's blocks. Returns hidden [B, T, D], cache.
-    """
-    B, T = tokens.shape
-    S = cache["tokens"].shape[1]
-    slots = lengths[:, None] + jnp.arange(T)
-    bias = bias_of(jnp.arange(S) <= slots[:, :, None])
-    cos_sin = model.rope(positions)
-    rows = jnp.arange(B)[:, None]
-    read = cache["tokens"].at[rows, slots].set(tokens, mode="drop")
-    near = (y[rows, jnp.minimum(slots, S - 1)] for y in model.near(read, jnp.ones_like(read)))
-    x = model.embed(tokens, positions, *near)
-    pairs = []
-    for block, (keys, values) in zip(blocks, cache["layers"]):
-        q, k, v = block.attention.qkv(layers.rms_norm(x), cos_sin)
-        keys = keys.at[rows, slots].set(k.astype(keys.dtype), mode="drop")
-        values = values.at[rows, slots].set(v.astype(values.dtype), mode="drop")
-        y = attention(q, keys.astype(q.dtype), values.astype(q.dtype), bias)
-        x = x + block.attention.project(y)
-        x = x + block.mlp(layers.rms_norm(x))
-        pairs.append((keys, values))
-    return x, {"layers": pairs, "tokens": read}
 
 
 def loss(model, batch, *, code_start, z, chunk):

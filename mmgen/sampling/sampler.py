@@ -1,16 +1,13 @@
-"""Sampling: prefill, then one jitted loop that follows the grammar's machine, row by row.
+"""Sampling: requests in, turns out, in any mix; and what the model says of given documents.
 
-Rows of a batch differ in prompt, image size, guidance, temperature and seed; all of that is data,
-not program. With guidance the batch holds each request twice, [requests, text-free requests], and
-one random draw decides for both. Shapes: B requests, R rows of the model (B or 2B), P prompt
-tokens (padded), N new tokens.
+The work is done by `Slots` (slots.py), over weights and a cache that cache.py lays out.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +15,35 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from mmgen.document import Document, Image, Turn
-from mmgen.grammar import BETWEEN, CODES, Grammar
-from mmgen.models import layers, transformer
+from mmgen.document import Document, Image, Text, Turn
+from mmgen.grammar import Grammar
+from mmgen.models import transformer
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint
-from mmgen.sampling.strategies import Strategy, choose
-from mmgen.text import Text
+from mmgen.runtime import mesh as meshes
+from mmgen.sampling import cache as caches
+from mmgen.sampling.slots import Slots
+from mmgen.sampling.strategies import Strategy
+from mmgen.text import Text as TextModel
 
-_PAD = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
+_STOP_EVERY = 32  # tokens after which the texts of answers are searched for what stops them
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to answer, and how.
 
-    document: ends with the turn to answer; images in it need codes. output: "image" (exactly one),
-    "text", or "any". size: (height, width) of the image in patches; None lets the model choose.
-    guidance: 1 is none; above 1 pushes away from what the model would do without the text.
+    document: ends with the turn to answer; images in it that have no codes are encoded. output: "image" (exactly
+    one), "text", or "any". size: (height, width) of the image in patches; None lets the model choose.
+
+    guidance: 1 is none; above 1 pushes away from what the model would do without the text. image_guidance: above 1
+    pushes away from what it would do without the images of the document too (for edits; it needs `image_drop` in
+    training); without such images it says nothing. guidance_interval: the shares of an image's codes between
+    which there is guidance, (0, 1) for all. guidance_rescale: from 0 to 1, how far the spread of the guided logits is
+    brought back to that of the logits without guidance.
+
+    max_tokens: the most that the answer may take, its <end> included; the grammar leads out before. stop: texts
+    before which a text answer ends, wherever they first occur.
     """
 
     document: Document
@@ -43,106 +51,132 @@ class Request:
     size: tuple[int, int] | None = None
     seed: int = 0
     guidance: float = 1.0
+    image_guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
     image: Strategy = Strategy()
     text: Strategy = Strategy()
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.output not in ("image", "text", "any"):
             raise ValueError(f"output must be 'image', 'text' or 'any', found {self.output!r}")
-
-
-def best_of(sampler, requests, n, score, batch_size=16):
-    """Answers each request n times and keeps the picture that `score` likes best -> (turns, scores float [B, n]).
-
-    score(images uint8 [H, W, 3] each, texts) -> [N] numbers, such as `contrastive.Towers.score`; a request's text
-    is that of its document. Draw 0 has the request's own seed, so more draws only add to choose from.
-    """
-    if n < 1:
-        raise ValueError(f"expected at least one draw of a request, found {n}")
-    if any(request.output != "image" for request in requests):
-        raise ValueError("only pictures are scored: expected output='image' of every request")
-    seed = lambda request, k: int(np.random.SeedSequence([request.seed, k]).generate_state(1)[0])
-    draws = [
-        dataclasses.replace(request, seed=seed(request, k)) if k else request
-        for request in requests
-        for k in range(n)
-    ]
-    turns = sampler.generate(draws, batch_size)
-    texts = [request.document.text() for request in draws]
-    scores = np.reshape(score([turn.parts[0].pixels for turn in turns], texts), (-1, n))
-    return [turns[i * n + k] for i, k in enumerate(scores.argmax(1))], scores
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop must be a tuple of texts that are not empty, found {self.stop!r}")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1 or not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                "expected 0 <= low <= high <= 1 of guidance_interval and guidance_rescale from 0 to 1, found "
+                f"{self.guidance_interval} and {self.guidance_rescale}"
+            )
+        if not np.isfinite([self.guidance, self.image_guidance]).all():
+            raise ValueError(f"guidance must be finite, found {self.guidance} and {self.image_guidance}")
 
 
 class Sampler:
-    """A trained transformer with all that its samples need: grammar, text model, image tokenizer."""
+    """A trained transformer with all that its samples need: grammar, text model, image tokenizer.
 
-    def __init__(self, graphdef, params, config, grammar, text, tokenizer):
-        self.graphdef, self.params, self.config = graphdef, params, config
-        self.grammar, self.text, self.tokenizer = grammar, text, tokenizer
-        self.longest = config.data.row_length
+    graphdef, params: of the whole `Transformer`; they are laid out anew (see cache.py) and not kept. int8: weights
+    of the layers and the head in int8. int8_cache: keys and values too. mesh: shares them out over its axis
+    "tensor" (see `load`).
+    """
+
+    def __init__(self, graphdef, params, config, grammar, text, tokenizer, *, int8=False, int8_cache=False, mesh=None):
+        self.config, self.grammar, self.text, self.tokenizer = config, grammar, text, tokenizer
+        self.longest, self.int8_cache, self.mesh = config.data.row_length, int8_cache, mesh
+        self.dtype = jnp.dtype(config.model.dtype)
+        self.chunk = 32 if jax.default_backend() == "cpu" else 128  # tokens of a prompt that are read at a time
+        prepare = lambda params: caches.prepare(nnx.merge(graphdef, params), self.dtype, int8)
+        with self.on_mesh():
+            self.weights = jax.jit(prepare)(params)
+        model = nnx.merge(graphdef, params)
+        for name in caches.LAID_OUT:
+            setattr(model, name, None)
+        self.model_config = model.config
+        self.graphdef, rest = nnx.split(model)
+        self.params = nnx.to_pure_dict(rest)
+
+    def on_mesh(self):
+        """The context in which this sampler's programs are traced and run."""
+        return meshes.use(self.mesh, caches.RULES) if self.mesh else contextlib.nullcontext()
 
     def generate(self, requests, batch_size=16):
         """Answers each request -> list of assistant `Turn`s; images carry codes and pixels.
 
         Raises ValueError where a prompt and its answer do not fit the row length of the training.
         """
+        turns = [None] * len(requests)
+        for i, turn, _ in self.stream(requests, batch_size):
+            turns[i] = turn
+        return turns
+
+    def stream(self, requests, batch_size=16, every=None):
+        """Answers requests, `batch_size` at a time -> iterator of (index of the request, turn, done), as they finish.
+
+        With `every`, unfinished answers come too, after each so many tokens: text so far, and an image so far as
+        pixels alone, what is not there yet a checkerboard. Requests that need the same number of branches and
+        about the same length share a program; within it bits depend on nothing else (see `Slots`).
+        """
         if not requests:
             raise ValueError("there is nothing to sample: expected at least one request")
-        turns = [None] * len(requests)
-        prompts = [self._prompt(request) for request in requests]
-        # Requests of like lengths share a batch.
-        order = sorted(range(len(requests)), key=lambda i: (_padded(prompts[i]), i))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            chosen += [chosen[-1]] * (batch_size - len(chosen))
-            tokens = self._batch([requests[i] for i in chosen], [prompts[i] for i in chosen])
-            for i, row in zip(chosen, tokens):
-                turns[i] = self._turn(row)
-        return self._with_pixels(turns)
+        requests = [dataclasses.replace(r, document=self.encoded(r.document)) for r in requests]
+        groups = {}
+        for i, request in enumerate(requests):
+            prompts = self.prompts(request)
+            length = self.bucket(len(prompts[0]) + self.room(request, prompts[0]))
+            groups.setdefault((len(prompts), length), []).append(i)
+        for (branches, length), members in sorted(groups.items()):
+            slots = Slots(self, batch_size, branches, length)
+            yield from self._answers(slots, requests, members, every)
 
-    def _prompt(self, request):
-        """The tokens of the document and the opened answer, with text and without: two int32 arrays."""
-        turns = request.document.turns + (Turn("assistant", ()),)
+    def _answers(self, slots, requests, members, every):
+        index = {slots.add(requests[i]): i for i in members}
+        stops = any(requests[i].stop for i in members)
+        while slots.busy:
+            found = []
+            for progress in slots.run(every or (_STOP_EVERY if stops else None)):
+                turn, codes, stopped = self.turn(progress.request, progress.tokens)
+                if stopped and not progress.done:
+                    slots.cancel(progress.ticket)
+                done = stopped or progress.done
+                if done or every:
+                    found.append((index[progress.ticket], turn, codes, done))
+            turns = self.with_pixels([turn for _, turn, _, _ in found])
+            for (i, _, codes, done), turn in zip(found, turns):
+                begun = () if codes is None else (Image(pixels=self.sketch(codes)),)
+                yield i, Turn(turn.role, turn.parts + begun), done
+
+    def encoded(self, document):
+        """The document with codes for all its images. ValueError for sizes that the patch does not divide."""
+        if all(image.codes is not None for image in document.images()):
+            return document
+        patch, most = self.tokenizer.patch, self.grammar.max_side * self.tokenizer.patch
+
+        def part(part):
+            if not isinstance(part, Image) or part.codes is not None:
+                return part
+            height, width = part.pixels.shape[:2]
+            if height % patch or width % patch or max(height, width) > most:
+                raise ValueError(
+                    f"an image of {width}x{height} pixels: sides must be multiples of {patch}, up to {most}; "
+                    "resize it first"
+                )
+            return Image(pixels=part.pixels, codes=self.tokenizer.encode(part.pixels[None])[0])
+
+        return Document([Turn(turn.role, [part(p) for p in turn.parts]) for turn in document.turns])
+
+    def prompts(self, request):
+        """The tokens of the document and the opened answer, int32 [T], for each branch of the guidance: with all,
+        without text, without text and images."""
+        turns = self.encoded(request.document).turns + (Turn("assistant", ()),)
         tokens = self.grammar.encode(Document(turns), self.text, close=False)
-        dropped, _ = self.grammar.guidance_drops(tokens)
-        return tokens, tokens[~dropped]
+        words, images = self.grammar.guidance_drops(tokens)
+        if request.image_guidance != 1 and images.any():
+            return [tokens, tokens[~words], tokens[~(words | images)]]
+        return [tokens] if request.guidance == 1 else [tokens, tokens[~words]]
 
-    def _batch(self, requests, prompts):
-        """One compiled batch -> the new tokens of each request, cut at the <end> of its turn."""
-        grammar, guided = self.grammar, any(request.guidance != 1 for request in requests)
-        rows = [full for full, _ in prompts] + ([free for _, free in prompts] if guided else [])
-        width = max(map(_padded, prompts))
-        room = [self._room(request, tokens) for request, (tokens, _) in zip(requests, prompts)]
-        lengths = np.array([len(tokens) for tokens in rows], np.int32)
-        tokens = np.zeros((len(rows), width), np.int32)
-        positions = np.zeros((len(rows), width, 3), np.int32)
-        for row, written in enumerate(rows):
-            tokens[row, : len(written)] = written
-            positions[row, : len(written)] = grammar.positions(written)
-        states = [grammar.feed(written) for written in rows]
-        machine = type(states[0])(*(np.concatenate(field) for field in zip(*states)))
-        strategies = [(request.text, request.image) for request in requests]
-        knobs = {
-            "seed": np.array([request.seed & 0xFFFFFFFF for request in requests], np.uint32),
-            "room": np.array(room, np.int32),
-            "size": np.array([request.size or (0, 0) for request in requests], np.int32),
-            "image_only": np.array([request.output == "image" for request in requests]),
-            "text_only": np.array([request.output == "text" for request in requests]),
-            "guidance": np.array([request.guidance for request in requests], np.float32),
-            "temperature": np.array([[s.temperature for s in pair] for pair in strategies], np.float32),
-            "top_k": np.array([[s.top_k for s in pair] for pair in strategies], np.int32),
-            "top_p": np.array([[s.top_p for s in pair] for pair in strategies], np.float32),
-            "min_p": np.array([[s.min_p for s in pair] for pair in strategies], np.float32),
-            "keep_mode": np.array([[s.keep_mode for s in pair] for pair in strategies]),
-        }
-        out = _generate(
-            self.params, tokens, positions, lengths, machine, knobs,
-            graphdef=self.graphdef, grammar=grammar, new=_round_up(max(room)), guided=guided,
-        )  # fmt: skip
-        out = np.asarray(out)
-        return [row[: np.argmax(row == grammar.end) + 1] for row in out]
-
-    def _room(self, request, tokens):
+    def room(self, request, tokens):
         """How many tokens the answer may take, <end> and <eos> included."""
         height, width = request.size or (1, 1)
         if max(height, width) > self.grammar.max_side:
@@ -154,38 +188,154 @@ class Sampler:
                 f"the prompt is too long: {len(tokens)} tokens, and its answer needs {least} more, but this "
                 f"model was trained on rows of {self.longest}; shorten the prompt"
             )
+        if request.max_tokens is not None:
+            if request.max_tokens + 1 < least:
+                raise ValueError(f"max_tokens must be at least {least - 1} here, found {request.max_tokens}")
+            room = min(room, request.max_tokens + 1)
         return min(room, least) if request.output == "image" and request.size else room
 
-    def _turn(self, tokens):
-        """The assistant's turn that the new tokens write."""
+    def bucket(self, length):
+        """The length of the cache for `length` tokens: whole chunks, of which few numbers are compiled."""
+        chunks = lambda tokens: -(-tokens // self.chunk)
+        steps = (*range(1, 4), *(n << k for k in range(31) for n in (4, 5, 6, 7)))  # ... 6, 7, 8, 10, 12, 14, 16, 20, ...
+        return min(next(n for n in steps if n >= chunks(length)), max(chunks(self.longest), chunks(length))) * self.chunk
+
+    def turn(self, request, tokens):
+        """What an answer's tokens write so far -> the assistant's turn of its finished parts, without pixels; the
+        codes of an image that is not finished, -1 where none is yet, or None; whether a text of `request.stop`
+        ended the turn."""
         role = [self.grammar.bos, self.grammar.roles["assistant"]]
-        return self.grammar.decode(np.array([*role, *tokens, self.grammar.eos]), self.text).turns[0]
+        document, codes = self.grammar.decode_open(np.array([*role, *tokens]), self.text)
+        parts = document.turns[0].parts
+        for n, part in enumerate(parts):
+            found = [part.text.find(stop) for stop in request.stop] if isinstance(part, Text) else []
+            found = [at for at in found if at >= 0]
+            if found:
+                cut = Turn("assistant", (*parts[:n], Text(part.text[: min(found)])))
+                return cut.normalised(), None, True
+        return document.turns[0], codes, False
 
-    def _with_pixels(self, turns):
-        """Decodes the codes of all images of the turns, those of equal size together."""
-        places = {}
-        for t, turn in enumerate(turns):
-            for p, part in enumerate(turn.parts):
-                if isinstance(part, Image):
-                    places.setdefault(part.codes.shape, []).append((t, p))
-        parts = [list(turn.parts) for turn in turns]
-        for found in places.values():
-            pixels = self.tokenizer.decode(np.stack([parts[t][p].codes for t, p in found]))
-            for (t, p), image in zip(found, pixels):
-                parts[t][p] = Image(pixels=image, codes=parts[t][p].codes)
-        return [Turn(turn.role, tuple(each)) for turn, each in zip(turns, parts)]
+    def with_pixels(self, turns):
+        """The turns with pixels for the codes of all their images, those of equal size decoded together."""
+        images = [part for turn in turns for part in turn.parts if isinstance(part, Image)]
+        shapes, pixels = {}, [None] * len(images)
+        for n, image in enumerate(images):
+            shapes.setdefault(image.codes.shape, []).append(n)
+        for found in shapes.values():
+            for n, decoded in zip(found, self.tokenizer.decode(np.stack([images[n].codes for n in found]))):
+                pixels[n] = decoded
+        decoded = iter(Image(pixels=p, codes=image.codes) for p, image in zip(pixels, images))
+        return [
+            Turn(turn.role, tuple(next(decoded) if isinstance(p, Image) else p for p in turn.parts))
+            for turn in turns
+        ]
+
+    def sketch(self, codes):
+        """Pixels of an image of which codes are still to come (-1): there is a checkerboard where they are, as
+        nothing is known of it. Near its border the picture may still change."""
+        missing = codes.reshape(codes.shape[:2] + (-1,)).min(-1) < 0
+        known = codes[~missing]
+        filled = np.where(codes < 0, known[-1] if len(known) else 0, codes)
+        pixels = self.tokenizer.decode(filled[None])[0].copy()
+        patch = self.tokenizer.patch
+        missing = missing.repeat(patch, 0).repeat(patch, 1)
+        squares = sum(np.indices(missing.shape) // max(patch // 2, 1))
+        board = np.where(squares % 2, 160, 96).astype(np.uint8)
+        pixels[missing, :3] = board[missing][:, None]
+        pixels[missing, 3:] = 255
+        return pixels
+
+    def nats(self, documents, batch_size=16):
+        """How surprising each token of each document is -> list of float32 [T], -log p of the token after those
+        before it; 0 for the first. No guidance, temperature or grammar: the model's own distribution.
+
+        Raises GrammarError for what cannot be written, ValueError for documents longer than the training's rows.
+        """
+        rows = [self.grammar.encode(self.encoded(document), self.text) for document in documents]
+        longest = max(map(len, rows), default=0)
+        if longest > self.longest:
+            raise ValueError(
+                f"a document of {longest} tokens: this model was trained on rows of {self.longest}; shorten it"
+            )
+        out, order = [None] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(rows), batch_size):
+            chosen = order[start : start + batch_size]
+            S = self.bucket(len(rows[chosen[-1]]))
+            tokens, positions = np.zeros((batch_size, S), np.int32), np.zeros((batch_size, S, 3), np.int32)
+            for row, i in enumerate(chosen):
+                tokens[row, : len(rows[i])] = rows[i]
+                positions[row, : len(rows[i])] = self.grammar.positions(rows[i])
+            with self.on_mesh():
+                nats = _nats(self.params, self.weights, tokens, positions, graphdef=self.graphdef)
+            for i, each in zip(chosen, np.asarray(nats)):
+                out[i] = each[: len(rows[i])]
+        return out
 
 
-def load(workdir):
+def best_of(sampler, requests, n, score=None, batch_size=16):
+    """Answers each request n times and keeps the answer that `score` likes best -> (turns, scores float [B, n]).
+
+    score(images uint8 [H, W, 3] each, texts) -> [N] numbers, such as `contrastive.Towers.score`; a request's text
+    is that of its document, and only pictures are scored so. Without a score it is the mean log-likelihood of the
+    answer's tokens, guidance aside. Draw 0 has the request's own seed, so more draws only add to choose from.
+    """
+    if n < 1:
+        raise ValueError(f"expected at least one draw of a request, found {n}")
+    if score and any(request.output != "image" for request in requests):
+        raise ValueError("only pictures are scored: expected output='image' of every request")
+    seed = lambda request, k: int(np.random.SeedSequence([request.seed, k]).generate_state(1)[0])
+    draws = [
+        dataclasses.replace(request, seed=seed(request, k)) if k else request
+        for request in requests
+        for k in range(n)
+    ]
+    turns = sampler.generate(draws, batch_size)
+    if score:
+        texts = [request.document.text() for request in draws]
+        scores = score([turn.parts[0].pixels for turn in turns], texts)
+    else:
+        whole = [
+            Document((*request.document.turns, turn)) for request, turn in zip(draws, turns, strict=True)
+        ]
+        before = [len(sampler.prompts(request)[0]) for request in draws]
+        nats = sampler.nats(whole, batch_size)
+        scores = [-each[start:-1].mean() for each, start in zip(nats, before)]  # <eos> is not chosen
+    scores = np.reshape(scores, (-1, n))
+    return [turns[i * n + k] for i, k in enumerate(scores.argmax(1))], scores
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _nats(params, weights, tokens, positions, *, graphdef):
+    """-log p of each token int32 [B, S] -> float32 [B, S]."""
+    model = nnx.merge(graphdef, params)
+    B, S = tokens.shape
+    cache = caches.empty(model.config, B, S, model.dtype)
+    x, _ = caches.step(model, weights, cache, tokens, positions, jnp.zeros(B, jnp.int32))
+
+    def row(x_and_targets):  # one after the other: the logits of all would be B x S x V
+        x, targets = x_and_targets
+        logits = caches.logits(model, weights, x)
+        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+
+    return jnp.pad(jax.lax.map(row, (x[:, :-1], tokens[:, 1:])), ((0, 0), (1, 0)))
+
+
+def load(workdir, *, int8=False, int8_cache=False, tensor=1):
     """Restores a `Sampler` from the workdir of a transformer run, which holds everything it needs.
+
+    int8, int8_cache: of the weights and of keys and values (see cache.py). tensor: how many devices share the
+    heads, the hidden units and the vocabulary. On CPU computation is in float32 whatever the training was in:
+    bfloat16 products are seven times as slow there.
 
     Raises CheckpointError for a folder that is missing, empty or of another stage, and for a
     tokenizer or a text model other than those the transformer was trained with.
     """
     workdir = Path(workdir)
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "transformer"))
+    if jax.default_backend() == "cpu":
+        config.model.dtype = "float32"
     manifest = json.loads((workdir / "vocabulary.json").read_text())
-    grammar, text = Grammar.from_dict(manifest["grammar"]), Text(workdir / "text.model")
+    grammar, text = Grammar.from_dict(manifest["grammar"]), TextModel(workdir / "text.model")
     tokenizer = load_tokenizer(workdir / "tokenizer")
     for name, found in (("text", text.hash), ("tokenizer", tokenizer.hash)):
         if found != manifest[f"{name}_hash"]:
@@ -195,86 +345,11 @@ def load(workdir):
             )
     make = lambda: transformer.of_codes(config.model, manifest, grammar.vocab_size, nnx.Rngs(0))
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
-    params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
-    return Sampler(graphdef, params, config, grammar, text, tokenizer)
-
-
-def _padded(prompt):
-    return _round_up(len(prompt[0]))
-
-
-def _round_up(n):
-    return -(-n // _PAD) * _PAD
-
-
-class _Loop(NamedTuple):
-    """What the decoding loop carries."""
-
-    i: jax.Array  # tokens written so far
-    hidden: jax.Array  # [R, D] at each row's latest token
-    cache: list  # per layer (keys, values) [R, P + N, K, C]
-    lengths: jax.Array  # [R] tokens in each row's cache
-    machine: NamedTuple  # the grammar's State of each row
-    out: jax.Array  # [B, N] what has been written; <eos> beyond
-    done: jax.Array  # [B] the answer is complete
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "grammar", "new", "guided"))
-def _generate(params, tokens, positions, lengths, machine, knobs, *, graphdef, grammar, new, guided):
-    """Prefills R prompts and writes up to `new` tokens for B requests -> int32 [B, new]."""
-    model = nnx.merge(graphdef, params)
-    blocks = layers.unstack(model.blocks, model.config.layers)
-    R, P = tokens.shape
-    B = R // 2 if guided else R
-    both = (lambda x: jnp.concatenate([x, x])) if guided else (lambda x: x)
-    machine = jax.tree.map(jnp.asarray, machine)
-
-    # Slots beyond a row's length hold the keys of padding until new tokens overwrite them; no
-    # query sees a slot beyond its own.
-    cache = transformer.init_cache(model.config, R, P + new)
-    x, cache = transformer.step(model, blocks, cache, tokens, positions, jnp.zeros(R, jnp.int32))
-    start = _Loop(
-        i=jnp.int32(0),
-        hidden=x[jnp.arange(R), lengths - 1],
-        cache=cache,
-        lengths=jnp.asarray(lengths),
-        machine=machine,
-        out=jnp.full((B, new), grammar.eos, jnp.int32),
-        done=jnp.zeros(B, bool),
-    )
-    draw = jax.vmap(
-        lambda seed, i: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), i)), (0, None)
-    )
-
-    def body(s):
-        logits = model.logits(s.hidden)
-        if guided:
-            full, free = jnp.split(logits, 2)
-            logits = free + knobs["guidance"][:, None] * (full - free)
-            # At guidance 1 the formula above is `full` up to rounding; make it exact, so that a
-            # request without guidance is the same in any company.
-            logits = jnp.where(knobs["guidance"][:, None] == 1, full, logits)
-        state = jax.tree.map(lambda field: field[:B], s.machine)
-        legal = grammar.allowed(
-            state, knobs["room"] - s.i, knobs["size"], knobs["image_only"], knobs["text_only"]
-        )
-        modality = (state.mode == CODES).astype(jnp.int32)
-        knob = lambda name: jnp.take_along_axis(knobs[name], modality[:, None], 1)[:, 0]
-        how = map(knob, ("temperature", "top_k", "top_p", "min_p", "keep_mode"))
-        previous = jnp.where(s.i > 0, s.out[:, s.i - 1], -1)
-        token = choose(logits, legal, draw(knobs["seed"], s.i), previous, *how)
-        token = jnp.where(s.done, grammar.eos, token)
-        here = grammar.position(s.machine)
-        machine = grammar.advance(s.machine, both(token))
-        x, cache = transformer.step(model, blocks, s.cache, both(token)[:, None], here[:, None], s.lengths)
-        return _Loop(
-            i=s.i + 1,
-            hidden=x[:, 0],
-            cache=cache,
-            lengths=s.lengths + 1,
-            machine=machine,
-            out=s.out.at[:, s.i].set(token),
-            done=s.done | (machine.mode[:B] == BETWEEN),
-        )
-
-    return jax.lax.while_loop(lambda s: (s.i < new) & ~s.done.all(), body, start).out
+    shapes, mesh = nnx.to_pure_dict(abstract), None
+    if tensor > 1:
+        mesh = meshes.make_mesh({"data": -1, "tensor": tensor})
+        shardings = meshes.param_shardings(abstract, mesh, dict(config.sharding) | {"embed": None})
+        place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+        shapes = jax.tree.map(place, shapes, shardings)
+    params, _ = checkpoint.load_weights(workdir, shapes)
+    return Sampler(graphdef, params, config, grammar, text, tokenizer, int8=int8, int8_cache=int8_cache, mesh=mesh)

@@ -1,0 +1,162 @@
+"""The transformer as sampling wants it: weights laid out once, and a cache of keys and values.
+
+Training keeps stacked float32 parameters; a decoding step is bound by the bytes it reads. `prepare` therefore
+unstacks the layers (slicing them within a loop was four times slower), joins the projections that read the same
+input, builds the tables of the vocabulary once, and casts all to the type of the computation or to int8.
+
+Shapes: B rows, T tokens, S slots of a row's cache, D model, K kv-heads, G heads a kv-head, C channels a head,
+F hidden, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mmgen.models import layers, transformer
+from mmgen.models.attention import bias_of
+from mmgen.runtime import mesh as meshes
+from mmgen.runtime.mesh import constrain
+
+# What `prepare` lays out anew; the rest of the model's parameters stay as they are.
+LAID_OUT = ("embedding", "digit_embedding", "head", "digit_head", "blocks")
+# Where sampling runs on a mesh: rows are everywhere, and the axis "tensor" shares heads, hidden units and vocabulary.
+RULES = {"batch": None, "length": None, "vocab": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+
+
+def prepare(model, dtype, int8=False):
+    """The weights of a `Transformer` for `step` and `logits`: {"layers", "embedding", "head"}.
+
+    dtype is that of the weights. With int8 the matrices of the layers and the head are int8 and a float32 scale
+    an output channel, (values, scale): the largest weight of a channel is 127. Activations are not quantized, so
+    nothing has to be calibrated; the embedding, of which a step reads a few rows, stays as it is.
+    """
+    c = model.config
+    K, G, C = c.kv_heads, c.heads // c.kv_heads, c.head_dim
+
+    def matrix(w, axes):
+        if not int8:
+            return constrain(w.astype(dtype), axes)
+        values, scale = quantize(w, 0)
+        return constrain(values, axes), constrain(scale, axes[1:])
+
+    def layer(block):
+        a, m = block.attention, block.mlp
+        # A kv-head's queries, its key and its value lie together: one product, which "tensor" splits by kv-heads.
+        qkv = [a.q.w[...].reshape(-1, K, G, C), a.k.w[...][:, :, None], a.v.w[...][:, :, None]]
+        return {
+            "qkv": matrix(jnp.concatenate(qkv, 2), (None, "kv_heads", None, None)),
+            "out": matrix(a.out.w[...], ("kv_heads", None)),
+            "wi": matrix(m.wi.w[...], (None, None, "mlp")),
+            "wo": matrix(m.wo.w[...], ("mlp", None)),
+        }
+
+    return {
+        "layers": [layer(block) for block in layers.unstack(model.blocks, c.layers)],
+        "embedding": constrain(model.embedding_table().astype(dtype), ("vocab", None)),
+        "head": matrix(model.head_table().T, (None, "vocab")),
+    }
+
+
+def quantize(x, axis):
+    """x as int8 and the float32 scale, x.shape without `axis`, that the values are multiplied with."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(axis) / 127, 1e-30)
+    return jnp.round(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale
+
+
+def empty(config, rows, slots, dtype, int8=False):
+    """A cache that holds nothing yet: tokens int32 [B, S], and for each layer keys and values [B, K, S, C].
+
+    Zeros and not uninitialised memory: what no query sees is still multiplied with a weight of 0. With int8 keys
+    and values are pairs, int8 and a float32 scale for each of them [B, K, S].
+    """
+    shape = (rows, config.kv_heads, slots, config.head_dim)
+
+    def buffer():
+        whole = lambda shape, dtype: constrain(jnp.zeros(shape, dtype), (None, "kv_heads", None, None)[: len(shape)])
+        return (whole(shape, jnp.int8), whole(shape[:3], jnp.float32)) if int8 else whole(shape, dtype)
+
+    pairs = [(buffer(), buffer()) for _ in range(config.layers)]
+    return {"layers": pairs, "tokens": jnp.zeros((rows, slots), jnp.int32)}
+
+
+def step(model, weights, cache, tokens, positions, start, row=None):
+    """Feeds tokens to the cached model, one a row (decoding) or many (prefill) -> hidden [B, T, D], cache.
+
+    model: a Transformer without what is `LAID_OUT`. tokens int32 [B, T], positions int32 [B, T, 3], start int32
+    [B]: token t of row b is written to slot start[b] + t, and sees the slots up to its own. Slots beyond S are
+    dropped. With `row`, an index, B is 1 and these are tokens of that row of the cache alone; start + T must then
+    be within S.
+    """
+    (B, T), S = tokens.shape, cache["tokens"].shape[1]
+    c = model.config
+    K, G, C = c.kv_heads, c.heads // c.kv_heads, c.head_dim
+    slots = start[:, None] + jnp.arange(T)
+
+    def put(buffer, new):
+        """Writes new [B, T, ...] into buffer [rows, S], or [rows, K, S, ...] with the heads first."""
+        new = new.astype(buffer.dtype)
+        if row is None:
+            rows = jnp.arange(B)[:, None]
+            where = (rows, slots) if buffer.ndim == 2 else (rows, slice(None), slots)
+            return buffer.at[where].set(new, mode="drop")
+        new, before = (new, ()) if buffer.ndim == 2 else (new.swapaxes(1, 2), (0,))
+        return jax.lax.dynamic_update_slice(buffer, new, (row, *before, start[0]) + (0,) * (buffer.ndim - 2 - len(before)))
+
+    def of_rows(buffer):
+        return buffer if row is None else jax.lax.dynamic_slice_in_dim(buffer, row, 1)
+
+    def remember(buffer, new):
+        return tuple(map(put, buffer, quantize(new, -1))) if isinstance(buffer, tuple) else put(buffer, new)
+
+    def recall(buffer):
+        """Values [B, K, S, C] and their scale [B, K, 1, 1, S], 1 where there is none."""
+        if not isinstance(buffer, tuple):
+            return of_rows(buffer).astype(x.dtype), 1.0
+        values, scale = map(of_rows, buffer)
+        return values.astype(x.dtype), scale[:, :, None, None]
+
+    written = put(cache["tokens"], tokens)
+    near = model.near_at(of_rows(written), slots)
+    x = model.embed(tokens, positions, *near, table=weights["embedding"])
+    cos_sin = model.rope(positions)
+    bias = bias_of(jnp.arange(S) <= slots[..., None])[:, None, None]
+    pairs = []
+    for w, (keys, values) in zip(weights["layers"], cache["layers"]):
+        qkv = _product(layers.rms_norm(x), w["qkv"])
+        q, k, v = qkv[..., :G, :].reshape(B, T, K * G, C), qkv[..., G, :], qkv[..., G + 1, :]
+        q, k = (layers.rotate(layers.rms_norm(y), cos_sin) for y in (q, k))
+        keys, values = remember(keys, k), remember(values, v)
+        # As in models/layers.py: queries of twice the length, over the square root of C.
+        q = (q * (2 * C**-0.5)).reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
+        k, k_scale = recall(keys)
+        v, v_scale = recall(values)
+        logits = jnp.einsum("bkqc,bksc->bkqs", q, k, preferred_element_type=jnp.float32)
+        logits = logits.reshape(B, K, G, T, S) * k_scale + bias
+        p = jnp.exp(logits - logits.max(-1, keepdims=True))
+        total = p.sum(-1, keepdims=True)
+        p = (p * v_scale).astype(v.dtype).reshape(B, K, G * T, S)
+        y = jnp.einsum("bkqs,bksc->bkqc", p, v, preferred_element_type=jnp.float32)
+        y = (y.reshape(B, K, G, T, C) / total).astype(x.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
+        x = x + _product(y, w["out"])
+        y = _product(layers.rms_norm(x), w["wi"])
+        x = x + _product(jax.nn.silu(y[..., 0, :]) * y[..., 1, :], w["wo"])
+        pairs.append((keys, values))
+    return x, {"layers": pairs, "tokens": written}
+
+
+def logits(model, weights, x):
+    """Hidden states [..., D] -> float32 logits [..., V]."""
+    return _product(layers.rms_norm(x), weights["head"], jnp.float32)[..., : model.vocab]
+
+
+def _product(x, w, out=None):
+    """x [..., D] @ w [D, ...]; w may be (int8, scale). On one device all is flattened, as in `layers.Linear`."""
+    w, scale = w if isinstance(w, tuple) else (w, None)
+    out, w = out or x.dtype, w.astype(x.dtype)
+    how = dict(preferred_element_type=out if scale is None else jnp.float32)
+    if meshes.current() is None:
+        y = jnp.matmul(x.reshape(-1, w.shape[0]), w.reshape(w.shape[0], -1), **how)
+        y = y.reshape(x.shape[:-1] + w.shape[1:])
+    else:
+        y = jnp.tensordot(x, w, 1, **how)
+    return y if scale is None else (y * scale).astype(out)

@@ -1,0 +1,357 @@
+"""Slots: a fixed number of requests that are answered at once, in one compiled program.
+
+A dispatch reads the prompts of those that just got a slot, chunk by chunk, and writes tokens in one `while_loop`
+that follows the grammar's machine, row by row. Requests come and go between dispatches. What differs between them
+(prompt, size, guidance, temperature, seed, state) is data, not program.
+
+A request has up to three rows, its branches: all of its document, the document without its text, and without text
+and images; row r is branch r // N of slot r % N. One draw decides for all branches. Shapes: N slots, R rows,
+S tokens that a row's cache holds, D model, V vocabulary.
+"""
+
+import collections
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmgen.grammar import BETWEEN, CODES
+from mmgen.runtime import mesh as meshes
+from mmgen.sampling import cache as caches
+from mmgen.sampling.strategies import choose
+
+
+class _State(NamedTuple):
+    """What stays on the device between dispatches."""
+
+    cache: dict
+    hidden: jax.Array  # [R, D] at each row's latest token
+    prompt: jax.Array  # [R, D] at the last token of the prompt that the row's cache begins with
+    lengths: jax.Array  # [R] tokens in each row's cache
+    machine: Any  # the grammar's State of each row
+    written: jax.Array  # [N] tokens of each answer so far
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a request has come: `tokens` int32 [T] are those of its answer, <end> included when `done`."""
+
+    ticket: int
+    request: Any
+    tokens: np.ndarray
+    done: bool
+
+
+@dataclasses.dataclass
+class _Job:
+    ticket: int
+    request: Any
+    prompts: list  # tokens of each branch
+    room: int
+
+
+class Slots:
+    """`count` requests of a `sampler` at a time, each of at most `branches` branches and `length` tokens in all.
+
+    Bits: a request's tokens do not depend on its slot, on its neighbours, or on when it came; they do, in rounding,
+    on (count, branches, length), which name the compiled program.
+
+    Keys and values are reused: a row remembers the prompt that its cache begins with, and a new prompt takes over
+    whole chunks of any row's that it shares, copied or in place. A dialogue's next turn, a turn after a rewind, and
+    more samples of one prompt thus read only what is new. All that is reused was computed in the same chunks as
+    it would be anew, so that it is the same to the last bit; hence a dialogue's next turn reads the last answer
+    again, a few chunks, where decoding computed it token by token.
+    """
+
+    def __init__(self, sampler, count, branches=1, length=None):
+        if count < 1 or branches not in (1, 2, 3):
+            raise ValueError(f"expected at least 1 slot and 1 to 3 branches, found {count} and {branches}")
+        self.sampler, self.count, self.branches = sampler, count, branches
+        self.length = sampler.bucket(length or sampler.longest)
+        R, S = count * branches, self.length
+        self._held = [np.zeros(0, np.int32)] * R  # prompts
+        self._jobs = [None] * count
+        self._used = [0] * count  # when each slot was last given away
+        self._queue, self._tickets, self._time = collections.deque(), 0, 0
+        strategy = lambda dtype: np.zeros((count, 2), dtype)
+        self._knobs = {
+            "seed": np.zeros(count, np.uint32), "room": np.zeros(count, np.int32),
+            "size": np.zeros((count, 2), np.int32),
+            "image_only": np.zeros(count, bool), "text_only": np.zeros(count, bool),
+            "branches": np.ones(count, np.int32),
+            "guidance": np.ones(count, np.float32), "image_guidance": np.ones(count, np.float32),
+            "interval": np.zeros((count, 2), np.float32), "rescale": np.zeros(count, np.float32),
+            "temperature": strategy(np.float32), "top_k": strategy(np.int32), "top_p": strategy(np.float32),
+            "min_p": strategy(np.float32), "keep_mode": strategy(bool),
+        }  # fmt: skip
+        with sampler.on_mesh():
+            self._state = _empty(
+                sampler.model_config, sampler.grammar, count, branches, S, sampler.dtype, sampler.int8_cache
+            )
+        self._nothing = jax.device_put(self._fill_of(R, S))  # the same zeros for each dispatch without new prompts
+
+    @property
+    def busy(self):
+        """Whether any request is being answered or waits."""
+        return bool(self._queue) or any(self._jobs)
+
+    def add(self, request):
+        """Takes a request -> its ticket, an int. It waits where no slot is free.
+
+        Raises ValueError where it does not fit: prompt and answer the length, or its branches.
+        """
+        prompts = self.sampler.prompts(request)
+        room = self.sampler.room(request, prompts[0])
+        if len(prompts) > self.branches:
+            raise ValueError(f"the request's guidance needs {len(prompts)} branches, these slots have {self.branches}")
+        if len(prompts[0]) + room > self.length:
+            raise ValueError(
+                f"a prompt of {len(prompts[0])} tokens and {room} for its answer do not fit slots of {self.length}"
+            )
+        self._tickets += 1
+        self._queue.append(_Job(self._tickets, request, prompts, room))
+        return self._tickets
+
+    def cancel(self, ticket):
+        """Forgets a request that waits or is being answered -> whether it did: it may be done."""
+        for place, job in enumerate(self._jobs):
+            if job and job.ticket == ticket:
+                self._jobs[place] = None
+                return True
+        waiting = [job for job in self._queue if job.ticket != ticket]
+        found = len(waiting) < len(self._queue)
+        self._queue = collections.deque(waiting)
+        return found
+
+    def run(self, tokens=None):
+        """One dispatch -> the `Progress` of every request in a slot, at most `tokens` further; those that are done
+        have left it. Without a limit it ends when all are done or, where others wait, the first."""
+        fill = self._admit()
+        active = np.array([job is not None for job in self._jobs])
+        if not active.any():
+            return []
+        steps = self.length if tokens is None else tokens
+        target = active.sum() - 1 if self._queue else 0
+        model = self.sampler
+        with model.on_mesh():
+            self._state, seen = _dispatch(
+                model.params, model.weights, self._state, fill, self._knobs, active, np.int32(steps),
+                np.int32(target), graphdef=model.graphdef, grammar=model.grammar, branches=self.branches,
+                chunk=model.chunk,
+            )  # fmt: skip
+        still, lengths, written, rows = map(np.asarray, seen)
+        found = []
+        for place, job in enumerate(self._jobs):
+            if job:
+                answer = rows[place, lengths[place] - written[place] : lengths[place]]
+                found.append(Progress(job.ticket, job.request, answer, not still[place]))
+                if not still[place]:
+                    self._jobs[place] = None
+        return found
+
+    # What the host does between dispatches.
+
+    def _fill_of(self, R, S):
+        ints = lambda *shape: np.zeros(shape, np.int32)
+        return {
+            "count": np.int32(0), "row": ints(R), "source": ints(R), "kept": ints(R), "copied": ints(R),
+            "chunks": ints(R), "tokens": ints(R, S), "positions": ints(R, S, 3),
+            "fresh": np.zeros(R, bool), "lengths": ints(R), "machine": self.sampler.grammar.start(R),
+        }  # fmt: skip
+
+    def _admit(self):
+        """Gives free slots to those that wait -> what the device has to read for it.
+
+        The device fills rows in this order, and `_held` is what rows hold at each point of it."""
+        if not self._queue or all(self._jobs):
+            return self._nothing
+        fill = self._fill_of(self.count * self.branches, self.length)
+        while self._queue and not all(self._jobs):
+            job = self._queue.popleft()
+            free = [place for place, other in enumerate(self._jobs) if other is None]
+            place = max(free, key=lambda p: (_shared(self._held[p], job.prompts[0]), -self._used[p], -p))
+            self._time += 1
+            self._jobs[place], self._used[place] = job, self._time
+            self._set_knobs(place, job)
+            for branch, prompt in enumerate(job.prompts):
+                self._plan(fill, branch * self.count + place, prompt)
+        return fill
+
+    def _plan(self, fill, row, prompt):
+        """Adds to `fill` how `row` comes to hold `prompt`."""
+        chunk, at = self.sampler.chunk, int(fill["count"])
+        shared = [_shared(held, prompt) for held in self._held]
+        source = max(range(len(shared)), key=lambda r: (shared[r], r == row))
+        chunks = -(-len(prompt) // chunk)
+        whole = shared[source] == len(prompt) == len(self._held[source])  # then its last hidden state is known too
+        copied = chunks if whole else min(shared[source], len(prompt) - 1) // chunk
+        fill["count"] += np.int32(1)
+        fill["row"][at], fill["source"][at], fill["chunks"][at] = row, source, chunks
+        fill["copied"][at], fill["kept"][at] = copied, copied if source == row else 0
+        fill["tokens"][at, : len(prompt)] = prompt
+        fill["positions"][at, : len(prompt)] = self.sampler.grammar.positions(prompt)
+        fill["fresh"][row], fill["lengths"][row] = True, len(prompt)
+        for field, value in zip(fill["machine"], self.sampler.grammar.feed(prompt)):
+            field[row] = value[0]
+        self._held[row] = prompt
+
+    def _set_knobs(self, place, job):
+        request = job.request
+        strategies = (request.text, request.image)
+        values = {
+            "seed": request.seed & 0xFFFFFFFF, "room": job.room, "size": request.size or (0, 0),
+            "image_only": request.output == "image", "text_only": request.output == "text",
+            "branches": len(job.prompts), "guidance": request.guidance,
+            "image_guidance": request.image_guidance, "interval": request.guidance_interval,
+            "rescale": request.guidance_rescale,
+        }  # fmt: skip
+        for name in ("temperature", "top_k", "top_p", "min_p", "keep_mode"):
+            values[name] = [getattr(strategy, name) for strategy in strategies]
+        for name, value in values.items():
+            self._knobs[name][place] = value
+
+
+def _shared(a, b):
+    """How many tokens a and b begin with in common."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+def _empty(config, grammar, count, branches, S, dtype, int8):
+    R, D = count * branches, config.width
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+    hidden = jnp.zeros((R, D), dtype)
+    cache = caches.empty(config, R, S, dtype, int8)
+    return _State(cache, hidden, hidden, zeros(R), grammar.start(R, jnp), zeros(count))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "grammar", "branches", "chunk"), donate_argnames=("state",)
+)
+def _dispatch(params, weights, state, fill, knobs, active, steps, target, *, graphdef, grammar, branches, chunk):
+    """Fills rows with new prompts, then writes at most `steps` tokens in each slot that is `active` [N], until no
+    more than `target` of these are -> state, (active, lengths [N], written [N], tokens [N, S])."""
+    model = nnx.merge(graphdef, params)
+    N = state.written.shape[0]
+    every = lambda x: jnp.concatenate([x] * branches)
+    state = _fill(model, weights, state, fill, N, chunk)
+    draw = jax.vmap(lambda seed, i: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), i)))
+    place = jnp.arange(N)
+
+    def body(carry):
+        i, state, active = carry
+        logits = caches.logits(model, weights, state.hidden).reshape(branches, N, -1)
+        machine = jax.tree.map(lambda field: field[:N], state.machine)
+        legal = grammar.allowed(
+            machine, knobs["room"] - state.written, knobs["size"], knobs["image_only"], knobs["text_only"]
+        )
+        logits = _guided(logits, legal, machine, grammar, knobs)
+        modality = (machine.mode == CODES).astype(jnp.int32)
+        knob = lambda name: jnp.take_along_axis(knobs[name], modality[:, None], 1)[:, 0]
+        how = map(knob, ("temperature", "top_k", "top_p", "min_p", "keep_mode"))
+        latest = state.cache["tokens"][place, jnp.maximum(state.lengths[:N] - 1, 0)]
+        previous = jnp.where(state.written > 0, latest, -1)
+        token = choose(logits, legal, draw(knobs["seed"], state.written), previous, *how)
+        token = every(jnp.where(active, token, grammar.eos))
+        at = grammar.position(state.machine)
+        x, cache = caches.step(model, weights, state.cache, token[:, None], at[:, None], state.lengths)
+        machine = grammar.advance(state.machine, token)
+        state = state._replace(
+            cache=cache,
+            hidden=x[:, 0],
+            lengths=state.lengths + every(active),
+            machine=machine,
+            written=state.written + active,
+        )
+        return i + 1, state, active & (machine.mode[:N] != BETWEEN)
+
+    more = lambda carry: (carry[0] < steps) & (carry[2].sum() > target)
+    _, state, active = jax.lax.while_loop(more, body, (jnp.int32(0), state, active))
+    return state, (active, state.lengths[:N], state.written, state.cache["tokens"][:N])
+
+
+def _fill(model, weights, state, fill, N, chunk):
+    """Rows take over the chunks that others hold, read the rest of their prompts, and stand at the begin of an answer."""
+
+    def row(j, carry):
+        cache, prompt = carry
+        to, source = fill["row"][j], fill["source"][j]
+
+        def copy(i, cache):
+            def moved(buffer):
+                before = (0,) * (buffer.ndim > 2)  # the heads
+                at = lambda row: (row, *before, i * chunk) + (0,) * (buffer.ndim - 2 - len(before))
+                size = (1, *buffer.shape[1 : 1 + len(before)], chunk, *buffer.shape[2 + len(before) :])
+                return jax.lax.dynamic_update_slice(
+                    buffer, jax.lax.dynamic_slice(buffer, at(source), size), at(to)
+                )
+
+            return jax.tree.map(moved, cache)
+
+        def read(i, carry):
+            cache, _ = carry
+            part = lambda x: jax.lax.dynamic_slice(x, (j, i * chunk) + (0,) * (x.ndim - 2), (1, chunk) + x.shape[2:])
+            x, cache = caches.step(
+                model, weights, cache, part(fill["tokens"]), part(fill["positions"]), i[None] * chunk, to
+            )
+            return cache, x[0, jnp.clip(fill["lengths"][to] - 1 - i * chunk, 0, chunk - 1)]
+
+        copied = fill["copied"][j]
+        cache = jax.lax.fori_loop(fill["kept"][j], copied, copy, cache)
+        cache, hidden = jax.lax.fori_loop(copied, fill["chunks"][j], read, (cache, prompt[source]))
+        return cache, prompt.at[to].set(hidden)
+
+    cache, prompt = jax.lax.fori_loop(0, fill["count"], row, (state.cache, state.prompt))
+    fresh = fill["fresh"]
+    old_or = lambda old, new: jnp.where(fresh.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+    return _State(
+        cache=cache,
+        hidden=old_or(state.hidden, prompt),
+        prompt=prompt,
+        lengths=old_or(state.lengths, fill["lengths"]),
+        machine=jax.tree.map(old_or, state.machine, fill["machine"]),
+        written=jnp.where(fresh[:N], 0, state.written),
+    )
+
+
+def _guided(logits, legal, machine, grammar, knobs):
+    """Logits of the branches [branches, N, V] -> those to draw from [N, V].
+
+    With the branches full, free (no text) and bare (no text, no image): bare + image_guidance * (free - bare) +
+    guidance * (full - free), after InstructPix2Pix (arXiv:2211.09800); two branches are the case image_guidance 1.
+    A request with fewer branches than there are uses its own alone, and one without guidance `full` to the last
+    bit. Guidance holds for the codes of an image within `interval`, shares of the image (after arXiv:2404.07724),
+    and for all that is no code. `rescale` brings the spread of the guided logits back towards that of `full`
+    (after arXiv:2305.08891): over the legal tokens, for it is between these that is chosen.
+    """
+    full = logits[0]
+    if len(logits) == 1:
+        return full
+    column = lambda name: knobs[name][:, None]
+    guided = logits[1] + column("guidance") * (full - logits[1])
+    if len(logits) == 3:
+        bare = logits[2] + column("image_guidance") * (logits[1] - logits[2])
+        bare = bare + column("guidance") * (full - logits[1])
+        guided = jnp.where(column("branches") == 3, bare, guided)
+
+    def spread(x):
+        mean = jnp.where(legal, x, 0.0).sum(-1, keepdims=True) / legal.sum(-1, keepdims=True)
+        return jnp.sqrt(jnp.where(legal, jnp.square(x - mean), 0.0).sum(-1, keepdims=True))
+
+    def rescaled(guided):
+        ratio = spread(full) / jnp.maximum(spread(guided), 1e-30)
+        return guided * (1 + column("rescale") * (ratio - 1))
+
+    guided = jax.lax.cond(jnp.any(knobs["rescale"] > 0), rescaled, lambda guided: guided, guided)
+    codes = machine.height * machine.width * grammar.depth
+    share = (codes - machine.remaining) / jnp.maximum(codes, 1)
+    low, high = knobs["interval"].T
+    outside = (machine.mode == CODES) & ((share < low) | (share >= high))
+    plain = outside | (knobs["branches"] == 1)
+    return jnp.where(plain[:, None], full, guided)
