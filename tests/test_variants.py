@@ -8,6 +8,7 @@ from mmgen.data.packing import DROP_IMAGES, DROP_TEXT
 from mmgen.data.shards import Shards, write
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.sampling.sampler import Request
+from tests.conftest import whole_model
 
 
 def documents(grammar, rng):
