@@ -3,9 +3,14 @@
 import argparse
 import collections
 import json
+from pathlib import Path
 
 from mmgen.data import images
 from mmgen.data.sources import KINDS, Several, open_source
+from mmgen.document import Image
+from mmgen.runtime import hardware
+from mmgen.sampling import sampler
+from mmgen.sampling.strategies import Strategy
 
 
 def size(text):
@@ -100,3 +105,76 @@ def _rules(pairs):
     for field, values in pairs:
         rules[field] += values
     return rules
+
+
+def add_sampling_flags(parser):
+    """Those of `sampling_options`, for image codes and, with --text-..., for text."""
+    add = parser.add_argument
+    add("--guidance", type=float, default=1.5, help="above 1: nearer to what the text says")
+    add("--image-guidance", type=float, default=1.0, help="above 1: nearer to the images of the document")
+    add("--guidance-interval", type=share, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+        help="shares of an image between which there is guidance")  # fmt: skip
+    add(
+        "--guidance-rescale",
+        type=share,
+        default=0.0,
+        help="take back the spread that guidance adds to logits",
+    )
+    add("--temperature", type=float, default=0.1, help="of image codes; 0 is greedy")
+    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0)
+    add("--min-p", type=float, default=0.0)
+    add("--keep-mode", action=argparse.BooleanOptionalAction, default=True,
+        help="let a temperature below 1 begin objects as often as was learned")  # fmt: skip
+    add("--text-temperature", type=float, default=0.7, help="of text; 0 is greedy")
+    add("--text-top-p", type=float, default=1.0)
+
+
+def sampling_options(args):
+    """The options of `Request` that `add_sampling_flags` asks for; args may be anything with these names."""
+    return dict(
+        guidance=args.guidance,
+        image_guidance=args.image_guidance,
+        guidance_interval=tuple(args.guidance_interval),
+        guidance_rescale=args.guidance_rescale,
+        image=Strategy(args.temperature, args.top_k, args.top_p, args.min_p, args.keep_mode),
+        text=Strategy(args.text_temperature, top_p=args.text_top_p),
+    )
+
+
+def add_sampler_flags(parser):
+    """How a checkpoint is loaded for sampling."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="workdir of a transformer run")
+    add("--int8", action="store_true", help="weights of the layers in 8 bits")
+    add("--int8-cache", action="store_true", help="keys and values in 8 bits")
+    add("--tensor", type=int, default=1, help="devices that share the model")
+
+
+def load_sampler(args):
+    """The `Sampler` that `add_sampler_flags` asks for, and a compilation cache for its programs."""
+    hardware.compilation_cache()
+    return sampler.load(args.checkpoint, int8=args.int8, int8_cache=args.int8_cache, tensor=args.tensor)
+
+
+def picture_for(path, model, size=None):
+    """An image file as an `Image` that the sampler's tokenizer takes: of `size` (width, height) in pixels, or about
+    as large as it is, its sides multiples of the patch and no longer than the grammar's. Errors name the file."""
+    patch, most = model.tokenizer.patch, model.grammar.max_side * model.tokenizer.patch
+    background = images.ALPHA if model.tokenizer.alpha else (255, 255, 255)
+    try:
+        pixels = images.read(Path(path).read_bytes(), background=background)
+    except images.BadImage as error:
+        raise ValueError(f"{path}: {error}") from error
+    if size is None:
+        shrink = min(1.0, most / max(pixels.shape[:2]))
+        size = [max(round(side * shrink / patch), 1) * patch for side in pixels.shape[1::-1]]
+    return Image(pixels=images.fit(pixels, *size))
+
+
+def grid_of(size, model):
+    """(width, height) in pixels -> (height, width) in patches. ValueError where the patch does not divide them."""
+    patch = model.tokenizer.patch
+    if any(side % patch for side in size):
+        raise ValueError(f"--size must be a multiple of the patch, {patch}; found {size[0]}x{size[1]}")
+    return size[1] // patch, size[0] // patch

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from mmgen.commands.common import share, size
+from mmgen.commands.common import add_sampling_flags, sampling_options, share, size
 from mmgen.data.sources import open_source
 from mmgen.evals import probe, report, suites, towers
 from mmgen.models.autoencoders import load_tokenizer
@@ -12,7 +12,6 @@ from mmgen.models.classifier import load_classifier
 from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
 from mmgen.sampling import sampler
-from mmgen.sampling.strategies import Strategy
 from mmgen.stages.tokenizer import background
 from mmgen.world.render import render
 
@@ -41,12 +40,7 @@ def main(argv):
     world.add_argument(
         "--split", choices=("valid", "test"), default="test", help="valid: to choose settings by"
     )
-    world.add_argument("--guidance", type=float, default=1.5)
-    world.add_argument("--temperature", type=float, default=0.1)
-    world.add_argument("--top-k", type=int, default=0)
-    world.add_argument("--top-p", type=float, default=1.0)
-    world.add_argument("--min-p", type=float, default=0.0)
-    world.add_argument("--keep-mode", action=argparse.BooleanOptionalAction, default=True)
+    add_sampling_flags(world)
     world.add_argument("--batch-size", type=int, default=50)
     world.add_argument(
         "--probe", type=int, default=64, help="pictures to probe the (English) words with; 0: none"
@@ -138,8 +132,7 @@ def main(argv):
         batch_size=args.batch_size,
         best_of=args.best_of,
         score=judges and judges.score,
-        guidance=args.guidance,
-        image=Strategy(args.temperature, args.top_k, args.top_p, args.min_p, args.keep_mode),
+        **sampling_options(args),
     )
     scores = suites.scores(cases)
     known = probe.run(model, args.probe, size=args.size) if args.language == "en" else {}

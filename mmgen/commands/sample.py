@@ -1,132 +1,298 @@
 """`mmgen sample --checkpoint DIR --prompt "..." --n 4 --out out.png`."""
 
 import argparse
+import copy
+import hashlib
+import io
+import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from mmgen.commands.common import size
+import mmgen
+from mmgen.commands.common import (
+    add_sampler_flags,
+    add_sampling_flags,
+    grid_of,
+    load_sampler,
+    picture_for,
+    sampling_options,
+    size,
+)
+from mmgen.data import files
 from mmgen.data.images import straight
 from mmgen.document import Document, Text, Turn
 from mmgen.models.contrastive import load_towers
 from mmgen.sampling import sampler
-from mmgen.sampling.strategies import Strategy
+
+# What a line of a --prompts FILE.jsonl may say for itself; what it does not say, the flags do.
+NUMBER = (int, float)
+LINE = {
+    "prompt": str, "images": list, "output": str, "size": (str, type(None)), "n": int, "number": int, "seed": int,
+    "guidance": NUMBER, "image_guidance": NUMBER, "guidance_interval": list, "guidance_rescale": NUMBER,
+    "temperature": NUMBER, "top_k": int, "top_p": NUMBER, "min_p": NUMBER, "keep_mode": bool,
+    "text_temperature": NUMBER, "text_top_p": NUMBER, "max_tokens": (int, type(None)), "stop": list,
+}  # fmt: skip
+SAME = (
+    "step",
+    "config",
+    "grammar",
+    "text",
+    "tokenizer",
+    "int8",
+    "int8_cache",
+    "best_of",
+    "towers",
+    "request",
+)
 
 
 def main(argv):
-    """Draws pictures for prompts: a contact sheet (--out FILE.png), or one file each (--out FOLDER)."""
+    """Draws pictures for prompts, or answers them: a contact sheet (--out FILE.png), or files of each answer (--out
+    FOLDER). JSON beside them says all that is needed to draw them again; a folder is gone on with where it stopped."""
     parser = argparse.ArgumentParser("mmgen sample", description=main.__doc__)
-    parser.add_argument("--checkpoint", required=True, help="workdir of a transformer run")
+    add_sampler_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
-    parser.add_argument("--prompts", help="a text file with one prompt a line")
-    parser.add_argument("--n", type=int, default=1, help="pictures a prompt")
-    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels (default: the model chooses)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, default=1.5, help="above 1: nearer to the prompt")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of image codes; 0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument(
-        "--keep-mode",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let a temperature below 1 begin objects as often as was learned",
+        "--prompts", metavar="FILE",
+        help="one prompt a line, or .jsonl (or the .json beside a picture): a line an object with any of "
+        + ", ".join(LINE),
+    )  # fmt: skip
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="shown before the prompt; may be repeated",
     )
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--best-of", type=int, default=1, help="draw so many for each picture, keep the best")
-    parser.add_argument("--towers", help="workdir of a contrastive run, which says what is best")
+    parser.add_argument("--output", choices=("image", "text", "any"), default="image")
+    parser.add_argument("--n", type=int, default=1, help="answers a prompt")
+    parser.add_argument(
+        "--size",
+        type=size,
+        help="WIDTHxHEIGHT in pixels (default: the model chooses; images in stay as they are)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    add_sampling_flags(parser)
+    parser.add_argument("--max-tokens", type=int, help="the most that an answer takes")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text answer")
+    parser.add_argument("--batch-size", type=int, help="answers at a time (default: all, at most 16)")
+    parser.add_argument("--best-of", type=int, default=1, help="draw so many for each answer, keep the best")
+    parser.add_argument(
+        "--towers",
+        metavar="DIR",
+        help="workdir of a contrastive run, which says what is best; else the likelihood",
+    )
     parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times in the files")
     parser.add_argument("--out", default="out.png", help="FILE.png for a contact sheet, or a folder")
     args = parser.parse_args(argv)
 
-    prompts = list(args.prompt)
-    if args.prompts:
-        prompts += [
-            line.strip() for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()
-        ]
-    if not prompts or args.n < 1:
+    lines = [{"prompt": prompt} for prompt in args.prompt] + (
+        read_lines(args.prompts) if args.prompts else []
+    )
+    lines = lines or ([{}] if args.image else [])
+    asked = [one for place, line in enumerate(lines) for one in expand(place, line, args)]
+    if not asked:
         raise ValueError(
             "nothing to draw: expected --prompt TEXT or a --prompts FILE with a line in it, and --n >= 1"
         )
-    if args.best_of < 1 or (args.best_of > 1) != bool(args.towers):
+    if min(args.best_of, args.batch_size or 1, args.scale) < 1:
+        raise ValueError("expected --best-of, --batch-size and --scale of at least 1")
+    if args.towers and args.best_of == 1:
+        raise ValueError("--towers says which is the best of several: give --best-of N of at least 2 too")
+    out = Path(args.out)
+    check_writable(out)  # before the work: an unwritable path should cost nothing
+    sheet = bool(out.suffix)
+    if sheet and any(one.output != "image" for one in asked):
+        raise ValueError("a contact sheet is of pictures: give --out a folder for answers with text")
+
+    model = load_sampler(args)
+    args.batch_size = args.batch_size or min(16, len(asked) * args.best_of)
+    about = {
+        "mmgen": mmgen.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+        "checkpoint": str(Path(args.checkpoint).absolute()), "step": model.step,
+        "config": hashlib.sha256(model.config.to_json(sort_keys=True).encode()).hexdigest()[:12],
+        "grammar": model.grammar.hash, "text": model.text.hash, "tokenizer": model.tokenizer.hash,
+        "int8": args.int8, "int8_cache": args.int8_cache, "tensor": args.tensor, "batch_size": args.batch_size,
+        "best_of": args.best_of, "towers": args.towers,
+    }  # fmt: skip
+    notes = [about | {"request": {name: getattr(one, name) for name in LINE}} for one in asked]
+    names = [f"{one.place:05d}-{one.number}" for one in asked]
+    todo = [i for i in range(len(asked)) if sheet or not is_there(out / names[i], notes[i])]
+    requests = [request_of(asked[i], model) for i in todo]
+    turns, done = {}, len(asked) - len(todo)
+    try:
+        with tqdm(total=len(asked), initial=done, desc="sample", disable=None, leave=False) as bar:
+            for k, turn in answers(model, requests, args):
+                turns[todo[k]] = turn
+                if not sheet:
+                    write_answer(out / names[todo[k]], turn, notes[todo[k]], args.scale)
+                bar.update()
+    except KeyboardInterrupt:
+        if sheet and turns:
+            write_sheet(out, turns, asked, notes, args.scale)
+        rest = "" if sheet else "; the same command goes on from there"
+        print(f"\ninterrupted: {done + len(turns)} of {len(asked)} answers are in {out}{rest}")
+        return 130
+    if sheet:
+        write_sheet(out, turns, asked, notes, args.scale)
+    print(out)
+
+
+def read_lines(path):
+    """The lines of a file of prompts: dicts with keys of `LINE`. A .json is what this command has written."""
+    text = Path(path).read_text("utf-8")
+    if Path(path).suffix not in (".json", ".jsonl"):
+        return [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+    lines = [(0, text)] if Path(path).suffix == ".json" else enumerate(text.splitlines(), 1)
+    found = []
+    for number, line in lines:
+        if line.strip():
+            where = f"{path}, line {number}" if number else path
+            try:
+                line = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: expected JSON, found {error}") from error
+            found += [checked(one, where) for one in (line if isinstance(line, list) else [line])]
+    return found
+
+
+def checked(line, where):
+    """The line, or the "request" in it; ValueError for what no line may say."""
+    line = line.get("request", line) if isinstance(line, dict) else line
+    if not isinstance(line, dict) or line.keys() - LINE.keys():
+        found = sorted(line.keys() - LINE.keys()) if isinstance(line, dict) else type(line).__name__
+        raise ValueError(f"{where}: expected an object with any of {', '.join(LINE)}; found {found}")
+    for name, value in line.items():
+        if not isinstance(value, LINE[name]) or (isinstance(value, bool) and LINE[name] is not bool):
+            raise ValueError(f"{where}: {name} cannot be {value!r}")
+    return line
+
+
+def expand(place, line, args):
+    """A namespace for each answer that a line asks for: the flags' values, and the line's over them."""
+    one = copy.copy(args)
+    one.place, one.prompt, one.images, one.number = place, "", args.image, 0
+    one.size = args.size and "{}x{}".format(*args.size)
+    vars(one).update(line)
+    found = [copy.copy(one) for _ in range(one.n)]
+    for k, each in enumerate(found):
+        each.column, each.number, each.n = k, one.number + k, 1
+        each.guidance_interval = list(one.guidance_interval)
+    return found
+
+
+def request_of(one, model):
+    """The `Request` of one answer."""
+    pixels = size(one.size) if one.size else None
+    shown = [picture_for(path, model, pixels) for path in one.images]
+    words = [Text(one.prompt)] if one.prompt else []
+    return sampler.Request(
+        document=model.encoded(Document((Turn("user", (*shown, *words)),))),
+        output=one.output,
+        size=grid_of(pixels, model) if pixels and one.output != "text" else None,
+        # Each answer has its own seed, whatever else is asked for in the same call.
+        seed=int(np.random.SeedSequence([one.seed, one.number]).generate_state(1)[0]),
+        max_tokens=one.max_tokens,
+        stop=tuple(one.stop),
+        **sampling_options(one),
+    )
+
+
+def answers(model, requests, args):
+    """(index of the request, turn) as they come."""
+    if not requests:
+        return
+    if args.best_of == 1:
+        yield from ((k, turn) for k, turn, _ in model.stream(requests, args.batch_size))
+        return
+    score = load_towers(args.towers).score if args.towers else None
+    at_once = max(args.batch_size // args.best_of, 1)
+    for start in range(0, len(requests), at_once):
+        part = requests[start : start + at_once]
+        turns, _ = sampler.best_of(model, part, args.best_of, score, args.batch_size)
+        yield from enumerate(turns, start)
+
+
+def check_writable(out):
+    """Raises where `out`, a picture or a folder, cannot be written; makes the folder."""
+    if not out.suffix:
+        out.mkdir(parents=True, exist_ok=True)
+        return
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {out}: the folder {out.parent} does not exist")
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"cannot write {out}: {out.suffix!r} is no image format; use .png")
+    existed = out.exists()
+    with out.open("ab"):  # raises where it may not be written
+        pass
+    if not existed:  # a run that fails leaves no empty picture
+        out.unlink()
+
+
+def is_there(path, note):
+    """Whether this very answer is written already. ValueError where another one is."""
+    if not (beside := path.with_name(path.name + ".json")).exists():
+        return False
+    found = json.loads(beside.read_text("utf-8"))
+    different = [name for name in SAME if found.get(name) != note[name]]
+    if different:
         raise ValueError(
-            f"expected --towers DIR together with --best-of N of at least 2, found --best-of {args.best_of} and --towers {args.towers}"
+            f"{beside} is of another {' and '.join(different)}: choose another --out, or remove what is there"
         )
-    towers = load_towers(args.towers) if args.towers else None
-    write = _prepare(Path(args.out))  # before the work: an unwritable path should cost nothing
-    model = sampler.load(args.checkpoint)
-    grid = None
-    if args.size:
-        patch = model.tokenizer.patch
-        if any(side % patch for side in args.size):
-            raise ValueError(
-                f"--size must be a multiple of the patch, {patch}; found {args.size[0]}x{args.size[1]}"
-            )
-        grid = (args.size[1] // patch, args.size[0] // patch)
-    requests = [
-        sampler.Request(
-            document=Document((Turn("user", (Text(prompt),)),)),
-            size=grid,
-            # Each picture has its own seed, whatever else is asked for in the same call.
-            seed=int(np.random.SeedSequence([args.seed, k]).generate_state(1)[0]),
-            guidance=args.guidance,
-            image=Strategy(args.temperature, args.top_k, args.top_p, args.min_p, args.keep_mode),
-        )
-        for prompt in prompts
-        for k in range(args.n)
-    ]
-    batch_size = min(args.batch_size, len(requests) * args.best_of)
-    if towers:
-        turns, _ = sampler.best_of(model, requests, args.best_of, towers.score, batch_size)
-    else:
-        turns = model.generate(requests, batch_size)
-    pictures = [_enlarged(straight(turn.parts[0].pixels), args.scale) for turn in turns]
-    print(write(pictures, args.n))
+    return True
 
 
-def _prepare(out):
-    """Checks that `out` can be written -> function (pictures, columns) that writes there."""
-    if out.suffix:
-        if not out.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {out}: the folder {out.parent} does not exist")
-        if out.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"cannot write {out}: {out.suffix!r} is no image format; use .png")
-        existed = out.exists()
-        with out.open("ab"):  # raises where it may not be written
-            pass
-        if not existed:  # a run that fails leaves no empty picture
-            out.unlink()
-
-        def sheet(pictures, columns):
-            height, width = np.max([p.shape[:2] for p in pictures], axis=0)
-            rows = -(-len(pictures) // columns)
-            channels = pictures[0].shape[
-                2
-            ]  # RGBA where the tokenizer has an alpha, with a clear sheet around
-            canvas = np.full(
-                (rows * height, columns * width, channels), 255 if channels == 3 else 0, np.uint8
-            )
-            for i, p in enumerate(pictures):
-                y, x = divmod(i, columns)
-                canvas[y * height : y * height + p.shape[0], x * width : x * width + p.shape[1]] = p
-            sheet = Image.fromarray(canvas)
-            if channels == 4 and out.suffix.lower() not in (".png", ".webp"):
-                sheet = Image.alpha_composite(Image.new("RGBA", sheet.size, "white"), sheet).convert("RGB")
-            sheet.save(out)
-            return out
-
-        return sheet
-    out.mkdir(parents=True, exist_ok=True)
-
-    def files(pictures, columns):
-        for i, p in enumerate(pictures):
-            Image.fromarray(p).save(out / f"{i // columns:05d}-{i % columns}.png")
-        return out
-
-    return files
+def write_answer(path, turn, note, scale):
+    """PATH.png (PATH.1.png, ...) for images, PATH.txt for text, and PATH.json last: with it the answer is whole."""
+    answer, pictures = [], 0
+    for part in turn.parts:
+        if isinstance(part, Text):
+            answer.append({"text": part.text})
+            continue
+        name = f"{path.name}{f'.{pictures}' if pictures else ''}.png"
+        files.write(str(path.with_name(name)), encoded(enlarged(part.pixels, scale), ".png"))
+        answer.append({"image": name, "codes": part.codes.tolist()})
+        pictures += 1
+    words = "\n".join(part["text"] for part in answer if "text" in part)
+    if words:
+        print(words)
+        files.write(str(path.with_name(path.name + ".txt")), words.encode())
+    write_json(path.with_name(path.name + ".json"), note | {"answer": answer})
 
 
-def _enlarged(pixels, scale):
-    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+def write_sheet(out, turns, asked, notes, scale):
+    """The pictures so far on one sheet, a row a line; and beside it a list of what each is."""
+    pictures = {i: enlarged(turn.parts[0].pixels, scale) for i, turn in turns.items()}
+    height, width = np.max([picture.shape[:2] for picture in pictures.values()], axis=0)
+    rows, columns = (1 + max(getattr(one, name) for one in asked) for name in ("place", "column"))
+    channels = next(iter(pictures.values())).shape[
+        2
+    ]  # RGBA where the tokenizer has an alpha, and then a clear sheet
+    canvas = np.full((rows * height, columns * width, channels), 255 if channels == 3 else 0, np.uint8)
+    for i, picture in pictures.items():
+        y, x = asked[i].place * height, asked[i].column * width
+        canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    files.write(str(out), encoded(canvas, out.suffix))
+    written = [notes[i] | {"answer": [{"codes": turns[i].parts[0].codes.tolist()}]} for i in sorted(turns)]
+    write_json(out.with_suffix(".json"), written)
+
+
+def encoded(pixels, suffix):
+    """The bytes of an image file."""
+    image, data = Image.fromarray(pixels), io.BytesIO()
+    if pixels.shape[2] == 4 and suffix.lower() not in (".png", ".webp"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.save(data, Image.registered_extensions()[suffix.lower()])
+    return data.getvalue()
+
+
+def enlarged(pixels, scale):
+    return straight(pixels).repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def write_json(path, value):
+    files.write(str(path), json.dumps(value, ensure_ascii=False).encode())

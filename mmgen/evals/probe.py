@@ -63,4 +63,5 @@ def _image_nats(sampler, documents, batch_size):
     """The cross-entropy, in nats, of all image codes of each document."""
     nats = sampler.nats(documents, batch_size)
     tokens = (sampler.grammar.encode(document, sampler.text) for document in documents)
-    return [each[row >= sampler.grammar.code_start].sum() for each, row in zip(nats, tokens, strict=True)]
+    codes = (each[row >= sampler.grammar.code_start] for each, row in zip(nats, tokens, strict=True))
+    return np.array([each.sum() for each in codes])

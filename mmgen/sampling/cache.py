@@ -11,7 +11,7 @@ F hidden, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-from mmgen.models import layers, transformer
+from mmgen.models import layers
 from mmgen.models.attention import bias_of
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.mesh import constrain
@@ -72,7 +72,9 @@ def empty(config, rows, slots, dtype, int8=False):
     shape = (rows, config.kv_heads, slots, config.head_dim)
 
     def buffer():
-        whole = lambda shape, dtype: constrain(jnp.zeros(shape, dtype), (None, "kv_heads", None, None)[: len(shape)])
+        whole = lambda shape, dtype: constrain(
+            jnp.zeros(shape, dtype), (None, "kv_heads", None, None)[: len(shape)]
+        )
         return (whole(shape, jnp.int8), whole(shape[:3], jnp.float32)) if int8 else whole(shape, dtype)
 
     pairs = [(buffer(), buffer()) for _ in range(config.layers)]
@@ -100,7 +102,9 @@ def step(model, weights, cache, tokens, positions, start, row=None):
             where = (rows, slots) if buffer.ndim == 2 else (rows, slice(None), slots)
             return buffer.at[where].set(new, mode="drop")
         new, before = (new, ()) if buffer.ndim == 2 else (new.swapaxes(1, 2), (0,))
-        return jax.lax.dynamic_update_slice(buffer, new, (row, *before, start[0]) + (0,) * (buffer.ndim - 2 - len(before)))
+        return jax.lax.dynamic_update_slice(
+            buffer, new, (row, *before, start[0]) + (0,) * (buffer.ndim - 2 - len(before))
+        )
 
     def of_rows(buffer):
         return buffer if row is None else jax.lax.dynamic_slice_in_dim(buffer, row, 1)

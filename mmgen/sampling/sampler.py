@@ -79,14 +79,30 @@ class Sampler:
 
     graphdef, params: of the whole `Transformer`; they are laid out anew (see cache.py) and not kept. int8: weights
     of the layers and the head in int8. int8_cache: keys and values too. mesh: shares them out over its axis
-    "tensor" (see `load`).
+    "tensor" (see `load`). step: of the checkpoint, for those who note where a sample comes from.
     """
 
-    def __init__(self, graphdef, params, config, grammar, text, tokenizer, *, int8=False, int8_cache=False, mesh=None):
+    def __init__(
+        self,
+        graphdef,
+        params,
+        config,
+        grammar,
+        text,
+        tokenizer,
+        *,
+        int8=False,
+        int8_cache=False,
+        mesh=None,
+        step=None,
+    ):
         self.config, self.grammar, self.text, self.tokenizer = config, grammar, text, tokenizer
-        self.longest, self.int8_cache, self.mesh = config.data.row_length, int8_cache, mesh
+        self.longest, self.step = config.data.row_length, step
+        self.int8, self.int8_cache, self.mesh = int8, int8_cache, mesh
         self.dtype = jnp.dtype(config.model.dtype)
-        self.chunk = 32 if jax.default_backend() == "cpu" else 128  # tokens of a prompt that are read at a time
+        self.chunk = (
+            32 if jax.default_backend() == "cpu" else 128
+        )  # tokens of a prompt that are read at a time
         prepare = lambda params: caches.prepare(nnx.merge(graphdef, params), self.dtype, int8)
         with self.on_mesh():
             self.weights = jax.jit(prepare)(params)
@@ -128,24 +144,29 @@ class Sampler:
             groups.setdefault((len(prompts), length), []).append(i)
         for (branches, length), members in sorted(groups.items()):
             slots = Slots(self, batch_size, branches, length)
-            yield from self._answers(slots, requests, members, every)
+            yield from self.answers(slots, requests, members, every)
 
-    def _answers(self, slots, requests, members, every):
+    def answers(self, slots, requests, members, every=None):
+        """`stream` of requests[i] for i in members through these slots, which nobody else uses meanwhile."""
         index = {slots.add(requests[i]): i for i in members}
         stops = any(requests[i].stop for i in members)
-        while slots.busy:
-            found = []
-            for progress in slots.run(every or (_STOP_EVERY if stops else None)):
-                turn, codes, stopped = self.turn(progress.request, progress.tokens)
-                if stopped and not progress.done:
-                    slots.cancel(progress.ticket)
-                done = stopped or progress.done
-                if done or every:
-                    found.append((index[progress.ticket], turn, codes, done))
-            turns = self.with_pixels([turn for _, turn, _, _ in found])
-            for (i, _, codes, done), turn in zip(found, turns):
-                begun = () if codes is None else (Image(pixels=self.sketch(codes)),)
-                yield i, Turn(turn.role, turn.parts + begun), done
+        try:
+            while slots.busy:
+                found = []
+                for progress in slots.run(every or (_STOP_EVERY if stops else None)):
+                    turn, codes, stopped = self.turn(progress.request, progress.tokens)
+                    if stopped and not progress.done:
+                        slots.cancel(progress.ticket)
+                    done = stopped or progress.done
+                    if done or every:
+                        found.append((index[progress.ticket], turn, codes, done))
+                turns = self.with_pixels([turn for _, turn, _, _ in found])
+                for (i, _, codes, done), turn in zip(found, turns):
+                    begun = () if codes is None else (Image(pixels=self.sketch(codes)),)
+                    yield i, Turn(turn.role, turn.parts + begun), done
+        finally:  # whoever stops listening leaves the slots free
+            for ticket in index:
+                slots.cancel(ticket)
 
     def encoded(self, document):
         """The document with codes for all its images. ValueError for sizes that the patch does not divide."""
@@ -197,8 +218,14 @@ class Sampler:
     def bucket(self, length):
         """The length of the cache for `length` tokens: whole chunks, of which few numbers are compiled."""
         chunks = lambda tokens: -(-tokens // self.chunk)
-        steps = (*range(1, 4), *(n << k for k in range(31) for n in (4, 5, 6, 7)))  # ... 6, 7, 8, 10, 12, 14, 16, 20, ...
-        return min(next(n for n in steps if n >= chunks(length)), max(chunks(self.longest), chunks(length))) * self.chunk
+        steps = (
+            *range(1, 4),
+            *(n << k for k in range(31) for n in (4, 5, 6, 7)),
+        )  # ... 6, 7, 8, 10, 12, 14, 16, 20, ...
+        return (
+            min(next(n for n in steps if n >= chunks(length)), max(chunks(self.longest), chunks(length)))
+            * self.chunk
+        )
 
     def turn(self, request, tokens):
         """What an answer's tokens write so far -> the assistant's turn of its finished parts, without pixels; the
@@ -351,5 +378,16 @@ def load(workdir, *, int8=False, int8_cache=False, tensor=1):
         shardings = meshes.param_shardings(abstract, mesh, dict(config.sharding) | {"embed": None})
         place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
         shapes = jax.tree.map(place, shapes, shardings)
-    params, _ = checkpoint.load_weights(workdir, shapes)
-    return Sampler(graphdef, params, config, grammar, text, tokenizer, int8=int8, int8_cache=int8_cache, mesh=mesh)
+    params, step = checkpoint.load_weights(workdir, shapes)
+    return Sampler(
+        graphdef,
+        params,
+        config,
+        grammar,
+        text,
+        tokenizer,
+        int8=int8,
+        int8_cache=int8_cache,
+        mesh=mesh,
+        step=step,
+    )

@@ -20,7 +20,6 @@ import numpy as np
 from flax import nnx
 
 from mmgen.grammar import BETWEEN, CODES
-from mmgen.runtime import mesh as meshes
 from mmgen.sampling import cache as caches
 from mmgen.sampling.strategies import choose
 
@@ -92,7 +91,9 @@ class Slots:
             self._state = _empty(
                 sampler.model_config, sampler.grammar, count, branches, S, sampler.dtype, sampler.int8_cache
             )
-        self._nothing = jax.device_put(self._fill_of(R, S))  # the same zeros for each dispatch without new prompts
+        self._nothing = jax.device_put(
+            self._fill_of(R, S)
+        )  # the same zeros for each dispatch without new prompts
 
     @property
     def busy(self):
@@ -107,7 +108,9 @@ class Slots:
         prompts = self.sampler.prompts(request)
         room = self.sampler.room(request, prompts[0])
         if len(prompts) > self.branches:
-            raise ValueError(f"the request's guidance needs {len(prompts)} branches, these slots have {self.branches}")
+            raise ValueError(
+                f"the request's guidance needs {len(prompts)} branches, these slots have {self.branches}"
+            )
         if len(prompts[0]) + room > self.length:
             raise ValueError(
                 f"a prompt of {len(prompts[0])} tokens and {room} for its answer do not fit slots of {self.length}"
@@ -187,7 +190,9 @@ class Slots:
         shared = [_shared(held, prompt) for held in self._held]
         source = max(range(len(shared)), key=lambda r: (shared[r], r == row))
         chunks = -(-len(prompt) // chunk)
-        whole = shared[source] == len(prompt) == len(self._held[source])  # then its last hidden state is known too
+        whole = (
+            shared[source] == len(prompt) == len(self._held[source])
+        )  # then its last hidden state is known too
         copied = chunks if whole else min(shared[source], len(prompt) - 1) // chunk
         fill["count"] += np.int32(1)
         fill["row"][at], fill["source"][at], fill["chunks"][at] = row, source, chunks
@@ -234,7 +239,9 @@ def _empty(config, grammar, count, branches, S, dtype, int8):
 @functools.partial(
     jax.jit, static_argnames=("graphdef", "grammar", "branches", "chunk"), donate_argnames=("state",)
 )
-def _dispatch(params, weights, state, fill, knobs, active, steps, target, *, graphdef, grammar, branches, chunk):
+def _dispatch(
+    params, weights, state, fill, knobs, active, steps, target, *, graphdef, grammar, branches, chunk
+):
     """Fills rows with new prompts, then writes at most `steps` tokens in each slot that is `active` [N], until no
     more than `target` of these are -> state, (active, lengths [N], written [N], tokens [N, S])."""
     model = nnx.merge(graphdef, params)
@@ -296,7 +303,9 @@ def _fill(model, weights, state, fill, N, chunk):
 
         def read(i, carry):
             cache, _ = carry
-            part = lambda x: jax.lax.dynamic_slice(x, (j, i * chunk) + (0,) * (x.ndim - 2), (1, chunk) + x.shape[2:])
+            part = lambda x: jax.lax.dynamic_slice(
+                x, (j, i * chunk) + (0,) * (x.ndim - 2), (1, chunk) + x.shape[2:]
+            )
             x, cache = caches.step(
                 model, weights, cache, part(fill["tokens"]), part(fill["positions"]), i[None] * chunk, to
             )
