@@ -8,13 +8,15 @@ COMMANDS = {
     "quickstart": "everything from nothing to judged pictures, in minutes",
     "train": "train a stage from a config",
     "tokenize": "turn a source into tokenised shards",
-    "sample": "draw pictures for prompts",
+    "sample": "draw pictures for prompts, or answer them in words",
+    "chat": "a dialogue in the terminal, text and images in and out",
     "evaluate": "judge a checkpoint on the world's suites",
     "text": "train a SentencePiece text model",
     "doctor": "say what works on this machine",
 }
 TOOLS = {
     "inspect": "what lies in tokenised shards: statistics, and documents as a page to look at",
+    "score": "the log-likelihood of given images and texts under a model",
     "embed": "vectors of a source's images and texts, by the towers of a contrastive run",
     "plan": "memory, FLOPs and step time of a config on a pod, before there is one",
     "export": "a run's weights as one safetensors file",

@@ -43,9 +43,9 @@ def rule(text):
         return field, [value]
 
 
-def add_source_flags(parser):
+def add_source_flags(parser, required=True):
     add = parser.add_argument
-    add("--source", required=True, action="append", metavar="[NAME=]SPEC",
+    add("--source", required=required, action="append", metavar="[NAME=]SPEC",
         help=f"{' '.join(KINDS.values())}; given again, sources follow one another")  # fmt: skip
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--size", type=size, default=(32, 32), metavar="WIDTHxHEIGHT",

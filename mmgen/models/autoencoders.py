@@ -552,7 +552,7 @@ class Tokenizer:
 def load_tokenizer(workdir):
     """Restores the `Tokenizer` of a tokenizer run (or of an exported copy)."""
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "tokenizer"))
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Autoencoder(config.model, nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Autoencoder(config.model, None)))
     params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract), beside=("discriminator",))
     color_digits = config.loss.color_digits if config.loss.recolor else 0
     return Tokenizer(nnx.merge(graphdef, params), color_digits, jax.local_devices())

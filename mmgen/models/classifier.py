@@ -266,7 +266,7 @@ def load_classifier(workdir):
     """The `Classes` of a classifier run; says so where its calibration is missing or of other weights."""
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "classifier"))
     groups = groups_of(config.labels)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Classifier(config.model, groups, nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Classifier(config.model, groups, None)))
     params, step = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
     path = Path(workdir) / CALIBRATION
     found = json.loads(path.read_text()) if path.exists() else {"step": None, "groups": None}

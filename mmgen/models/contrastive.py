@@ -296,6 +296,6 @@ def load_towers(workdir):
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "contrastive"))
     text = Text(workdir / "text.model")
     make = functools.partial(Contrastive, config.model, text.size)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(None)))
     params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
     return Towers(nnx.merge(graphdef, params), text, config.data.length, config.data.source.size, config.name)

@@ -15,7 +15,10 @@ from mmgen.runtime.mesh import constrain
 
 
 def normal(rngs, shape, scale):
-    """Truncated normal of standard deviation `scale`, float32."""
+    """Truncated normal of standard deviation `scale`, float32. Without rngs zeros, for those who want a model's
+    shapes alone: to trace random numbers takes half of the time in which a model is restored."""
+    if rngs is None:
+        return jnp.zeros(shape)
     return scale * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape) / 0.87962566
 
 
@@ -133,6 +136,8 @@ class Block(nnx.Module):
 
 def stack(make, layers, rngs):
     """One module whose parameters carry a leading axis of `layers`; `make(rngs)` builds a layer."""
+    if rngs is None:
+        return nnx.vmap(lambda _: make(None))(jnp.zeros(layers))
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from mmgen.models import layers
-from mmgen.models.attention import attention, bias_of
 from mmgen.models.cross_entropy import cross_entropy
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.mesh import constrain

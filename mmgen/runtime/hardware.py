@@ -238,5 +238,5 @@ def compilation_cache():
         if (
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ
         ):  # seconds of compiling worth a file
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return jax.config.jax_compilation_cache_dir

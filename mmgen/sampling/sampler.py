@@ -160,32 +160,41 @@ class Sampler:
                     done = stopped or progress.done
                     if done or every:
                         found.append((index[progress.ticket], turn, codes, done))
-                turns = self.with_pixels([turn for _, turn, _, _ in found])
-                for (i, _, codes, done), turn in zip(found, turns):
-                    begun = () if codes is None else (Image(pixels=self.sketch(codes)),)
-                    yield i, Turn(turn.role, turn.parts + begun), done
+                turns = self.with_pixels([turn for _, turn, _, _ in found], slots.count)
+                begun = [n for n, (_, _, codes, _) in enumerate(found) if codes is not None]
+                for n, pixels in zip(begun, self.sketches([found[n][2] for n in begun], slots.count)):
+                    turns[n] = Turn(turns[n].role, (*turns[n].parts, Image(pixels=pixels)))
+                yield from ((i, turn, done) for (i, _, _, done), turn in zip(found, turns))
         finally:  # whoever stops listening leaves the slots free
             for ticket in index:
                 slots.cancel(ticket)
 
     def encoded(self, document):
-        """The document with codes for all its images. ValueError for sizes that the patch does not divide."""
-        if all(image.codes is not None for image in document.images()):
-            return document
-        patch, most = self.tokenizer.patch, self.grammar.max_side * self.tokenizer.patch
+        """The document with codes for all its images. ValueError for sizes that the tokenizer's patch does not divide."""
+        return self.encode([document], 1)[0]
 
-        def part(part):
-            if not isinstance(part, Image) or part.codes is not None:
-                return part
-            height, width = part.pixels.shape[:2]
+    def encode(self, documents, batch_size=16):
+        """`encoded` of several documents, `batch_size` images of equal size at a time."""
+        patch, most = self.tokenizer.patch, self.grammar.max_side * self.tokenizer.patch
+        lacking = {}  # by their size
+        for image in (image for document in documents for image in document.images() if image.codes is None):
+            height, width = image.pixels.shape[:2]
             if height % patch or width % patch or max(height, width) > most:
                 raise ValueError(
                     f"an image of {width}x{height} pixels: sides must be multiples of {patch}, up to {most}; "
                     "resize it first"
                 )
-            return Image(pixels=part.pixels, codes=self.tokenizer.encode(part.pixels[None])[0])
-
-        return Document([Turn(turn.role, [part(p) for p in turn.parts]) for turn in document.turns])
+            lacking.setdefault(image.pixels.shape, {})[id(image)] = image.pixels
+        if not lacking:
+            return documents
+        codes = {}
+        for found in lacking.values():
+            codes |= zip(found, self.tokenizer.encode(np.stack(list(found.values())), batch=batch_size))
+        whole = lambda part: Image(part.pixels, codes[id(part)]) if id(part) in codes else part
+        return [
+            Document([Turn(turn.role, [whole(part) for part in turn.parts]) for turn in document.turns])
+            for document in documents
+        ]
 
     def prompts(self, request):
         """The tokens of the document and the opened answer, int32 [T], for each branch of the guidance: with all,
@@ -242,34 +251,37 @@ class Sampler:
                 return cut.normalised(), None, True
         return document.turns[0], codes, False
 
-    def with_pixels(self, turns):
-        """The turns with pixels for the codes of all their images, those of equal size decoded together."""
+    def with_pixels(self, turns, batch_size=16):
+        """The turns with pixels for the codes of all their images, `batch_size` of equal size decoded together."""
         images = [part for turn in turns for part in turn.parts if isinstance(part, Image)]
-        shapes, pixels = {}, [None] * len(images)
-        for n, image in enumerate(images):
-            shapes.setdefault(image.codes.shape, []).append(n)
-        for found in shapes.values():
-            for n, decoded in zip(found, self.tokenizer.decode(np.stack([images[n].codes for n in found]))):
-                pixels[n] = decoded
-        decoded = iter(Image(pixels=p, codes=image.codes) for p, image in zip(pixels, images))
-        return [
-            Turn(turn.role, tuple(next(decoded) if isinstance(p, Image) else p for p in turn.parts))
-            for turn in turns
-        ]
+        pixels = iter(self._decoded([image.codes for image in images], batch_size))
+        whole = lambda part: Image(pixels=next(pixels), codes=part.codes) if isinstance(part, Image) else part
+        return [Turn(turn.role, tuple(whole(part) for part in turn.parts)) for turn in turns]
 
-    def sketch(self, codes):
-        """Pixels of an image of which codes are still to come (-1): there is a checkerboard where they are, as
-        nothing is known of it. Near its border the picture may still change."""
-        missing = codes.reshape(codes.shape[:2] + (-1,)).min(-1) < 0
-        known = codes[~missing]
-        filled = np.where(codes < 0, known[-1] if len(known) else 0, codes)
-        pixels = self.tokenizer.decode(filled[None])[0].copy()
-        patch = self.tokenizer.patch
-        missing = missing.repeat(patch, 0).repeat(patch, 1)
-        squares = sum(np.indices(missing.shape) // max(patch // 2, 1))
-        board = np.where(squares % 2, 160, 96).astype(np.uint8)
-        pixels[missing, :3] = board[missing][:, None]
-        pixels[missing, 3:] = 255
+    def sketches(self, grids, batch_size=16):
+        """Pixels of images of which codes are still to come (-1 in the codes [h, w]): there is a checkerboard where
+        they are, as nothing is known of it. Near its border the picture may still change."""
+        missing = [codes.reshape(codes.shape[:2] + (-1,)).min(-1) < 0 for codes in grids]
+        latest = [codes[~none][-1:] if (~none).any() else np.zeros(1) for codes, none in zip(grids, missing)]
+        filled = [np.where(codes < 0, last[0], codes) for codes, last in zip(grids, latest)]
+        patch, sketches = self.tokenizer.patch, []
+        for pixels, none in zip(self._decoded(filled, batch_size), missing):
+            none = none.repeat(patch, 0).repeat(patch, 1)
+            squares = sum(np.indices(none.shape) // max(patch // 2, 1)) % 2
+            board = np.full((*none.shape, pixels.shape[2]), 255, np.uint8)
+            board[..., :3] = np.where(squares, 160, 96)[..., None]
+            sketches.append(np.where(none[..., None], board, pixels))
+        return sketches
+
+    def _decoded(self, grids, batch_size):
+        """Pixels of each of these codes. A batch is always full, so that bits do not depend on how many there are."""
+        shapes, pixels = {}, [None] * len(grids)
+        for n, codes in enumerate(grids):
+            shapes.setdefault(codes.shape, []).append(n)
+        for found in shapes.values():
+            decoded = self.tokenizer.decode(np.stack([grids[n] for n in found]), batch=batch_size)
+            for n, each in zip(found, decoded):
+                pixels[n] = each
         return pixels
 
     def nats(self, documents, batch_size=16):
@@ -278,7 +290,7 @@ class Sampler:
 
         Raises GrammarError for what cannot be written, ValueError for documents longer than the training's rows.
         """
-        rows = [self.grammar.encode(self.encoded(document), self.text) for document in documents]
+        rows = [self.grammar.encode(document, self.text) for document in self.encode(documents, batch_size)]
         longest = max(map(len, rows), default=0)
         if longest > self.longest:
             raise ValueError(
@@ -370,7 +382,7 @@ def load(workdir, *, int8=False, int8_cache=False, tensor=1):
                 f"{workdir}: the {name} in it is not the one that this transformer was trained with "
                 f"(expected hash {manifest[f'{name}_hash']}, found {found}); codes of one mean nothing to another"
             )
-    make = lambda: transformer.of_codes(config.model, manifest, grammar.vocab_size, nnx.Rngs(0))
+    make = lambda: transformer.of_codes(config.model, manifest, grammar.vocab_size, None)
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     shapes, mesh = nnx.to_pure_dict(abstract), None
     if tensor > 1:

@@ -88,9 +88,11 @@ class Slots:
             "min_p": strategy(np.float32), "keep_mode": strategy(bool),
         }  # fmt: skip
         with sampler.on_mesh():
-            self._state = _empty(
+            state = _empty(
                 sampler.model_config, sampler.grammar, count, branches, S, sampler.dtype, sampler.int8_cache
             )
+        # Committed to its device as what comes out of a dispatch is: else the second would be compiled anew.
+        self._state = state if sampler.mesh else jax.device_put(state, jax.local_devices()[0])
         self._nothing = jax.device_put(
             self._fill_of(R, S)
         )  # the same zeros for each dispatch without new prompts

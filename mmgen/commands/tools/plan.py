@@ -129,7 +129,7 @@ def layout(config, topology, vocabulary):
     device."""
     mesh = _abstract(config, topology)
     make = _make(config, vocabulary)
-    state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[1]
+    state = nnx.split(nnx.eval_shape(lambda: make(None)))[1]
     shardings = flatten_dict(meshes.param_shardings(state, mesh, config.sharding))
     lines = [f"# {config.name} on {topology.name}: {_mesh(mesh)}"]
     for path, variable in nnx.to_flat_state(state):
