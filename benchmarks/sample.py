@@ -1,39 +1,41 @@
-"""Our sampler beside Hugging Face's `generate`, guided decoding of images on one device in one run.
+"""Our sampler beside Hugging Face's `generate`: guided decoding of images, on one device in one run.
 
 python benchmarks/sample.py --torch-python PATH/TO/ENV/bin/python --json sample.json
 
-Processes and turns are as in train.py: A B C, A B C ..., anew for each of --batch. A turn answers a batch of new
-random prompts, from token ids to token ids: 40 pieces of text and 4 marks, guidance with two rows a request,
-temperature 1, all of the vocabulary, and codes + 5 new tokens (<boi> <h> <w> ... <eoi> <end>). Pixels are no part
-of it. "ms a token" is the turn's time, prompts included, by new tokens: one step for all rows of the batch.
-Weights are random, compiling and the first turns are not counted. Printed are medians over rounds, ratios of turns
-of the same round (median, least and most), and those of CPU seconds, as the machine may be shared.
+Processes and turns are as in train.py, A B C, A B C ..., with new processes for each of --batch. A turn
+answers a batch of new random prompts, token ids to token ids: 40 pieces of text and 4 marks, guidance with
+two rows a request, temperature 1 over all that may be drawn, and codes + 5 new tokens (<boi> <h> <w> ...
+<eoi> <end>). Pixels are no part of it. "ms a token" is the whole turn, prompts included, by new tokens: one
+is a step for all rows of the batch. Weights are random; compiling and the first two turns are not counted.
+Printed are medians over rounds, ratios of turns of the same round (median, least and most) and of CPU
+seconds, as the machine may be shared.
 
-  ours       `Slots`, driven as the sampler does: the grammar says what may be drawn, as always
-  hf         LlamaForCausalLM of the same dims through `generate`, its cache a dynamic one, not compiled
-  hf-static  the same with cache_implementation="static" and generate's own torch.compile of the decoding step:
-             on GPUs it comes by itself (CUDA graphs), on a CPU it is asked for with `_compile_all_devices`
+  ours       `Slots`, driven as the sampler does; the grammar says what may be drawn, as always
+  hf         LlamaForCausalLM of the same dims through `generate`, with its dynamic cache, not compiled
+  hf-static  the same with cache_implementation="static" and generate's own torch.compile of the decoding
+             step: on GPUs it does so by itself (CUDA graphs), on a CPU it is told to (_compile_all_devices)
 
-The peer's own guidance_scale runs the model twice a step, which would be unfair to it. Here its batch holds each
-prompt and one without text, a logits processor makes free + guidance * (full - free) of the two rows' logits, adds
-one Gumbel noise to both, and the largest is a draw at temperature 1, the same for both rows. The prompt without text
-is as long as the other, so that nothing is padded and no mask needed; ours has 4 tokens there. It has no <eos>
-and never stops early. It makes one forward pass less than new tokens, ours as many. int8 is of ours alone.
+The peer's own guidance_scale runs the model twice a step, which would be unfair to it. Here its batch holds
+each prompt and one without text, a logits processor makes free + guidance * (full - free) of the two rows'
+logits and adds one Gumbel noise to both, and the largest, a draw at temperature 1, is the same for both rows.
+The prompt without text is as long as the other, so that nothing is padded and no mask needed; ours has 4
+tokens there. It has no <eos> and never stops early. It makes one forward pass less than new tokens, ours as
+many. --int8 and --int8-cache are of ours alone.
 
-The floor of a step is what it must read, by the rate at which the same process reads: a sum over each row of
-float32 [4096, 32768], 512 MiB, measured after each turn. To read are, in bytes,
+The floor of a step is what it must read, by the rate at which the same process reads after each turn: sums
+over the rows of float32 [4096, 32768], 512 MiB. To read are, times the bytes of a number,
     weights  layers x (2 x width x head_dim x (heads + kv_heads) + 3 x width x mlp) + width x vocabulary
-    cache    batch x 2 x layers x kv_heads x head_dim x ((44 + new / 2) + (4 + new / 2))
-times the bytes of a number; scales of int8, activations and logits are left out. Where a CPU's cache holds the
-weights this is a yardstick and no floor.
+    cache    batch x ((44 + new / 2) + (4 + new / 2)) x 2 x layers x kv_heads x head_dim
+without scales of int8, activations and logits. Where a CPU's cache holds the weights, it is a yardstick only.
 
---features is another table, of ours alone, in one process and in turns: what a feature does to the tokens a second
-of all requests together, beside plain guided decoding at batch 8. An image in the prompt is of the size that is
-drawn. "unlike sizes" are 24 requests, sides from half to whole, through 8 slots: 8 at once, then one more after
-every 16 tokens, the end with empty slots included.
+--features is another table, of ours alone, in one process and in turns: what a feature does to the tokens a
+second of all requests together, beside plain guided decoding at batch 8. An image in the prompt is as large
+as the one that is drawn. A dispatch of "streaming" writes a sixteenth of an image. "Unlike sizes" are 24
+requests, sides from half to whole, for 8 slots: 8 at once, then one more after each such dispatch; "slots
+used" says how many were on average, the last requests included.
 
---cold CHECKPOINT is the wall time of fresh processes of `mmgen sample`, from start to end, the picture written:
-the first with an empty compilation cache, then 5 with what it left there.
+--cold CHECKPOINT is the wall time of fresh processes of `mmgen sample`, from start to end, a picture
+written: the first with an empty compilation cache, then 5 with what it left there.
 """
 
 import argparse
@@ -55,25 +57,20 @@ from train import Worker, speed
 
 PRESETS = {
     "cpu": dict(width=256, layers=4, heads=4, kv_heads=4, mlp=704, codebook=512, codes=256, dtype="float32"),
-    "775m": dict(width=1280, layers=36, heads=20, kv_heads=20, mlp=3456, codebook=16_384, codes=256, dtype="bfloat16"),
+    "775m": dict(width=1280, layers=36, heads=20, kv_heads=20, mlp=3456, codebook=16_384, codes=256,
+                 dtype="bfloat16"),
     "tiny": dict(width=64, layers=2, heads=4, kv_heads=2, mlp=128, codebook=64, codes=16, dtype="bfloat16"),
 }  # fmt: skip
 NAMES = {"ours": "ours", "hf": "Llama, dynamic cache", "hf-static": "Llama, static, compiled"}
-PIECES, SIDE, TEXT, GUIDANCE = 384, 32, 40, 1.5  # text pieces, the grammar's longest side, pieces of a prompt
-PROMPT, FREE, MARKS = (
-    TEXT + 4,
-    4,
-    5,
-)  # tokens of a prompt with and without its text; of an answer beside codes
-SLOTS, EVERY = 8, 16  # of --features: requests at once, tokens a dispatch where there is a limit
+PIECES, SIDE, GUIDANCE = 384, 32, 1.5  # text pieces, the grammar's longest side
+TEXT, FREE, MARKS = 40, 4, 5  # tokens of a prompt's text, of a prompt without it, of an answer beside codes
+PROMPT, SLOTS = TEXT + FREE, 8  # requests at once of --features
 READ = (4096, 32_768)  # float32
 
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    flags.add_argument(
-        "--preset", default="cpu", choices=PRESETS, help="tiny tries the paths of 775m anywhere"
-    )
+    flags.add_argument("--preset", default="cpu", choices=PRESETS, help="tiny tries 775m's paths anywhere")
     flags.add_argument("--batch", default="1,8,32", help="requests at once, each a comparison of its own")
     flags.add_argument("--rounds", type=int, default=9, help="of all contestants, one after the other")
     flags.add_argument("--contestants", default=",".join(NAMES), help="some of the default, with commas")
@@ -98,6 +95,12 @@ def main():
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     report = {"machine": platform.processor() or platform.machine(), "shape": s, "load": [os.getloadavg()[0]]}
+    if not args.cold:
+        print(
+            f"images of {s['codes']} codes; width {s['width']}, {s['layers']} layers, {s['heads']} heads "
+            f"({s['kv_heads']} kv), mlp {s['mlp']}, vocabulary {s['vocab']}, {s['dtype']}; "
+            f"{s['threads']} threads, {args.rounds} rounds"
+        )
     if args.cold:
         report["cold"] = cold(args.cold)
     elif args.features:
@@ -113,7 +116,7 @@ def main():
 
 
 def compare(args, s, names):
-    """Lets the contestants take turns, prints what came of it -> {"about", "rows", "turns"}."""
+    """Lets the contestants take turns, prints what came of it -> {"device", "rows", "turns"}."""
     turns = {name: [] for name in names}
     with contextlib.ExitStack() as within:
         workers = {}
@@ -121,39 +124,29 @@ def compare(args, s, names):
             python = sys.executable if name == "ours" else args.torch_python
             given = [*sys.argv[1:], "--batch", str(s["batch"])]  # the last one counts
             workers[name] = within.enter_context(Worker(__file__, python, name, given))
+            print(f"{names[name]}: {workers[name].about['about']}", flush=True)
         for _ in range(args.rounds):
             for name, worker in workers.items():
                 turns[name].append(worker.turn())
-    about = {name: worker.about["about"] for name, worker in workers.items()}
-    side = math.isqrt(s["codes"])
+    small = ", our weights int8" * s["int8"] + ", our cache int8" * s["int8_cache"]
+    print(f"\nbatch {s['batch']}, two rows each, on {worker.about['device']}{small}")
     print(
-        f"\nbatch {s['batch']}, two rows each, {side} x {side} codes, {described(s)}\n"
-        f"{workers[name].about['device']}, {s['threads']} threads; {args.rounds} rounds; "
-        + "; ".join(f"{names[name]}: {about[name]}" for name in names)
+        f"{'':24}{'ms a token':>11}{'CPU ms':>8}{'images/s':>10}{'ours x':>8}{'least':>7}{'most':>7}"
+        f"{'CPU x':>7}{'GB/s':>7}{'floor ms':>10}{'x floor':>9}"
     )
-    print(
-        f"\n{'':26}{'ms a token':>11}{'CPU ms':>8}{'images/s':>10}{'ours x':>8}{'least':>7}{'most':>7}{'CPU x':>7}"
-        f"{'GB/s':>7}{'floor ms':>10}{'x floor':>9}"
-    )
-    rows = {name: summary(s, turns, name) for name in names}
-    for name, row in rows.items():
-        times, nothing = row.get("ours_times"), f"{'':7}"
+    rows = {}
+    for name, each in turns.items():
+        ratios = lambda key: [a[key] / b[key] for a, b in zip(each, turns.get("ours", []))] or [float("nan")]
+        rows[name] = row = {key: statistics.median(turn[key] for turn in each) for key in each[0]}
+        row |= {"ours_times": spread(ratios("seconds")), "ours_times_cpu": statistics.median(ratios("cpu"))}
+        a, b, c = row["ours_times"]
         print(
-            f"{names[name]:26}{1e3 * row['seconds']:11.3f}{1e3 * row['cpu_seconds']:8.3f}{row['images']:10.2f}"
-            + (f"{times[0]:8.2f}{times[1]:7.2f}{times[2]:7.2f}" if times else f"{'':22}")
-            + (f"{row['ours_times_cpu']:7.2f}" if times else nothing)
-            + f"{row['read'] / 1e9:7.0f}{1e3 * row['floor']:10.3f}{row['times_floor']:9.2f}",
+            f"{names[name]:24}{1e3 * row['seconds']:11.3f}{1e3 * row['cpu']:8.3f}{row['images']:10.2f}"
+            f"{a:8.2f}{b:7.2f}{c:7.2f}{row['ours_times_cpu']:7.2f}"
+            f"{row['read'] / 1e9:7.0f}{1e3 * row['floor']:10.3f}{row['times_floor']:9.2f}",
             flush=True,
         )
-    return {"about": about, "rows": rows, "turns": turns}
-
-
-def described(s):
-    small = [name for name in ("int8", "int8_cache") if s[name]]
-    return (
-        f"width {s['width']}, {s['layers']} layers, {s['heads']} heads ({s['kv_heads']} kv), mlp {s['mlp']}, vocabulary "
-        f"{s['vocab']}, {', '.join([s['dtype'], *small])}"
-    )
+    return {"device": worker.about["device"], "rows": rows, "turns": turns}
 
 
 def to_read(s, name):
@@ -167,26 +160,12 @@ def to_read(s, name):
     return weights * of("int8") + cache * of("int8_cache")
 
 
-def summary(s, turns, name):
-    median = lambda of: statistics.median(map(of, turns[name]))
-    size = to_read(s, name)
-    row = {
-        "seconds": median(lambda t: t["seconds"]), "cpu_seconds": median(lambda t: t["cpu"]),
-        "images": median(lambda t: t["images"]), "read": median(lambda t: t["read"]), "bytes": size,
-        "floor": median(lambda t: size / t["read"]), "times_floor": median(lambda t: t["seconds"] * t["read"] / size),
-    }  # fmt: skip
-    if "ours" in turns and name != "ours":
-        ratios = lambda key: [a[key] / b[key] for a, b in zip(turns[name], turns["ours"])]
-        row |= {"ours_times": spread(ratios("seconds")), "ours_times_cpu": statistics.median(ratios("cpu"))}
-    return row
-
-
 def spread(values):
     return [statistics.median(values), min(values), max(values)]
 
 
 def work(name, s):
-    """The contestant's side: ours or peer (s, name) -> about, device, turn() -> steps, read(n) of what READ says."""
+    """The contestant's side: `ours` and `peer` give (about, device, turn() -> steps, read(n) of READ)."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not go to the pipe
     say = lambda words: print(json.dumps(words), file=out, flush=True)
@@ -199,7 +178,11 @@ def work(name, s):
         steps = turn()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         rate = speed(read, 4 * math.prod(READ))
-        say({"seconds": wall / steps, "cpu": cpu / steps, "images": s["batch"] / wall, "read": rate})
+        floor = to_read(s, name) / rate
+        say({
+            "seconds": wall / steps, "cpu": cpu / steps, "images": s["batch"] / wall, "read": rate,
+            "floor": floor, "times_floor": wall / steps / floor,
+        })  # fmt: skip
 
 
 def ours(s, _):
@@ -234,14 +217,13 @@ def samplers(s):
     m.around, m.factored, m.before, m.rope_base = False, False, 0, 10_000.0
     config.data.row_length = 2 * s["codes"] + 128
     grammar = Grammar(pieces=PIECES, max_side=SIDE, codes=s["codebook"])
-    build = lambda key: nnx.split(transformer.Transformer(m, grammar.vocab_size, nnx.Rngs(key)))
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: nnx.merge(*build(0))))
-    params = jax.jit(lambda key: nnx.to_pure_dict(build(key)[1]))(jax.random.key(0))
-    text = types.SimpleNamespace(encode=lambda text: [ord(letter) - ord("一") for letter in text])
-    tokenizer = types.SimpleNamespace(patch=1)
-    return lambda int8=False, int8_cache=False: Sampler(
-        graphdef, params, config, grammar, text, tokenizer, int8=int8, int8_cache=int8_cache
-    )
+    build = lambda key: transformer.Transformer(m, grammar.vocab_size, nnx.Rngs(key))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(0)))
+    params = jax.jit(lambda key: nnx.to_pure_dict(nnx.split(build(key))[1]))(jax.random.key(0))
+    text = types.SimpleNamespace(encode=lambda text: list(map(ord, text)))
+    tokenizer = types.SimpleNamespace(patch=1)  # images have codes and become no pixels
+    given = graphdef, params, config, grammar, text, tokenizer
+    return lambda int8=False, int8_cache=False: Sampler(*given, int8=int8, int8_cache=int8_cache)
 
 
 def requests(s, rng, count, same=False, source=False, sizes=None, **settings):
@@ -252,7 +234,7 @@ def requests(s, rng, count, same=False, source=False, sizes=None, **settings):
     side = math.isqrt(s["codes"])
 
     def document():
-        text = Text("".join(chr(ord("一") + piece) for piece in rng.integers(0, PIECES, TEXT)))
+        text = Text("".join(map(chr, rng.integers(0, PIECES, TEXT))))
         image = [Image(codes=rng.integers(0, s["codebook"], (side, side), np.int32))] if source else []
         return Document((Turn("user", (text, *image)),))
 
@@ -272,7 +254,7 @@ def slots_for(sampler, count, request):
 
 
 def drive(slots, requests, every=None):
-    """Answers requests -> steps, tokens written. As many come at once as there are slots, then one a dispatch."""
+    """Answers requests -> steps, tokens written. As many as slots at once, then one after each dispatch."""
     for request in requests[: slots.count]:
         slots.add(request)
     later, written, steps = iter(requests[slots.count :]), {}, 0
@@ -288,30 +270,31 @@ def drive(slots, requests, every=None):
 
 def peer(s, name):
     import torch
-    from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+    import transformers
 
     torch.manual_seed(0)
     torch.set_num_threads(s["threads"])
-    device, new, rng = (
-        "cuda" if torch.cuda.is_available() else "cpu",
-        s["codes"] + MARKS,
-        np.random.default_rng(0),
-    )
-    config = LlamaConfig(
-        vocab_size=s["vocab"], hidden_size=s["width"], intermediate_size=s["mlp"], num_hidden_layers=s["layers"],
-        num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], max_position_embeddings=PROMPT + new,
-        tie_word_embeddings=False, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    new, rng = s["codes"] + MARKS, np.random.default_rng(0)
+    config = transformers.LlamaConfig(
+        vocab_size=s["vocab"], hidden_size=s["width"], intermediate_size=s["mlp"], head_dim=s["head_dim"],
+        num_hidden_layers=s["layers"], num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"],
+        max_position_embeddings=PROMPT + new, tie_word_embeddings=False, attn_implementation="sdpa",
+        bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device, getattr(torch, s["dtype"])).eval()
+    model = transformers.LlamaForCausalLM(config).to(device, getattr(torch, s["dtype"])).eval()
 
     def guided(_, logits):
         full, free = logits.chunk(2)
         noise = torch.empty_like(full).exponential_().log()  # less it is plus Gumbel's
         return (free + GUIDANCE * (full - free) - noise).repeat(2, 1)
 
-    how = dict(max_new_tokens=new, do_sample=False, logits_processor=LogitsProcessorList([guided]))
+    how = {"max_new_tokens": new, "do_sample": False}
+    how["logits_processor"] = transformers.LogitsProcessorList([guided])
     if name == "hf-static":
-        how |= dict(cache_implementation="static", compile_config=CompileConfig())
+        how["cache_implementation"] = "static"
+    if name == "hf-static" and device == "cpu":
+        how["compile_config"] = transformers.CompileConfig()
         how["compile_config"]._compile_all_devices = True
 
     @torch.inference_mode()
@@ -331,7 +314,7 @@ def peer(s, name):
         total[0].item()  # waits
 
     place = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return f"torch {torch.__version__}", place, turn, read
+    return f"torch {torch.__version__}, transformers {transformers.__version__}", place, turn, read
 
 
 def features(s, rounds):
@@ -341,14 +324,11 @@ def features(s, rounds):
     from mmgen.sampling.strategies import Strategy
 
     rng, make = np.random.default_rng(0), samplers(s)
-    plain, half, side = make(), math.isqrt(s["codes"]) // 2, math.isqrt(s["codes"])
-    sizes = [
-        tuple(map(int, size)) for size in np.random.default_rng(1).integers(half, side + 1, (3 * SLOTS, 2))
-    ]
+    plain, side, every = make(), math.isqrt(s["codes"]), max(s["codes"] // 16, 1)
+    sizes = np.random.default_rng(1).integers(-(-side // 2), side + 1, (3 * SLOTS, 2))
 
     def turn(sampler, every=None, count=SLOTS, **settings):
-        first = requests(s, rng, 1, **settings | {"sizes": None})[0]
-        slots = slots_for(sampler, SLOTS, first)
+        slots = slots_for(sampler, SLOTS, requests(s, rng, 1, **settings | {"sizes": None})[0])
         return lambda: drive(slots, requests(s, rng, count, **settings), every)
 
     contestants = {
@@ -356,8 +336,8 @@ def features(s, rounds):
         "no guidance": turn(plain, guidance=1.0),
         "an image in the prompt": turn(plain, source=True),
         "the same, three-way": turn(plain, source=True, image_guidance=1.5),
-        f"streaming, every {EVERY}": turn(plain, every=EVERY),
-        "unlike sizes": turn(plain, every=EVERY, count=len(sizes), sizes=sizes),
+        f"streaming, {every} tokens": turn(plain, every=every),
+        "unlike sizes": turn(plain, every=every, count=len(sizes), sizes=list(map(tuple, sizes.tolist()))),
         "top-k 100, top-p .9": turn(plain, image=Strategy(top_k=100, top_p=0.9)),
         "int8 weights": turn(make(int8=True)),
         "int8 cache": turn(make(int8_cache=True)),
@@ -371,8 +351,8 @@ def features(s, rounds):
             steps, tokens = once()
             if n > 1:  # those before compile
                 found[name].append((time.perf_counter() - began, steps, tokens))
-    print(f"batch {SLOTS}, {described(s)}; {jax.local_devices()[0].device_kind}; {rounds} rounds\n")
-    print(f"{'':26}{'ms a step':>10}{'tokens/s':>10}{'x plain':>9}{'least':>7}{'most':>7}{'slots used':>12}")
+    print(f"\nbatch {SLOTS}, on {jax.local_devices()[0].device_kind}")
+    print(f"{'':24}{'ms a step':>10}{'tokens/s':>10}{'x plain':>9}{'least':>7}{'most':>7}{'slots used':>12}")
     rows = {}
     for name, each in found.items():
         rates = [tokens / seconds for seconds, _, tokens in each]
@@ -383,29 +363,26 @@ def features(s, rounds):
             "used": statistics.median(tokens / steps / SLOTS for _, steps, tokens in each),
         }  # fmt: skip
         step, rate, (a, b, c), used = rows[name].values()
-        print(f"{name:26}{1e3 * step:10.3f}{rate:10.0f}{a:9.2f}{b:7.2f}{c:7.2f}{used:12.0%}")
+        print(f"{name:24}{1e3 * step:10.3f}{rate:10.0f}{a:9.2f}{b:7.2f}{c:7.2f}{used:12.0%}")
     return rows
 
 
 def cold(checkpoint):
-    """Prints the wall seconds of fresh processes -> all of them, the first with an empty compilation cache."""
+    """Prints the wall seconds of fresh processes -> those of each, the first with nothing compiled yet."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         for n in range(6):
             out = Path(folder) / f"{n}.png"
             command = [sys.executable, "-m", "mmgen", "sample", "--checkpoint", checkpoint, "--out", str(out)]
+            command += ["--prompt", "a red circle", "--size", "32x32"]
             began = time.perf_counter()
-            subprocess.run(
-                [*command, "--prompt", "a red circle", "--size", "32x32"],
-                check=True, stdout=subprocess.DEVNULL, env=environment,
-            )  # fmt: skip
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
             seconds.append(time.perf_counter() - began)
             assert out.exists()
     a, b, c = spread(seconds[1:])
-    print(
-        f"a picture from a fresh process: {a:.2f} s ({b:.2f} to {c:.2f}); with no compilation cache {seconds[0]:.2f} s"
-    )
+    print(f"a picture from a fresh process: {a:.2f} s ({b:.2f} to {c:.2f})")
+    print(f"the first, with nothing compiled yet, {seconds[0]:.2f} s")
     return seconds
 
 

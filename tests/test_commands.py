@@ -73,7 +73,7 @@ def test_one_file_each_from_a_file_of_prompts(draw, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\n  两个\ntwo blue stars \n🟥 é\n", "utf-8")
     assert draw("--prompts", prompts, out=tmp_path / "many" / "pictures") == 0
-    files = sorted((tmp_path / "many" / "pictures").iterdir())
+    files = sorted((tmp_path / "many" / "pictures").glob("*.png"))
     assert [file.name for file in files] == [f"0000{n}-0.png" for n in range(4)]
     assert all(pixels(file).shape == (32, 32, 3) for file in files)
 

@@ -181,10 +181,17 @@ def test_greedy_is_the_argmax_of_the_full_model(space, sampler, forward, guidanc
     image, and its prompt more than one chunk."""
     grammar, greedy = sampler.grammar, Strategy(0.0)
     model, params = random_model(space, sampler, 1.5)
-    before = (Turn("user", (PICTURE, Text("what is this? say it in some more words"))), Turn("assistant", (Text("two"),)))
+    before = (
+        Turn("user", (PICTURE, Text("what is this? say it in some more words"))),
+        Turn("assistant", (Text("two"),)),
+    )
     request = ask("two red stars", size, image=greedy, text=greedy, before=before, **guidance)
     branches = [list(tokens) for tokens in model.prompts(request)]
-    assert len({len(tokens) for tokens in branches}) == len(branches) == 1 + len(set(guidance) & {"guidance", "image_guidance"})
+    assert (
+        len({len(tokens) for tokens in branches})
+        == len(branches)
+        == 1 + len(set(guidance) & {"guidance", "image_guidance"})
+    )
     start, room, total = len(branches[0]), model.room(request, branches[0]), size[0] * size[1]
     assert start > model.chunk
     low, high = request.guidance_interval
@@ -198,14 +205,20 @@ def test_greedy_is_the_argmax_of_the_full_model(space, sampler, forward, guidanc
         if others and not (state.mode == CODES and not low <= share < high):
             logits = others[0] + request.guidance * (full - others[0])
             if len(others) == 2:
-                logits = others[1] + request.image_guidance * (others[0] - others[1]) + request.guidance * (full - others[0])
+                logits = (
+                    others[1]
+                    + request.image_guidance * (others[0] - others[1])
+                    + request.guidance * (full - others[0])
+                )
             narrow = logits * (full[legal].std() / max(logits[legal].std(), 1e-30))
             logits = logits + request.guidance_rescale * (narrow - logits)
         token = int(np.argmax(np.where(legal, logits, -np.inf)))
         branches = [[*tokens, token] for tokens in branches]
     (image,) = model.generate([request, requests()[0]], BATCH)[0].parts
     written = np.array(branches[0][start:])
-    np.testing.assert_array_equal(image.codes.ravel(), written[written >= grammar.code_start] - grammar.code_start)
+    np.testing.assert_array_equal(
+        image.codes.ravel(), written[written >= grammar.code_start] - grammar.code_start
+    )
 
 
 # ---- bad input -----------------------------------------------------------------------------------

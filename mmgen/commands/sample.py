@@ -127,15 +127,17 @@ def main(argv):
     try:
         with tqdm(total=len(asked), initial=done, desc="sample", disable=None, leave=False) as bar:
             for k, turn in answers(model, requests, args):
-                turns[todo[k]] = turn
-                if not sheet:
+                if sheet:
+                    turns[todo[k]] = turn
+                else:
                     write_answer(out / names[todo[k]], turn, notes[todo[k]], args.scale)
+                done += 1
                 bar.update()
     except KeyboardInterrupt:
         if sheet and turns:
             write_sheet(out, turns, asked, notes, args.scale)
         rest = "" if sheet else "; the same command goes on from there"
-        print(f"\ninterrupted: {done + len(turns)} of {len(asked)} answers are in {out}{rest}")
+        print(f"\ninterrupted: {done} of {len(asked)} answers are in {out}{rest}")
         return 130
     if sheet:
         write_sheet(out, turns, asked, notes, args.scale)
@@ -186,20 +188,25 @@ def expand(place, line, args):
 
 
 def request_of(one, model):
-    """The `Request` of one answer."""
-    pixels = size(one.size) if one.size else None
-    shown = [picture_for(path, model, pixels) for path in one.images]
-    words = [Text(one.prompt)] if one.prompt else []
-    return sampler.Request(
-        document=model.encoded(Document((Turn("user", (*shown, *words)),))),
-        output=one.output,
-        size=grid_of(pixels, model) if pixels and one.output != "text" else None,
-        # Each answer has its own seed, whatever else is asked for in the same call.
-        seed=int(np.random.SeedSequence([one.seed, one.number]).generate_state(1)[0]),
-        max_tokens=one.max_tokens,
-        stop=tuple(one.stop),
-        **sampling_options(one),
-    )
+    """The `Request` of one answer. ValueError, which names its line, where it cannot be answered."""
+    try:
+        pixels = size(one.size) if one.size else None
+        shown = [picture_for(path, model, pixels) for path in one.images]
+        words = [Text(one.prompt)] if one.prompt else []
+        request = sampler.Request(
+            document=model.encoded(Document((Turn("user", (*shown, *words)),))),
+            output=one.output,
+            size=grid_of(pixels, model) if pixels and one.output != "text" else None,
+            # Each answer has its own seed, whatever else is asked for in the same call.
+            seed=int(np.random.SeedSequence([one.seed, one.number]).generate_state(1)[0]),
+            max_tokens=one.max_tokens,
+            stop=tuple(one.stop),
+            **sampling_options(one),
+        )
+        model.room(request, model.prompts(request)[0])
+        return request
+    except (ValueError, OSError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"prompt {one.place + 1}, {one.prompt[:40]!r}: {error}") from error
 
 
 def answers(model, requests, args):

@@ -175,8 +175,8 @@ class Sampler:
 
     def encode(self, documents, batch_size=16):
         """`encoded` of several documents, `batch_size` images of equal size at a time."""
-        patch, most = self.tokenizer.patch, self.grammar.max_side * self.tokenizer.patch
-        lacking = {}  # by their size
+        documents, patch = list(documents), self.tokenizer.patch
+        most, lacking = self.grammar.max_side * patch, {}  # by their size
         for image in (image for document in documents for image in document.images() if image.codes is None):
             height, width = image.pixels.shape[:2]
             if height % patch or width % patch or max(height, width) > most:
