@@ -305,7 +305,9 @@ class Sampler:
                 tokens[row, : len(rows[i])] = rows[i]
                 positions[row, : len(rows[i])] = self.grammar.positions(rows[i])
             with self.on_mesh():
-                nats = _nats(self.params, self.weights, tokens, positions, graphdef=self.graphdef)
+                nats = _nats(
+                    self.params, self.weights, tokens, positions, graphdef=self.graphdef, int8=self.int8_cache
+                )
             for i, each in zip(chosen, np.asarray(nats)):
                 out[i] = each[: len(rows[i])]
         return out
@@ -343,12 +345,12 @@ def best_of(sampler, requests, n, score=None, batch_size=16):
     return [turns[i * n + k] for i, k in enumerate(scores.argmax(1))], scores
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _nats(params, weights, tokens, positions, *, graphdef):
+@functools.partial(jax.jit, static_argnames=("graphdef", "int8"))
+def _nats(params, weights, tokens, positions, *, graphdef, int8):
     """-log p of each token int32 [B, S] -> float32 [B, S]."""
     model = nnx.merge(graphdef, params)
     B, S = tokens.shape
-    cache = caches.empty(model.config, B, S, model.dtype)
+    cache = caches.empty(model.config, B, S, model.dtype, int8)
     x, _ = caches.step(model, weights, cache, tokens, positions, jnp.zeros(B, jnp.int32))
 
     def row(x_and_targets):  # one after the other: the logits of all would be B x S x V
