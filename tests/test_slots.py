@@ -13,6 +13,7 @@ from flax import nnx
 
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.sampling import cache as caches
+from mmgen.sampling import slots as slots_module
 from mmgen.sampling.dialogue import Dialogue
 from mmgen.sampling.sampler import Request, Sampler, best_of
 from mmgen.sampling.slots import Slots
@@ -155,8 +156,8 @@ def test_quantized_matrices_are_within_half_a_step():
 # ---- slots ----------------------------------------------------------------------------------------
 
 
-def some_requests(model, n, seed):
-    """Requests of all kinds."""
+def some_requests(model, n, seed, three=True):
+    """Requests of all kinds; `three`: branches too."""
     rng = np.random.default_rng(seed)
     for i, document in enumerate(documents(model, n, seed)):
         output = str(rng.choice(["image", "image", "text", "any"]))
@@ -166,7 +167,7 @@ def some_requests(model, n, seed):
             size=tuple(int(x) for x in rng.integers(1, 4, 2)) if output == "image" else None,
             seed=i,
             guidance=float(rng.choice([1.0, 2.0])),
-            image_guidance=float(rng.choice([1.0, 1.5])),
+            image_guidance=float(rng.choice([1.0, 1.5])) if three else 1.0,
             image=WILD,
             text=Strategy(1.5, top_k=int(rng.choice([0, 20])), top_p=float(rng.choice([1.0, 0.9]))),
             max_tokens=20 if output != "image" else None,
@@ -263,6 +264,24 @@ def test_samples_of_one_prompt_read_it_once(random):
     read = fill["chunks"] - fill["copied"]
     chunks = [-(-len(p) // model.chunk) for p in model.prompts(Request(document, size=(2, 2), guidance=2.0))]
     assert fill["count"] == 8 and read[:8].sum() == sum(chunks)
+
+
+def test_one_program_and_one_dispatch_a_batch(random, monkeypatch):
+    model, calls = random[0], []
+    dispatch = slots_module._dispatch
+    monkeypatch.setattr(slots_module, "_dispatch", lambda *a, **b: calls.append(1) or dispatch(*a, **b))
+    asked = [Request(d, size=(2, 3), image=WILD, seed=i) for i, d in enumerate(documents(model, 3, seed=1))]
+    model.generate(asked, 4)
+    assert len(calls) == 1
+
+    slots, compiled = Slots(model, 4, 2, 160), []
+    slots.add(asked[0])
+    slots.run()
+    note = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(note)
+    run_all(model, list(some_requests(model, 8, 3, three=False)), slots)
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert not compiled
 
 
 def test_wrong_slots_and_requests(random):
