@@ -28,6 +28,9 @@ TOOLS = {
 def main(argv=None):
     """Runs one command; bad input ends with one clear line, not a traceback."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdin, sys.stdout):  # a character that a terminal has not is no reason to end
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     if argv[:1] == ["--version"]:
         from mmgen import __version__
 
@@ -55,6 +58,9 @@ def _run(program, kind, commands, package, argv):
         return 2
     try:
         return importlib.import_module(f"{package}.{name}").main(rest) or 0
+    except KeyboardInterrupt:
+        print(f"{program} {name}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         if not (isinstance(error, OSError) or _is_ours(error)):
             raise

@@ -10,7 +10,8 @@ from PIL import Image as Pillow
 from mmgen.commands import chat
 from mmgen.commands import sample as command
 from mmgen.document import Document, Image, Text, Turn
-from mmgen.sampling.sampler import Sampler
+from mmgen.sampling.sampler import Request, Sampler, best_of, draw_seed
+from mmgen.sampling.strategies import Strategy
 from tests.conftest import mmgen
 
 
@@ -114,12 +115,23 @@ def test_an_interrupted_sheet_has_what_was_finished(sample, tmp_path, monkeypatc
         ('{"promt": "x"}', "found ['promt']"),
         ('"x"', "expected an object"),
         ('{"prompt": "x", "n": "2"}', "n cannot be '2'"),
-        ('{"prompt": "x", "n": true}', "n cannot be True"),
+        ('{"prompt": "x", "n": true}', "n cannot be 'True'"),
         ('{"prompt": "x", "size": "32"}', "prompt 1, 'x': a size is written"),
         ('{"prompt": "x", "images": ["none.png"]}', "none.png"),
         ('{"prompt": "x", "top_p": 0}', "prompt 1, 'x': expected temperature"),
         ('{"prompt": "ok"}\n{"prompt": "%s"}' % ("x " * 300), "prompt 2, 'x x"),
         ('{"prompt": "x", "output": "film"}', "'image', 'text' or 'any'"),
+        ('{"prompt": "x", "images": [3]}', "images cannot be '[3]'"),
+        ('{"prompt": "x", "guidance_interval": [0.5]}', "guidance_interval cannot be"),
+        ('{"prompt": "x", "guidance_interval": [false, 1]}', "guidance_interval cannot be"),
+        ('{"prompt": "x", "stop": [1]}', "stop cannot be"),
+        ('{"prompt": "x", "guidance": 1e39}', "guidance cannot be"),
+        ('{"prompt": "x", "temperature": Infinity}', "temperature cannot be"),
+        ('{"prompt": "x", "top_k": 3000000000}', "expected temperature"),
+        ('{"prompt": "x", "n": 1000000000}', "n cannot be"),
+        ('{"prompt": "x", "stop": ["\\ud800"]}', "surrogates not allowed"),
+        ('{"prompt": "x", "size": "4000000x4000000", "images": ["a.png"]}', "multiple of the patch"),
+        ("[" * 200_000, "line 1: expected JSON"),
     ],
 )
 def test_wrong_lines(sample, tmp_path, capsys, line, words):
@@ -149,12 +161,51 @@ def test_images_in_and_words_out(sample, tmp_path, capsys):
     assert "give --out a folder" in capsys.readouterr().err
 
 
-def test_the_best_of_several(sample, tmp_path):
-    draw = lambda n, out: sample(
-        "--prompt", "x", "--size", "32x32", "--temperature", 1.5, "--best-of", n, "--out", out
-    )
-    assert draw(1, tmp_path / "one") == 0 and draw(4, tmp_path / "four") == 0
-    assert json.loads((tmp_path / "four" / "00000-0.json").read_text())["best_of"] == 4
+def test_the_best_of_several(sample, sampler, tmp_path):
+    wild = Strategy(1.5, keep_mode=True)
+    flags = ("--prompt", "x", "--size", "32x32", "--temperature", 1.5, "--n", 2)
+    assert sample(*flags, "--best-of", 4, "--out", tmp_path / "best") == 0
+    for k in range(2):
+        note = json.loads((tmp_path / "best" / f"00000-{k}.json").read_text())
+        document = Document([Turn("user", [Text("x")])])
+        request = Request(document, size=(8, 8), seed=draw_seed(0, k), guidance=1.5, image=wild)
+        (turn,), scores = best_of(sampler, [request], 4, batch_size=4)
+        assert note["answer"][0]["codes"] == turn.parts[0].codes.tolist() and scores.argmax() >= 0
+    with pytest.raises(SystemExit):
+        sample(*flags, "--best-of", "many")
+
+
+def test_what_json_allows_and_damage_to_what_is_there(sample, tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + '{"prompt":"a\u2028b\x85"}\n'.encode())
+    flags = ("--prompts", tmp_path / "p.jsonl", "--size", "32x32", "--out", tmp_path / "out")
+    assert sample(*flags) == 0
+    whole = contents(tmp_path / "out")
+    for damage in (b"", b"[]", b'{"answer"', b"\xff", b"{}"):
+        (tmp_path / "out" / "00000-0.json").write_bytes(damage)
+        assert sample(*flags) == 0 and contents(tmp_path / "out") == whole
+    (tmp_path / "out" / "00000-0.png").unlink()
+    assert sample(*flags) == 0 and contents(tmp_path / "out") == whole
+
+
+def test_nothing_is_replaced_or_drawn_in_vain(sample, tmp_path, capsys):
+    (tmp_path / "c.json").write_text('[{"prompt": "x", "size": "32x32"}]')
+    (tmp_path / "d.json").mkdir()
+    for out, words in (
+        ("c.png", "would be replaced"),
+        ("a.psd", "no image format"),
+        ("a.xbm", "no image format"),
+        ("d.png", "a folder has"),
+    ):
+        assert sample("--prompts", tmp_path / "c.json", "--out", tmp_path / out) == 1
+        assert words in capsys.readouterr().err
+    pixels = np.full((8, 8, 3), 90, np.uint8)
+    Pillow.fromarray(pixels).save(tmp_path / "in.png")
+    flags = ("--prompt", "x", "--image", tmp_path / "in.png", "--size", "8x8", "--out", tmp_path / "out")
+    assert sample(*flags) == 0 and sample(*flags) == 0
+    assert sample(*flags, "--scale", 2) == 1 and "another scale" in capsys.readouterr().err
+    noise = np.random.default_rng(0).integers(0, 256, pixels.shape).astype(np.uint8)
+    Pillow.fromarray(noise).save(tmp_path / "in.png")  # the codes are others
+    assert sample(*flags) == 1 and "another shown" in capsys.readouterr().err
 
 
 # ---- chat -----------------------------------------------------------------------------------------
@@ -171,7 +222,7 @@ def test_a_chat(space, monkeypatch, tmp_path, capsys):
     Pillow.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "in.png")
     talked = [
         "a star", f"/image {tmp_path / 'in.png'}", "on it", f"/save {tmp_path / 'first.json'}", "/undo", "/seed 7", "again",
-        "/save", "/size 15x16", "/size x", "/image none.png", "/output film", "/seed x", "/what", "/undo", "/undo", "/undo", "/quit", "no",
+        "/save", "/size 15x16", "/size x", "/image none.png", "/output film", "/seed x", "/what", f"/image {tmp_path / 'in.png'}", "/image", "/undo", "/undo", "/undo", "/quit", "no",
     ]  # fmt: skip
     assert talk(space, monkeypatch, tmp_path, *talked) == 0
     said = capsys.readouterr().out
@@ -195,7 +246,7 @@ def test_a_chat(space, monkeypatch, tmp_path, capsys):
     assert resumed == go_on() and len(resumed["turns"]) == 6
 
 
-def test_a_chat_that_is_no_chat(space, monkeypatch, tmp_path, capsys):
+def test_a_chat_that_is_no_chat(space, sampler, monkeypatch, tmp_path, capsys):
     for text, words in (
         ("{}", "no dialogue"),
         ('{"turns": [], "tokenizer": "other", "seed": 0}', "this model's"),
@@ -239,7 +290,7 @@ def test_score(space, sampler, tmp_path, capsys):
         == 0
     )
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    assert [line["document"] for line in lines] == list(range(5)) and "5 documents" in capsys.readouterr().out
+    assert [line["document"] for line in lines] == list(range(5)) and "5 documents" in capsys.readouterr().err
     assert all(line["image_tokens"] == 67 and line["image"] < -100 for line in lines)
 
     pixels = np.full((32, 32, 3), 60, np.uint8)

@@ -294,6 +294,40 @@ def test_wrong_slots_and_requests(random):
     with pytest.raises(ValueError, match="do not fit slots of 64"):
         slots.add(Request(Document([Turn("user", [Text("x")])]), size=(8, 8)))
     assert not slots.busy and slots.run() == []
+    ask = lambda **options: Request(Document([Turn("user", [Text("x")])]), **options)
+    for size in ((0, 8), (-1, -1), (2.5, 2), (3,)):
+        with pytest.raises(ValueError, match="size must be"):
+            ask(size=size)
+    for wrong in (dict(guidance=1e39), dict(image_guidance=np.nan), dict(stop=(1,))):
+        with pytest.raises(ValueError):
+            ask(**wrong)
+    for wrong in (dict(temperature=np.nan), dict(temperature=np.inf), dict(top_k=3_000_000_000)):
+        with pytest.raises(ValueError, match="expected temperature"):
+            Strategy(**wrong)
+    with pytest.raises(ValueError, match="every 1 token"):
+        list(model.stream([ask(size=(1, 1))], 1, every=0))
+
+
+def test_a_model_beyond_use_is_an_error_and_slots_recover(random, alone, monkeypatch):
+    """Not for ever a text piece, which is what the largest of no numbers is."""
+    model, (requests, expected) = random[0], alone
+    slots = Slots(model, 4, 3, 160)
+    slots.add(requests[0])
+    head, nothing = model.weights["head"], jnp.full_like(model.weights["head"], jnp.nan)
+    monkeypatch.setitem(model.weights, "head", nothing)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        slots.run()
+    monkeypatch.setitem(model.weights, "head", head)
+    assert not slots.busy
+    # An exception between admission and dispatch loses the requests in slots, and never mixes up what comes after.
+    slots.add(requests[1])
+    with monkeypatch.context() as broken:
+        broken.setattr(slots_module, "_dispatch", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            slots.run()
+    for request in (requests[1], requests[0]):
+        slots.add(request)
+    assert [p.tokens.tolist() for p in slots.run()] == [expected[1], expected[0]]
 
 
 @pytest.mark.soak
@@ -342,6 +376,25 @@ def test_a_dialogue_goes_on_from_any_turn_as_if_read_anew(random):
     assert whole.document == Document()
     with pytest.raises(ValueError, match="expected 0 to 0 answers"):
         whole.rewind(1)
+
+
+def test_a_dialogue_of_nothing_said(random):
+    told = Document([Turn("system", [Text("be brief")])])
+    dialogue = Dialogue(random[0], told, seed=-3, output="image", size=(2, 2), image=WILD)
+    dialogue.rewind(0)
+    assert dialogue.document == told
+    dialogue.say(Text("x"))
+    dialogue.rewind(0)
+    assert dialogue.document == told
+
+
+def test_words_that_are_no_characters_do_not_outgrow_a_dialogue(random):
+    model = random[0]
+    dialogue = Dialogue(model, output="text", text=Strategy(1.5), max_tokens=40)
+    for n in range(3):
+        turn = dialogue.say(Text("x"))
+        assert dialogue.document.turns[-1] == turn and all("\ufffd" not in part.text for part in turn.parts)
+        assert len(model.grammar.encode(dialogue.document, model.text)) < (n + 1) * 45 + 5
 
 
 def test_a_dialogue_that_is_not_listened_to_stays_as_it_was(random):

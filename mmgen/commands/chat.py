@@ -18,6 +18,7 @@ from mmgen.commands.common import (
     grid_of,
     load_sampler,
     picture_for,
+    printable,
     sampling_options,
     size,
 )
@@ -27,7 +28,7 @@ from mmgen.document import Document, Image, Text, Turn
 from mmgen.sampling.dialogue import Dialogue
 
 HELP = """What is typed is said to the model. Lines that begin with / are for this program:
-  /image FILE    show this image with what is said next
+  /image FILE    show this image with what is said next; /image alone drops those
   /undo          forget the last question and its answer
   /seed N        of all answers to come; /undo and the same words then draw something else
   /size 32x32    of pictures to come, in pixels; /size alone lets the model choose
@@ -68,6 +69,8 @@ def main(argv):
     dialogue = Dialogue(model, document, args.seed, output=args.output, **sampling_options(args))
     if args.size:
         dialogue.options["size"] = grid_of(args.size, model)
+    if args.resume and args.system:
+        raise ValueError("--system is said before a dialogue; the one of --resume has begun")
     if args.resume:
         dialogue.document, dialogue.seed = read_dialogue(args.resume, model)
         print(f"{dialogue.turns} answers of {args.resume}")
@@ -82,20 +85,27 @@ def main(argv):
         command, _, rest = line.partition(" ")
         if command in ("/quit", "/exit"):
             return
+        turns = dialogue.turns
         try:
             if line.startswith("/"):
                 obey(command, rest.strip(), dialogue, shown, out)
             elif line or shown:
                 answer(dialogue, [*shown, *([Text(line)] if line else [])], out, way)
                 shown.clear()
-        except (ValueError, OSError) as error:  # of what was typed; the dialogue is as it was
+        except KeyboardInterrupt:
+            if dialogue.turns > turns:
+                dialogue.rewind(turns)
+            print("\n! stopped; the question is forgotten")
+        except (ValueError, OSError, FloatingPointError) as error:  # the dialogue is as it was
             print(f"! {error}")
 
 
 def obey(command, rest, dialogue, shown, out):
     """One line that begins with /."""
     model = dialogue.sampler
-    if command == "/image":
+    if command == "/image" and not rest:
+        shown.clear()
+    elif command == "/image":
         shown.append(picture_for(os.path.expanduser(rest), model))
         height, width = shown[-1].pixels.shape[:2]
         print(f"an image of {width}x{height} goes with what is said next")
@@ -128,25 +138,23 @@ def answer(dialogue, parts, out, way):
     """Asks, shows the answer as it comes, and saves its images."""
     written = ""  # of the answer's text, on the screen
     live = sys.stdout.isatty()
-    try:
-        for turn, done in dialogue.stream(*parts, every=EVERY):
-            words = "".join(part.text for part in turn.parts if isinstance(part, Text))
-            # The last character may be half of one, which the next piece completes.
-            stable = words if done else words.rstrip("\N{REPLACEMENT CHARACTER}")
-            print(stable[len(written) :], end="", flush=True)
-            written = stable
-            begun = [part for part in turn.parts if isinstance(part, Image) and part.codes is None]
-            if live and begun:
-                print("\r(drawing) ", end="", flush=True)
-    except KeyboardInterrupt:
-        print("\n! stopped; the question is forgotten")
-        return
+    for turn, done in dialogue.stream(*parts, every=EVERY):
+        words = "".join(part.text for part in turn.parts if isinstance(part, Text))
+        # Bytes that are no character, or half of one that the next piece completes, are not in the final text.
+        words = printable(words.replace("\N{REPLACEMENT CHARACTER}", ""))
+        print(words[len(written) :], end="", flush=True)
+        written = words
+        begun = [part for part in turn.parts if isinstance(part, Image) and part.codes is None]
+        if live and begun:
+            print("\r(drawing) ", end="", flush=True)
     print("\r" if live and not written else "\n" if written else "", end="")
-    number = 0
     for part in turn.parts:
         if isinstance(part, Image):
-            name = out / f"turn-{dialogue.turns:03d}{f'.{number}' if number else ''}.png"
-            pixels, number = straight(part.pixels), number + 1
+            names = (
+                out / f"turn-{dialogue.turns:03d}{n}.png" for n in ("", *(f"-{k}" for k in range(2, 10_000)))
+            )
+            name = next(name for name in names if not name.exists())  # what was undone stays
+            pixels = straight(part.pixels)
             data = png(pixels)
             files.write(str(name), data)
             print(drawn(pixels, data, way), end="")
@@ -165,10 +173,12 @@ def read_dialogue(path, model):
     """What `write_dialogue` wrote -> document, seed. ValueError for anything else, or codes of another tokenizer."""
     try:
         found = json.loads(Path(path).read_text("utf-8"))
-        part = lambda p: Text(p["text"]) if "text" in p else Image(codes=np.array(p["codes"], np.int32))
+        part = lambda p: Text(p["text"]) if "text" in p else Image(codes=np.array(p["codes"]))
         turns = [Turn(turn["role"], [part(p) for p in turn["parts"]]) for turn in found["turns"]]
         tokenizer, seed = found["tokenizer"], int(found["seed"])
-    except (ValueError, KeyError, TypeError) as error:
+        if tokenizer == model.tokenizer.hash:
+            model.grammar.encode(Document(turns), model.text)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{path} is no dialogue that /save wrote: {type(error).__name__}: {error}"
         ) from error

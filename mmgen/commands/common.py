@@ -3,14 +3,18 @@
 import argparse
 import collections
 import json
-from pathlib import Path
 
-from mmgen.data import images
+from mmgen.data import files, images
 from mmgen.data.sources import KINDS, Several, open_source
 from mmgen.document import Image
 from mmgen.runtime import hardware
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
+
+
+def printable(text):
+    """A model's text without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def size(text):
@@ -163,7 +167,8 @@ def picture_for(path, model, size=None):
     patch, most = model.tokenizer.patch, model.grammar.max_side * model.tokenizer.patch
     background = images.ALPHA if model.tokenizer.alpha else (255, 255, 255)
     try:
-        pixels = images.read(Path(path).read_bytes(), background=background)
+        data = files.read(str(path), limit=images.Limits().max_bytes)
+        pixels = images.read(data, background=background)
     except images.BadImage as error:
         raise ValueError(f"{path}: {error}") from error
     if size is None:
@@ -173,8 +178,11 @@ def picture_for(path, model, size=None):
 
 
 def grid_of(size, model):
-    """(width, height) in pixels -> (height, width) in patches. ValueError where the patch does not divide them."""
-    patch = model.tokenizer.patch
-    if any(side % patch for side in size):
-        raise ValueError(f"--size must be a multiple of the patch, {patch}; found {size[0]}x{size[1]}")
+    """(width, height) in pixels -> (height, width) in patches. ValueError where the patch does not divide them, or
+    they are longer than the grammar's sides."""
+    patch, most = model.tokenizer.patch, model.grammar.max_side * model.tokenizer.patch
+    if any(side % patch or side > most for side in size):
+        raise ValueError(
+            f"--size must be a multiple of the patch, {patch}, up to {most}; found {size[0]}x{size[1]}"
+        )
     return size[1] // patch, size[0] // patch

@@ -19,6 +19,7 @@ from mmgen.commands.common import (
     grid_of,
     load_sampler,
     picture_for,
+    printable,
     sampling_options,
     size,
 )
@@ -36,18 +37,12 @@ LINE = {
     "temperature": NUMBER, "top_k": int, "top_p": NUMBER, "min_p": NUMBER, "keep_mode": bool,
     "text_temperature": NUMBER, "text_top_p": NUMBER, "max_tokens": (int, type(None)), "stop": list,
 }  # fmt: skip
+# What of a note must be the same for an answer to be that of this request.
 SAME = (
-    "step",
-    "config",
-    "grammar",
-    "text",
-    "tokenizer",
-    "int8",
-    "int8_cache",
-    "best_of",
-    "towers",
+    "step", "config", "grammar", "text", "tokenizer", "int8", "int8_cache", "best_of", "towers", "scale", "shown",
     "request",
-)
+)  # fmt: skip
+MOST = 100_000  # answers that one line may ask for
 
 
 def main(argv):
@@ -99,7 +94,7 @@ def main(argv):
         raise ValueError(
             "nothing to draw: expected --prompt TEXT or a --prompts FILE with a line in it, and --n >= 1"
         )
-    if min(args.best_of, args.batch_size or 1, args.scale) < 1:
+    if min(args.best_of, 1 if args.batch_size is None else args.batch_size, args.scale) < 1:
         raise ValueError("expected --best-of, --batch-size and --scale of at least 1")
     if args.towers and args.best_of == 1:
         raise ValueError("--towers says which is the best of several: give --best-of N of at least 2 too")
@@ -108,21 +103,32 @@ def main(argv):
     sheet = bool(out.suffix)
     if sheet and any(one.output != "image" for one in asked):
         raise ValueError("a contact sheet is of pictures: give --out a folder for answers with text")
+    if sheet and args.prompts and Path(args.prompts).resolve() == out.with_suffix(".json").resolve():
+        raise ValueError(f"{args.prompts} would be replaced by what is noted of {out}: choose another --out")
 
     model = load_sampler(args)
-    args.batch_size = args.batch_size or min(16, len(asked) * args.best_of)
+    if args.batch_size is None:
+        args.batch_size = min(16, len(asked) * args.best_of)
     about = {
         "mmgen": mmgen.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
         "checkpoint": str(Path(args.checkpoint).absolute()), "step": model.step,
         "config": hashlib.sha256(model.config.to_json(sort_keys=True).encode()).hexdigest()[:12],
         "grammar": model.grammar.hash, "text": model.text.hash, "tokenizer": model.tokenizer.hash,
         "int8": args.int8, "int8_cache": args.int8_cache, "tensor": args.tensor, "batch_size": args.batch_size,
-        "best_of": args.best_of, "towers": args.towers,
+        "best_of": args.best_of, "towers": args.towers, "scale": args.scale,
     }  # fmt: skip
-    notes = [about | {"request": {name: getattr(one, name) for name in LINE}} for one in asked]
+    shown = {}  # (file, size) -> Image
+    requests = [request_of(one, model, shown) for one in asked]
+    notes = [
+        about | {"request": {name: getattr(one, name) for name in LINE}, "shown": hashes(request)}
+        for one, request in zip(asked, requests)
+    ]
+    json.dumps(
+        notes, ensure_ascii=False
+    ).encode()  # what cannot be noted is an error before anything is drawn
     names = [f"{one.place:05d}-{one.number}" for one in asked]
     todo = [i for i in range(len(asked)) if sheet or not is_there(out / names[i], notes[i])]
-    requests = [request_of(asked[i], model) for i in todo]
+    requests = [requests[i] for i in todo]
     turns, done = {}, len(asked) - len(todo)
     try:
         with tqdm(total=len(asked), initial=done, desc="sample", disable=None, leave=False) as bar:
@@ -146,17 +152,18 @@ def main(argv):
 
 def read_lines(path):
     """The lines of a file of prompts: dicts with keys of `LINE`. A .json is what this command has written."""
-    text = Path(path).read_text("utf-8")
+    text = Path(path).read_text("utf-8-sig", errors="strict")
     if Path(path).suffix not in (".json", ".jsonl"):
         return [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-    lines = [(0, text)] if Path(path).suffix == ".json" else enumerate(text.splitlines(), 1)
+    # Not splitlines: JSON may have other line separators within its strings.
+    lines = [(0, text)] if Path(path).suffix == ".json" else enumerate(text.split("\n"), 1)
     found = []
     for number, line in lines:
         if line.strip():
             where = f"{path}, line {number}" if number else path
             try:
                 line = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: expected JSON, found {error}") from error
             found += [checked(one, where) for one in (line if isinstance(line, list) else [line])]
     return found
@@ -168,9 +175,18 @@ def checked(line, where):
     if not isinstance(line, dict) or line.keys() - LINE.keys():
         found = sorted(line.keys() - LINE.keys()) if isinstance(line, dict) else type(line).__name__
         raise ValueError(f"{where}: expected an object with any of {', '.join(LINE)}; found {found}")
+    is_a = lambda value, kind: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     for name, value in line.items():
-        if not isinstance(value, LINE[name]) or (isinstance(value, bool) and LINE[name] is not bool):
-            raise ValueError(f"{where}: {name} cannot be {value!r}")
+        right = is_a(value, LINE[name])
+        if right and isinstance(value, list):
+            pair = name == "guidance_interval"
+            right = all(is_a(each, NUMBER if pair else str) for each in value) and (
+                len(value) == 2 or not pair
+            )
+        if right and is_a(value, NUMBER):
+            right = abs(value) < 2**63 and (name != "n" or value <= MOST)
+        if not right:
+            raise ValueError(f"{where}: {name} cannot be {str(value)[:80]!r}")
     return line
 
 
@@ -187,18 +203,24 @@ def expand(place, line, args):
     return found
 
 
-def request_of(one, model):
-    """The `Request` of one answer. ValueError, which names its line, where it cannot be answered."""
+def request_of(one, model, pictures):
+    """The `Request` of one answer. ValueError, which names its line, where it cannot be answered. `pictures` keeps
+    those that were read."""
     try:
         pixels = size(one.size) if one.size else None
-        shown = [picture_for(path, model, pixels) for path in one.images]
+        grid = grid_of(pixels, model) if pixels else None
+        for path in one.images:
+            if (path, pixels) not in pictures:
+                turn = Turn("user", (picture_for(path, model, pixels),))
+                pictures[path, pixels] = model.encoded(Document((turn,))).images()[0]
+        shown = [pictures[path, pixels] for path in one.images]
         words = [Text(one.prompt)] if one.prompt else []
         request = sampler.Request(
-            document=model.encoded(Document((Turn("user", (*shown, *words)),))),
+            document=Document((Turn("user", (*shown, *words)),)),
             output=one.output,
-            size=grid_of(pixels, model) if pixels and one.output != "text" else None,
+            size=grid if one.output != "text" else None,
             # Each answer has its own seed, whatever else is asked for in the same call.
-            seed=int(np.random.SeedSequence([one.seed, one.number]).generate_state(1)[0]),
+            seed=sampler.draw_seed(one.seed, one.number),
             max_tokens=one.max_tokens,
             stop=tuple(one.stop),
             **sampling_options(one),
@@ -207,6 +229,11 @@ def request_of(one, model):
         return request
     except (ValueError, OSError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"prompt {one.place + 1}, {one.prompt[:40]!r}: {error}") from error
+
+
+def hashes(request):
+    """What the images of a request are known by, wherever their files lie."""
+    return [hashlib.sha256(image.codes.tobytes()).hexdigest()[:12] for image in request.document.images()]
 
 
 def answers(model, requests, args):
@@ -231,8 +258,12 @@ def check_writable(out):
         return
     if not out.parent.is_dir():
         raise FileNotFoundError(f"cannot write {out}: the folder {out.parent} does not exist")
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"cannot write {out}: {out.suffix!r} is no image format; use .png")
+    try:
+        encoded(np.zeros((1, 1, 3), np.uint8), out.suffix)
+    except (KeyError, OSError) as error:
+        raise ValueError(f"cannot write {out}: {out.suffix!r} is no image format; use .png") from error
+    if out.with_suffix(".json").is_dir():
+        raise ValueError(f"cannot write {out.with_suffix('.json')}: a folder has this name")
     existed = out.exists()
     with out.open("ab"):  # raises where it may not be written
         pass
@@ -241,16 +272,21 @@ def check_writable(out):
 
 
 def is_there(path, note):
-    """Whether this very answer is written already. ValueError where another one is."""
-    if not (beside := path.with_name(path.name + ".json")).exists():
+    """Whether this very answer is written already, and whole. ValueError where another one is."""
+    beside = path.with_name(path.name + ".json")
+    try:
+        found = json.loads(beside.read_text("utf-8"))
+        written = [path.with_name(part["image"]) for part in found["answer"] if "image" in part]
+    except FileNotFoundError:
         return False
-    found = json.loads(beside.read_text("utf-8"))
+    except (ValueError, KeyError, TypeError, RecursionError):  # cut short, say by a loss of power
+        return False
     different = [name for name in SAME if found.get(name) != note[name]]
     if different:
         raise ValueError(
             f"{beside} is of another {' and '.join(different)}: choose another --out, or remove what is there"
         )
-    return True
+    return all(file.exists() for file in written)
 
 
 def write_answer(path, turn, note, scale):
@@ -266,9 +302,10 @@ def write_answer(path, turn, note, scale):
         pictures += 1
     words = "\n".join(part["text"] for part in answer if "text" in part)
     if words:
-        print(words)
         files.write(str(path.with_name(path.name + ".txt")), words.encode())
     write_json(path.with_name(path.name + ".json"), note | {"answer": answer})
+    if words:
+        print(printable(words))
 
 
 def write_sheet(out, turns, asked, notes, scale):

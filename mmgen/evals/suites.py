@@ -10,7 +10,7 @@ import numpy as np
 
 from mmgen import world
 from mmgen.document import Document, Text, Turn
-from mmgen.sampling.sampler import Request
+from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.sampler import best_of as choose
 from mmgen.world.judge import judge
 from mmgen.world.render import render
@@ -51,7 +51,7 @@ def run(sampler, cases, *, size, seed, batch_size=32, score=None, best_of=1, **o
         Request(
             document=Document((Turn("user", (Text(case.item.prompt),)),)),
             size=(height // patch, width // patch),
-            seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
+            seed=draw_seed(seed, number),
             **options,
         )
         for number, case in enumerate(cases)

@@ -1,9 +1,7 @@
 """A conversation with a model, which keeps its keys and values from turn to turn."""
 
-import numpy as np
-
-from mmgen.document import Document, Turn
-from mmgen.sampling.sampler import Request
+from mmgen.document import Document, Text, Turn
+from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.slots import Slots
 
 
@@ -24,7 +22,7 @@ class Dialogue:
             seed,
             options,
         )
-        self._slots = None
+        self._slots = {}
 
     def say(self, *parts, **options):
         """The user's parts (`Text`, `Image`) -> the assistant's turn; both are then part of the document."""
@@ -36,22 +34,18 @@ class Dialogue:
         before it is done leaves the dialogue as it was."""
         request = self.request(*parts, **options)
         branches = len(self.sampler.prompts(request))
-        if self._slots is None or self._slots.branches < branches:
-            self._slots = Slots(self.sampler, 1, branches, self.sampler.longest)
-        slots, self._slots = (
-            self._slots,
-            None,
-        )  # an exception in the middle of a dispatch leaves slots without state
-        for _, turn, done in self.sampler.answers(slots, [request], [0], every):
+        if branches not in self._slots:  # its own for each number, as another program rounds otherwise
+            self._slots[branches] = Slots(self.sampler, 1, branches, self.sampler.longest)
+        for _, turn, done, _ in self.sampler.answers(self._slots[branches], [request], [0], every):
             if done:
-                self._slots, self.document = slots, Document((*request.document.turns, turn))
+                turn = Turn(turn.role, [_clean(part) for part in turn.parts]).normalised()
+                self.document = Document((*request.document.turns, turn))
             yield turn, done
 
     def request(self, *parts, **options):
         """The `Request` that `say` makes."""
         document = Document((*self.document.turns, Turn("user", parts)))
-        seed = int(np.random.SeedSequence([self.seed, self.turns]).generate_state(1)[0])
-        options = {"output": "any", "seed": seed} | self.options | options
+        options = {"output": "any", "seed": draw_seed(self.seed, self.turns)} | self.options | options
         return Request(document=self.sampler.encoded(document), **options)
 
     @property
@@ -64,7 +58,12 @@ class Dialogue:
         ends = [n + 1 for n, turn in enumerate(self.document.turns) if turn.role == "assistant"]
         if not 0 <= turns <= len(ends):
             raise ValueError(f"expected 0 to {len(ends)} answers to go back to, found {turns}")
-        keep = ends[turns - 1] if turns else next(
-            (n for n, turn in enumerate(self.document.turns) if turn.role == "user"), 0
-        )  # fmt: skip
+        begins = [n for n, turn in enumerate(self.document.turns) if turn.role != "system"]
+        keep = ends[turns - 1] if turns else (begins + [len(self.document.turns)])[0]
         self.document = Document(self.document.turns[:keep])
+
+
+def _clean(part):
+    """A text without U+FFFD, as which bytes that are no UTF-8 are read: written again it takes three tokens, and a
+    dialogue would outgrow the row that its answers fitted."""
+    return Text(part.text.replace("\N{REPLACEMENT CHARACTER}", "")) if isinstance(part, Text) else part

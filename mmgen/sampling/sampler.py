@@ -62,16 +62,21 @@ class Request:
     def __post_init__(self):
         if self.output not in ("image", "text", "any"):
             raise ValueError(f"output must be 'image', 'text' or 'any', found {self.output!r}")
-        if isinstance(self.stop, str) or not all(self.stop):
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be a tuple of texts that are not empty, found {self.stop!r}")
+        sides = (1, 1) if self.size is None else tuple(self.size)
+        if len(sides) != 2 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in sides):
+            raise ValueError(f"size must be a (height, width) of at least 1 patch each, found {self.size}")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1 or not 0 <= self.guidance_rescale <= 1:
             raise ValueError(
                 "expected 0 <= low <= high <= 1 of guidance_interval and guidance_rescale from 0 to 1, found "
                 f"{self.guidance_interval} and {self.guidance_rescale}"
             )
-        if not np.isfinite([self.guidance, self.image_guidance]).all():
-            raise ValueError(f"guidance must be finite, found {self.guidance} and {self.image_guidance}")
+        if not (abs(self.guidance) <= 1e6 and abs(self.image_guidance) <= 1e6):
+            raise ValueError(
+                f"guidance must be a number up to 1e6, found {self.guidance} and {self.image_guidance}"
+            )
 
 
 class Sampler:
@@ -134,8 +139,14 @@ class Sampler:
         pixels alone, what is not there yet a checkerboard. Requests that need the same number of branches and
         about the same length share a program; within it bits depend on nothing else (see `Slots`).
         """
+        yield from (found[:3] for found in self._stream(requests, batch_size, every))
+
+    def _stream(self, requests, batch_size, every=None):
+        """As `stream`, with the answer's tokens as a fourth."""
         if not requests:
             raise ValueError("there is nothing to sample: expected at least one request")
+        if every is not None and every < 1:
+            raise ValueError(f"expected reports every 1 token or more, found {every}")
         requests = [dataclasses.replace(r, document=self.encoded(r.document)) for r in requests]
         groups = {}
         for i, request in enumerate(requests):
@@ -147,24 +158,25 @@ class Sampler:
             yield from self.answers(slots, requests, members, every)
 
     def answers(self, slots, requests, members, every=None):
-        """`stream` of requests[i] for i in members through these slots, which nobody else uses meanwhile."""
+        """(i, turn, done, tokens) of requests[i] for i in members, as in `stream`, through these slots, which nobody else
+        uses meanwhile."""
         index = {slots.add(requests[i]): i for i in members}
         stops = any(requests[i].stop for i in members)
         try:
             while slots.busy:
                 found = []
                 for progress in slots.run(every or (_STOP_EVERY if stops else None)):
-                    turn, codes, stopped = self.turn(progress.request, progress.tokens)
+                    turn, codes, stopped = self.turn(progress.request, progress.tokens, progress.done)
                     if stopped and not progress.done:
                         slots.cancel(progress.ticket)
                     done = stopped or progress.done
                     if done or every:
-                        found.append((index[progress.ticket], turn, codes, done))
-                turns = self.with_pixels([turn for _, turn, _, _ in found], slots.count)
-                begun = [n for n, (_, _, codes, _) in enumerate(found) if codes is not None]
+                        found.append((index[progress.ticket], turn, codes, done, progress.tokens))
+                turns = self.with_pixels([turn for _, turn, *_ in found], slots.count)
+                begun = [n for n, (_, _, codes, *_) in enumerate(found) if codes is not None]
                 for n, pixels in zip(begun, self.sketches([found[n][2] for n in begun], slots.count)):
                     turns[n] = Turn(turns[n].role, (*turns[n].parts, Image(pixels=pixels)))
-                yield from ((i, turn, done) for (i, _, _, done), turn in zip(found, turns))
+                yield from ((i, turn, done, tokens) for (i, _, _, done, tokens), turn in zip(found, turns))
         finally:  # whoever stops listening leaves the slots free
             for ticket in index:
                 slots.cancel(ticket)
@@ -211,7 +223,7 @@ class Sampler:
         height, width = request.size or (1, 1)
         if max(height, width) > self.grammar.max_side:
             raise ValueError(f"an image of {height} x {width} codes: sides go up to {self.grammar.max_side}")
-        least = 3 if request.output == "text" else height * width * self.grammar.depth + 6
+        least = height * width * self.grammar.depth + 6 if request.output == "image" else 3
         room = self.longest - len(tokens)
         if room < least:
             raise ValueError(
@@ -236,10 +248,10 @@ class Sampler:
             * self.chunk
         )
 
-    def turn(self, request, tokens):
+    def turn(self, request, tokens, done=True):
         """What an answer's tokens write so far -> the assistant's turn of its finished parts, without pixels; the
         codes of an image that is not finished, -1 where none is yet, or None; whether a text of `request.stop`
-        ended the turn."""
+        ended the turn. Until it is `done`, the end of a text that may be the begin of such a one is held back."""
         role = [self.grammar.bos, self.grammar.roles["assistant"]]
         document, codes = self.grammar.decode_open(np.array([*role, *tokens]), self.text)
         parts = document.turns[0].parts
@@ -249,6 +261,10 @@ class Sampler:
             if found:
                 cut = Turn("assistant", (*parts[:n], Text(part.text[: min(found)])))
                 return cut.normalised(), None, True
+        if request.stop and not done and parts and isinstance(parts[-1], Text):
+            text = parts[-1].text
+            held = max(n for stop in request.stop for n in range(len(stop)) if text.endswith(stop[:n]))
+            return Turn("assistant", (*parts[:-1], Text(text[: len(text) - held]))).normalised(), codes, False
         return document.turns[0], codes, False
 
     def with_pixels(self, turns, batch_size=16):
@@ -262,7 +278,10 @@ class Sampler:
         """Pixels of images of which codes are still to come (-1 in the codes [h, w]): there is a checkerboard where
         they are, as nothing is known of it. Near its border the picture may still change."""
         missing = [codes.reshape(codes.shape[:2] + (-1,)).min(-1) < 0 for codes in grids]
-        latest = [codes[~none][-1:] if (~none).any() else np.zeros(1) for codes, none in zip(grids, missing)]
+        latest = [
+            codes[~none][-1:] if (~none).any() else np.zeros(1, np.int32)
+            for codes, none in zip(grids, missing)
+        ]
         filled = [np.where(codes < 0, last[0], codes) for codes, last in zip(grids, latest)]
         patch, sketches = self.tokenizer.patch, []
         for pixels, none in zip(self._decoded(filled, batch_size), missing):
@@ -286,11 +305,14 @@ class Sampler:
 
     def nats(self, documents, batch_size=16):
         """How surprising each token of each document is -> list of float32 [T], -log p of the token after those
-        before it; 0 for the first. No guidance, temperature or grammar: the model's own distribution.
+        before it; 0 for the first. No guidance, temperature or grammar: the model's own distribution. Instead of
+        documents they may be rows of tokens, int32 [T].
 
         Raises GrammarError for what cannot be written, ValueError for documents longer than the training's rows.
         """
-        rows = [self.grammar.encode(document, self.text) for document in self.encode(documents, batch_size)]
+        rows = list(documents)
+        if not all(isinstance(row, np.ndarray) for row in rows):
+            rows = [self.grammar.encode(document, self.text) for document in self.encode(rows, batch_size)]
         longest = max(map(len, rows), default=0)
         if longest > self.longest:
             raise ValueError(
@@ -306,11 +328,42 @@ class Sampler:
                 positions[row, : len(rows[i])] = self.grammar.positions(rows[i])
             with self.on_mesh():
                 nats = _nats(
-                    self.params, self.weights, tokens, positions, graphdef=self.graphdef, int8=self.int8_cache
-                )
+                    self.params, self.weights, tokens, positions, graphdef=self.graphdef, chunk=self.chunk,
+                    int8=self.int8_cache,
+                )  # fmt: skip
             for i, each in zip(chosen, np.asarray(nats)):
                 out[i] = each[: len(rows[i])]
         return out
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "int8"))
+def _nats(params, weights, tokens, positions, *, graphdef, chunk, int8):
+    """-log p of each token int32 [B, S] -> float32 [B, S]; a chunk of all rows at a time, as whole rows would need
+    S x S numbers for each head, and S x V."""
+    model = nnx.merge(graphdef, params)
+    B, S = tokens.shape
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+
+    def read(cache, at):
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, at, chunk, 1)
+        x, cache = caches.step(model, weights, cache, part(tokens), part(positions), jnp.full(B, at))
+
+        def row(x_and_targets):
+            x, targets = x_and_targets
+            logits = caches.logits(model, weights, x)
+            return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+
+        return cache, jax.lax.map(row, (x, part(targets)))
+
+    cache = caches.empty(model.config, B, S, model.dtype, int8)
+    _, nats = jax.lax.scan(read, cache, jnp.arange(0, S, chunk))
+    nats = nats.transpose(1, 0, 2).reshape(B, S)
+    return jnp.pad(nats[:, :-1], ((0, 0), (1, 0)))
+
+
+def draw_seed(seed, n):
+    """The seed of draw n of what has a seed of its own."""
+    return int(np.random.SeedSequence([seed % 2**64, n]).generate_state(1)[0])
 
 
 def best_of(sampler, requests, n, score=None, batch_size=16):
@@ -324,41 +377,24 @@ def best_of(sampler, requests, n, score=None, batch_size=16):
         raise ValueError(f"expected at least one draw of a request, found {n}")
     if score and any(request.output != "image" for request in requests):
         raise ValueError("only pictures are scored: expected output='image' of every request")
-    seed = lambda request, k: int(np.random.SeedSequence([request.seed, k]).generate_state(1)[0])
     draws = [
-        dataclasses.replace(request, seed=seed(request, k)) if k else request
+        dataclasses.replace(request, seed=draw_seed(request.seed, k)) if k else request
         for request in requests
         for k in range(n)
     ]
-    turns = sampler.generate(draws, batch_size)
+    turns, tokens = [None] * len(draws), [None] * len(draws)
+    for i, turn, _, written in sampler._stream(draws, batch_size):
+        turns[i], tokens[i] = turn, written
     if score:
         texts = [request.document.text() for request in draws]
         scores = score([turn.parts[0].pixels for turn in turns], texts)
     else:
-        whole = [
-            Document((*request.document.turns, turn)) for request, turn in zip(draws, turns, strict=True)
-        ]
-        before = [len(sampler.prompts(request)[0]) for request in draws]
-        nats = sampler.nats(whole, batch_size)
-        scores = [-each[start:-1].mean() for each, start in zip(nats, before)]  # <eos> is not chosen
+        # Of the tokens that were drawn: a text may be written in other pieces than it is encoded in.
+        prompts = [sampler.prompts(request)[0] for request in draws]
+        nats = sampler.nats([np.concatenate(each) for each in zip(prompts, tokens)], batch_size)
+        scores = [-each[len(prompt) :].mean() for each, prompt in zip(nats, prompts)]
     scores = np.reshape(scores, (-1, n))
     return [turns[i * n + k] for i, k in enumerate(scores.argmax(1))], scores
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "int8"))
-def _nats(params, weights, tokens, positions, *, graphdef, int8):
-    """-log p of each token int32 [B, S] -> float32 [B, S]."""
-    model = nnx.merge(graphdef, params)
-    B, S = tokens.shape
-    cache = caches.empty(model.config, B, S, model.dtype, int8)
-    x, _ = caches.step(model, weights, cache, tokens, positions, jnp.zeros(B, jnp.int32))
-
-    def row(x_and_targets):  # one after the other: the logits of all would be B x S x V
-        x, targets = x_and_targets
-        logits = caches.logits(model, weights, x)
-        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
-
-    return jnp.pad(jax.lax.map(row, (x[:, :-1], tokens[:, 1:])), ((0, 0), (1, 0)))
 
 
 def load(workdir, *, int8=False, int8_cache=False, tensor=1):
@@ -387,6 +423,8 @@ def load(workdir, *, int8=False, int8_cache=False, tensor=1):
     make = lambda: transformer.of_codes(config.model, manifest, grammar.vocab_size, None)
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     shapes, mesh = nnx.to_pure_dict(abstract), None
+    if tensor < 1:
+        raise ValueError(f"expected at least 1 device to share the model, found {tensor}")
     if tensor > 1:
         mesh = meshes.make_mesh({"data": -1, "tensor": tensor})
         shardings = meshes.param_shardings(abstract, mesh, dict(config.sharding) | {"embed": None})

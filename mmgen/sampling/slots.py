@@ -71,9 +71,6 @@ class Slots:
             raise ValueError(f"expected at least 1 slot and 1 to 3 branches, found {count} and {branches}")
         self.sampler, self.count, self.branches = sampler, count, branches
         self.length = sampler.bucket(length or sampler.longest)
-        R, S = count * branches, self.length
-        self._held = [np.zeros(0, np.int32)] * R  # prompts
-        self._jobs = [None] * count
         self._used = [0] * count  # when each slot was last given away
         self._queue, self._tickets, self._time = collections.deque(), 0, 0
         strategy = lambda dtype: np.zeros((count, 2), dtype)
@@ -87,15 +84,26 @@ class Slots:
             "temperature": strategy(np.float32), "top_k": strategy(np.int32), "top_p": strategy(np.float32),
             "min_p": strategy(np.float32), "keep_mode": strategy(bool),
         }  # fmt: skip
+        self._nothing = jax.device_put(self._fill())  # the same zeros for each dispatch without new prompts
+        self._reset()
+
+    def _reset(self):
+        """Nobody in the slots, and nothing in the rows."""
+        sampler = self.sampler
+        self._jobs = [None] * self.count
+        self._held = [np.zeros(0, np.int32)] * (self.count * self.branches)  # prompts
         with sampler.on_mesh():
             state = _empty(
-                sampler.model_config, sampler.grammar, count, branches, S, sampler.dtype, sampler.int8_cache
+                sampler.model_config,
+                sampler.grammar,
+                self.count,
+                self.branches,
+                self.length,
+                sampler.dtype,
+                sampler.int8_cache,
             )
         # Committed to its device as what comes out of a dispatch is: else the second would be compiled anew.
         self._state = state if sampler.mesh else jax.device_put(state, jax.local_devices()[0])
-        self._nothing = jax.device_put(
-            self._fill_of(R, S)
-        )  # the same zeros for each dispatch without new prompts
 
     @property
     def busy(self):
@@ -134,12 +142,24 @@ class Slots:
 
     def run(self, tokens=None):
         """One dispatch -> the `Progress` of every request in a slot, at most `tokens` further; those that are done
-        have left it. Without a limit it ends when all are done or, where others wait, the first."""
+        have left it. Without a limit it ends when all are done or, where others wait, the first.
+
+        Raises FloatingPointError where the model's logits are not finite. After this or any other exception
+        the slots are empty; those that waited still wait.
+        """
+        if tokens is not None and tokens < 0:
+            raise ValueError(f"expected at least 0 tokens, found {tokens}")
+        try:
+            return self._run(self.length if tokens is None else tokens)
+        except BaseException:  # Ctrl-C too: what the device holds is not what is noted here
+            self._reset()
+            raise
+
+    def _run(self, steps):
         fill = self._admit()
         active = np.array([job is not None for job in self._jobs])
         if not active.any():
             return []
-        steps = self.length if tokens is None else tokens
         target = active.sum() - 1 if self._queue else 0
         model = self.sampler
         with model.on_mesh():
@@ -148,7 +168,11 @@ class Slots:
                 np.int32(target), graphdef=model.graphdef, grammar=model.grammar, branches=self.branches,
                 chunk=model.chunk,
             )  # fmt: skip
-        still, lengths, written, rows = map(np.asarray, seen)
+        still, broken, lengths, written, rows = map(np.asarray, seen)
+        if broken.any():
+            raise FloatingPointError(
+                "the model's logits are not finite: its weights, or the guidance, are beyond use"
+            )
         found = []
         for place, job in enumerate(self._jobs):
             if job:
@@ -160,7 +184,8 @@ class Slots:
 
     # What the host does between dispatches.
 
-    def _fill_of(self, R, S):
+    def _fill(self):
+        R, S = self.count * self.branches, self.length
         ints = lambda *shape: np.zeros(shape, np.int32)
         return {
             "count": np.int32(0), "row": ints(R), "source": ints(R), "kept": ints(R), "copied": ints(R),
@@ -174,7 +199,7 @@ class Slots:
         The device fills rows in this order, and `_held` is what rows hold at each point of it."""
         if not self._queue or all(self._jobs):
             return self._nothing
-        fill = self._fill_of(self.count * self.branches, self.length)
+        fill = self._fill()
         while self._queue and not all(self._jobs):
             job = self._queue.popleft()
             free = [place for place, other in enumerate(self._jobs) if other is None]
@@ -245,7 +270,8 @@ def _dispatch(
     params, weights, state, fill, knobs, active, steps, target, *, graphdef, grammar, branches, chunk
 ):
     """Fills rows with new prompts, then writes at most `steps` tokens in each slot that is `active` [N], until no
-    more than `target` of these are -> state, (active, lengths [N], written [N], tokens [N, S])."""
+    more than `target` of these are -> state, (active, broken [N]: logits not finite, lengths [N], written [N],
+    tokens [N, S])."""
     model = nnx.merge(graphdef, params)
     N = state.written.shape[0]
     every = lambda x: jnp.concatenate([x] * branches)
@@ -254,13 +280,14 @@ def _dispatch(
     place = jnp.arange(N)
 
     def body(carry):
-        i, state, active = carry
+        i, state, active, broken = carry
         logits = caches.logits(model, weights, state.hidden).reshape(branches, N, -1)
         machine = jax.tree.map(lambda field: field[:N], state.machine)
         legal = grammar.allowed(
             machine, knobs["room"] - state.written, knobs["size"], knobs["image_only"], knobs["text_only"]
         )
         logits = _guided(logits, legal, machine, grammar, knobs)
+        broken = broken | (active & ~jnp.isfinite(jnp.where(legal, logits, 0.0)).all(-1))
         modality = (machine.mode == CODES).astype(jnp.int32)
         knob = lambda name: jnp.take_along_axis(knobs[name], modality[:, None], 1)[:, 0]
         how = map(knob, ("temperature", "top_k", "top_p", "min_p", "keep_mode"))
@@ -278,11 +305,13 @@ def _dispatch(
             machine=machine,
             written=state.written + active,
         )
-        return i + 1, state, active & (machine.mode[:N] != BETWEEN)
+        return i + 1, state, active & (machine.mode[:N] != BETWEEN), broken
 
-    more = lambda carry: (carry[0] < steps) & (carry[2].sum() > target)
-    _, state, active = jax.lax.while_loop(more, body, (jnp.int32(0), state, active))
-    return state, (active, state.lengths[:N], state.written, state.cache["tokens"][:N])
+    more = lambda carry: (carry[0] < steps) & (carry[2].sum() > target) & ~carry[3].any()
+    _, state, active, broken = jax.lax.while_loop(
+        more, body, (jnp.int32(0), state, active, jnp.zeros(N, bool))
+    )
+    return state, (active, broken, state.lengths[:N], state.written, state.cache["tokens"][:N])
 
 
 def _fill(model, weights, state, fill, N, chunk):

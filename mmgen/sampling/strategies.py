@@ -27,9 +27,12 @@ class Strategy:
     keep_mode: bool = False
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+        # Written so that what is no number fails.
+        right = 0 <= self.temperature <= 1e6 and 0 <= self.top_k < 2**31
+        if not (right and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             raise ValueError(
-                f"expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1, found {self}"
+                "expected temperature from 0 to 1e6, top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1, "
+                f"found {self}"
             )
 
 
