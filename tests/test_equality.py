@@ -80,8 +80,8 @@ def eight(space, tmp_path, dtype, tolerance, names):
 
 
 def test_eight_devices_learn_what_one_does(space, tmp_path):
-    """The most exacting of them; `pytest -m soak tests/test_equality.py` runs all, in both precisions."""
-    eight(space, tmp_path, "float64", 1e-9, ("fsdp", "all"))
+    """All axes at once, the most exacting; `pytest -m soak tests/test_equality.py` runs all, in both precisions."""
+    eight(space, tmp_path, "float64", 1e-9, ("all",))
 
 
 @pytest.mark.soak

@@ -5,6 +5,8 @@ What is asserted is the exported module: JAX runs all its lowering rules, Pallas
 step, to machine code, is left to the accelerator's own compiler.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +16,11 @@ from jax import export
 from jax.sharding import NamedSharding
 
 from mmgen.commands.tools.plan import Vocabulary
+from mmgen.document import Document, Image, Text, Turn
 from mmgen.models import transformer
 from mmgen.runtime import config as configs
 from mmgen.runtime import mesh as meshes
-from mmgen.sampling import sampler
+from mmgen.sampling import sampler, slots
 from mmgen.stages import program
 from tests.conftest import run_python
 
@@ -98,23 +101,21 @@ def test_eight_devices_lower_too():
 
 
 @pytest.mark.parametrize("platform", KERNELS)
-def test_the_sampler_lowers(platform):
-    config, grammar = config_of(), VOCABULARY.grammar
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config)(nnx.Rngs(0))))
-    params = nnx.to_pure_dict(state)
-    rows, B = 4, 2
-    state = grammar.feed(np.array([grammar.bos, grammar.roles["user"], 7, grammar.end], np.int32))
-    machine = type(state)(*(np.concatenate([field] * rows) for field in state))
-    knobs = {
-        "seed": np.zeros(B, np.uint32), "room": np.full(B, 32, np.int32),
-        "size": np.full((B, 2), 4, np.int32), "guidance": np.full(B, 3, np.float32),
-        "image_only": np.ones(B, bool), "text_only": np.zeros(B, bool), "keep_mode": np.zeros((B, 2), bool),
-        "temperature": np.ones((B, 2), np.float32), "top_k": np.zeros((B, 2), np.int32),
-        "top_p": np.ones((B, 2), np.float32), "min_p": np.zeros((B, 2), np.float32),
-    }  # fmt: skip
-    done = export.export(sampler._generate, platforms=[platform])(
-        params, np.zeros((rows, 32), np.int32), np.zeros((rows, 32, 3), np.int32), np.full(rows, 4, np.int32),
-        machine, knobs, graphdef=graphdef, grammar=grammar, new=32, guided=True,
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_sampler_lowers(platform, int8):
+    config, grammar = config_of("model.dtype=bfloat16"), VOCABULARY.grammar
+    graphdef, state = nnx.split(make(config)(nnx.Rngs(0)))
+    text = types.SimpleNamespace(encode=lambda text: [7] * len(text))
+    model = sampler.Sampler(
+        graphdef, nnx.to_pure_dict(state), config, grammar, text, None, int8=int8, int8_cache=int8
+    )
+    running = slots.Slots(model, 2, 3, 96)
+    picture = Image(codes=np.zeros((2, 2), np.int32))
+    document = Document([Turn("user", [picture, Text("x")])])
+    running.add(sampler.Request(document, size=(4, 4), guidance=2.0, image_guidance=2.0))
+    done = export.export(slots._dispatch, platforms=[platform])(
+        model.params, model.weights, running._state, running._admit(), running._knobs, np.ones(2, bool),
+        np.int32(9), np.int32(0), graphdef=model.graphdef, grammar=grammar, branches=3, chunk=model.chunk,
     )  # fmt: skip
-    assert [(aval.shape, aval.dtype) for aval in done.out_avals] == [((B, 32), jnp.int32)]
+    assert [(aval.shape, aval.dtype) for aval in done.out_avals][-1:] == [((2, 96), jnp.int32)]
     assert "stablehlo.while" in done.mlir_module()

@@ -187,9 +187,13 @@ class Sampler:
 
     def encode(self, documents, batch_size=16):
         """`encoded` of several documents, `batch_size` images of equal size at a time."""
-        documents, patch = list(documents), self.tokenizer.patch
-        most, lacking = self.grammar.max_side * patch, {}  # by their size
-        for image in (image for document in documents for image in document.images() if image.codes is None):
+        documents, lacking = list(documents), {}  # images by their size
+        images = [image for document in documents for image in document.images() if image.codes is None]
+        if not images:
+            return documents
+        patch = self.tokenizer.patch
+        most = self.grammar.max_side * patch
+        for image in images:
             height, width = image.pixels.shape[:2]
             if height % patch or width % patch or max(height, width) > most:
                 raise ValueError(
@@ -197,8 +201,6 @@ class Sampler:
                     "resize it first"
                 )
             lacking.setdefault(image.pixels.shape, {})[id(image)] = image.pixels
-        if not lacking:
-            return documents
         codes = {}
         for found in lacking.values():
             codes |= zip(found, self.tokenizer.encode(np.stack(list(found.values())), batch=batch_size))
