@@ -123,9 +123,8 @@ def main(argv):
         about | {"request": {name: getattr(one, name) for name in LINE}, "shown": hashes(request)}
         for one, request in zip(asked, requests)
     ]
-    json.dumps(
-        notes, ensure_ascii=False
-    ).encode()  # what cannot be noted is an error before anything is drawn
+    # What cannot be noted is an error before anything is drawn.
+    json.dumps(notes, ensure_ascii=False).encode()
     names = [f"{one.place:05d}-{one.number}" for one in asked]
     todo = [i for i in range(len(asked)) if sheet or not is_there(out / names[i], notes[i])]
     requests = [requests[i] for i in todo]
@@ -152,7 +151,7 @@ def main(argv):
 
 def read_lines(path):
     """The lines of a file of prompts: dicts with keys of `LINE`. A .json is what this command has written."""
-    text = Path(path).read_text("utf-8-sig", errors="strict")
+    text = Path(path).read_text("utf-8-sig")
     if Path(path).suffix not in (".json", ".jsonl"):
         return [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
     # Not splitlines: JSON may have other line separators within its strings.

@@ -9,7 +9,6 @@ and images; row r is branch r // N of slot r % N. One draw decides for all branc
 S tokens that a row's cache holds, D model, V vocabulary.
 """
 
-import collections
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -72,7 +71,7 @@ class Slots:
         self.sampler, self.count, self.branches = sampler, count, branches
         self.length = sampler.bucket(length or sampler.longest)
         self._used = [0] * count  # when each slot was last given away
-        self._queue, self._tickets, self._time = collections.deque(), 0, 0
+        self._queue, self._tickets, self._time = {}, 0, 0  # jobs that wait, by their tickets, the first first
         strategy = lambda dtype: np.zeros((count, 2), dtype)
         self._knobs = {
             "seed": np.zeros(count, np.uint32), "room": np.zeros(count, np.int32),
@@ -126,7 +125,7 @@ class Slots:
                 f"a prompt of {len(prompts[0])} tokens and {room} for its answer do not fit slots of {self.length}"
             )
         self._tickets += 1
-        self._queue.append(_Job(self._tickets, request, prompts, room))
+        self._queue[self._tickets] = _Job(self._tickets, request, prompts, room)
         return self._tickets
 
     def cancel(self, ticket):
@@ -135,10 +134,7 @@ class Slots:
             if job and job.ticket == ticket:
                 self._jobs[place] = None
                 return True
-        waiting = [job for job in self._queue if job.ticket != ticket]
-        found = len(waiting) < len(self._queue)
-        self._queue = collections.deque(waiting)
-        return found
+        return self._queue.pop(ticket, None) is not None
 
     def run(self, tokens=None):
         """One dispatch -> the `Progress` of every request in a slot, at most `tokens` further; those that are done
@@ -201,7 +197,7 @@ class Slots:
             return self._nothing
         fill = self._fill()
         while self._queue and not all(self._jobs):
-            job = self._queue.popleft()
+            job = self._queue.pop(next(iter(self._queue)))
             free = [place for place, other in enumerate(self._jobs) if other is None]
             place = max(free, key=lambda p: (_shared(self._held[p], job.prompts[0]), -self._used[p], -p))
             self._time += 1
@@ -215,11 +211,10 @@ class Slots:
         """Adds to `fill` how `row` comes to hold `prompt`."""
         chunk, at = self.sampler.chunk, int(fill["count"])
         shared = [_shared(held, prompt) for held in self._held]
-        source = max(range(len(shared)), key=lambda r: (shared[r], r == row))
+        equal = [n == len(prompt) == len(held) for n, held in zip(shared, self._held)]
+        source = max(range(len(shared)), key=lambda r: (equal[r], shared[r], r == row))
+        whole = equal[source]  # then its last hidden state is known too
         chunks = -(-len(prompt) // chunk)
-        whole = (
-            shared[source] == len(prompt) == len(self._held[source])
-        )  # then its last hidden state is known too
         copied = chunks if whole else min(shared[source], len(prompt) - 1) // chunk
         fill["count"] += np.int32(1)
         fill["row"][at], fill["source"][at], fill["chunks"][at] = row, source, chunks
