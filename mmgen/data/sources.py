@@ -1,6 +1,7 @@
 """Sources: anything that yields Documents by index, named on the command line as `kind:where`.
 
-    world:SPLIT       rendered scenes and their captions (mmgen/world)
+    world:SPLIT       rendered scenes and their captions (mmgen/world); world:SPLIT/TASK has talks about them: caption,
+                      question, edit, dialogue (mmgen/world/tasks.py)
     tars:GLOB         img2dataset/webdataset shards: key.jpg|jpeg|png|webp, key.txt, key.json
     folder:DIR        images with metadata.jsonl, metadata.csv, or name.txt beside them
     jsonl:GLOB        documents in the native format, one a line; jsonl:sample is a small one of ours
@@ -47,7 +48,7 @@ from mmgen.data.native import check_turns
 from mmgen.document import Document, Image, Text, Turn, caption_to_image
 
 KINDS = {
-    "world": "world:SPLIT",
+    "world": "world:SPLIT[/TASK]",
     "tars": "tars:GLOB",
     "folder": "folder:DIR",
     "jsonl": "jsonl:GLOB",
@@ -108,6 +109,11 @@ def open_source(
     if kind == "world":
         if keep.active:
             raise ValueError(f"{spec} has no fields: split, only and exclude do not apply to a world")
+        where, slash, task = where.partition("/")
+        if slash:
+            if category:
+                raise ValueError(f"{spec}: a task has scenes of many categories; leave category out")
+            return Talks(spec, name, where, size, seed, documents, languages, task)
         return World(spec, name, where, size, seed, documents, languages, category or None)
     if category:
         raise ValueError(f"{spec} has no categories: only a world has")
@@ -290,7 +296,7 @@ class Source:
 class World:
     """Document i of a split of the world: a prompt by the user, its picture by the assistant."""
 
-    several_images = False
+    KIND, several_images = "world", False
 
     def __init__(self, spec, name, split, size, seed, documents, languages, category):
         if not documents:
@@ -302,7 +308,7 @@ class World:
         self.skipped = collections.Counter()
         self.parts = [(name, 0, documents)]
         options = [split, seed, self.languages, category, documents, size, __version__]
-        self.fingerprint = _fingerprint("world", options)
+        self.fingerprint = _fingerprint(self.KIND, options)
 
     def __len__(self):
         return self.documents
@@ -314,11 +320,11 @@ class World:
         """The world's Item i: prompt, claim and scene, in the language drawn for (seed, i)."""
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents} in {self.spec}")
-        return _world_item(self.seed, self.split, int(i), self.category, self.languages)[0]
+        return _world_item(self.seed, self.split, int(i), self.category, self.languages)
 
     def language(self, i):
         """The language of document i."""
-        return _world_item(self.seed, self.split, int(i), self.category, self.languages)[1]
+        return _language(self.seed, int(i), self.languages)
 
     def alternatives(self, i, n):
         image = Image(self.pixels(i))
@@ -377,14 +383,85 @@ class World:
         return render.render(scene, *size)
 
 
+class Talks(World):
+    """Document i of a split of the world: a talk about pictures, of one of the tasks of mmgen/world/tasks.py."""
+
+    KIND, several_images = "talks", True
+
+    def __getitem__(self, i):
+        shown = iter(self._render(i, scene) for scene in self._scenes(i))
+        part = lambda part: Text(part) if isinstance(part, str) else Image(next(shown))
+        turns = []
+        for turn in self.item(i).turns:
+            turns.append(Turn("user", [part(p) for p in turn.asks]))
+            turns.append(Turn("assistant", [part(p) for p in turn.says]))
+        return Document(turns)
+
+    def item(self, i):
+        """The world's Talk i, in the language drawn for (seed, i)."""
+        if not 0 <= i < self.documents:
+            raise IndexError(f"document {i} of {self.documents} in {self.spec}")
+        return _world_talk(self.seed, self.split, int(i), self.category, self.language(i))
+
+    def _scenes(self, i):
+        from mmgen.world import tasks
+
+        return tasks.scenes(self.item(i))
+
+    def alternatives(self, i, n):
+        return [self[i]]
+
+    def captions(self, i, n):
+        return ["\n".join(self.texts(i))]
+
+    def altered(self, i, n, draw=0):
+        raise ValueError(
+            f"{self.spec}: a talk has no captions that could be altered; open world:{self.split}"
+        )
+
+    def pixels(self, i, which=0):
+        scenes = self._scenes(i)
+        return self._render(i, scenes[which % len(scenes)])
+
+    def count_images(self, i):
+        return len(self._scenes(i))
+
+    def texts(self, i):
+        return [part for t in self.item(i).turns for part in (*t.asks, *t.says) if isinstance(part, str)]
+
+    def fields(self, i):
+        """Of what is asked: `task`, `turns`, and the `kinds` of its edits and questions."""
+        talk = self.item(i)
+        kinds = [turn.task.kind for turn in talk.turns if hasattr(turn.task, "kind")]
+        return {"task": talk.category, "turns": len(talk.turns), "kinds": kinds}
+
+    def recolored(self, i):
+        from mmgen.world import recolor
+
+        return self._render(i, recolor(np.random.default_rng([self.seed, i, 1]), self._scenes(i)[0]))
+
+
+def _language(seed, i, languages):
+    """The language that (seed, i) draws from ((name, weight), ...)."""
+    names, weights = zip(*languages)
+    return names[
+        np.random.default_rng([seed, i]).choice(len(names), p=np.array(weights, float) / sum(weights))
+    ]
+
+
 @functools.lru_cache(256)  # a picture, its caption and its colours want the same
 def _world_item(seed, split, i, category, languages):
-    """-> (Item i, its language): what a World keeps must not be in it, or it could not be pickled."""
+    """Item i: what a World keeps must not be in it, or it could not be pickled."""
     from mmgen import world
 
-    names, weights = zip(*languages)
-    language = np.random.default_rng([seed, i]).choice(len(names), p=np.array(weights, float) / sum(weights))
-    return world.item(seed, split, i, category, language=names[language]), names[language]
+    return world.item(seed, split, i, category, language=_language(seed, i, languages))
+
+
+@functools.lru_cache(64)
+def _world_talk(seed, split, i, task, language):
+    from mmgen.world import tasks
+
+    return tasks.talk(seed, split, i, task, language)
 
 
 class Several:

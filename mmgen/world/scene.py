@@ -270,30 +270,40 @@ def _state(rng, groups, category, unseen, told):
 
 def _place(rng, kinds, relation):
     """Centres for the objects: inside the image, apart, and clearly in the relation; or None."""
-    halves = [tuple(SIZES[k.size] * e / 2 for e in EXTENT[k.shape]) for k in kinds]
+    halves = [half_extent(kind) for kind in kinds]
     places = {}
     # The largest first, because the last one finds the least room.
     for i in sorted(range(len(kinds)), key=lambda i: -halves[i][0] * halves[i][1]):
-        w, h = halves[i]
-        # Candidates on a lattice that lies anywhere: each centre is as likely as any other that is free.
-        n = len(_LATTICE) if places else 1
-        xs, ys = (
-            EDGE + half + (_LATTICE[:n] + rng.random()) * ((1 - 2 * (EDGE + half)) / n) for half in (w, h)
-        )
-        choice = 0
-        if places:
-            free = True
-            for j, (x, y) in places.items():
-                beside, above = abs(xs - x) >= w + halves[j][0] + GAP, abs(ys - y) >= h + halves[j][1] + GAP
-                free = free & (beside | above[:, None])
-            choices = np.flatnonzero(free)
-            if not len(choices):
-                return None
-            choice = int(choices[int(rng.random() * len(choices))])
-        places[i] = (float(xs[choice % n]), float(ys[choice // n]))
+        places[i] = _free(rng, halves[i], [(*place, *halves[j]) for j, place in places.items()])
+        if places[i] is None:
+            return None
     if relation and not _clearly(relation.name, places[0], places[1]):
         return None
     return [places[i] for i in range(len(kinds))]
+
+
+def half_extent(kind):
+    """Half of the width and of the height of an object, or of what a Group with a size states."""
+    return tuple(SIZES[kind.size] * extent / 2 for extent in EXTENT[kind.shape])
+
+
+def _free(rng, half, taken):
+    """A centre for something of that half extent, inside the image and apart from what is taken, (x, y, half width,
+    half height) each; None where there is no room."""
+    # Candidates on a lattice that lies anywhere: each centre is as likely as any other that is free.
+    n = len(_LATTICE) if taken else 1
+    xs, ys = (EDGE + h + (_LATTICE[:n] + rng.random()) * ((1 - 2 * (EDGE + h)) / n) for h in half)
+    choice = 0
+    if taken:
+        free = True
+        for x, y, w, h in taken:
+            beside, above = abs(xs - x) >= half[0] + w + GAP, abs(ys - y) >= half[1] + h + GAP
+            free = free & (beside | above[:, None])
+        choices = np.flatnonzero(free)
+        if not len(choices):
+            return None
+        choice = int(choices[int(rng.random() * len(choices))])
+    return float(xs[choice % n]), float(ys[choice // n])
 
 
 def _clearly(name, subject, other):

@@ -1,0 +1,227 @@
+"""Talks about scenes: what is asked can be done, what is said is so, and the judges see the difference."""
+
+import collections
+import pickle
+
+import numpy as np
+import pytest
+
+from mmgen.data.sources import open_source
+from mmgen.document import Image, Text
+from mmgen.world import tasks
+from mmgen.world.render import render
+from mmgen.world.scene import Group, Scene, fits, held_out, related
+
+
+def talks(category, n, split="valid", unseen=False, language="en"):
+    return [tasks.talk(5, split, i, category, language, unseen) for i in range(n)]
+
+
+def pairs(scene):
+    return {(thing.color, thing.shape) for thing in scene.objects}
+
+
+@pytest.mark.parametrize("category", tasks.TASKS)
+def test_a_talk_is_a_function_of_its_arguments_and_happens_in_any_language(category):
+    english, chinese = talks(category, 40), talks(category, 40, language="zh")
+    assert english == talks(category, 40) and english != talks(category, 40, split="test")
+    for a, b in zip(english, chinese):
+        assert [(t.task, t.before, t.after) for t in a.turns] == [
+            (t.task, t.before, t.after) for t in b.turns
+        ]
+    said = [
+        part
+        for t in chinese
+        for turn in t.turns
+        for part in (*turn.asks, *turn.says)
+        if isinstance(part, str)
+    ]
+    assert all(
+        any("\u3000" < c for c in words) and "None" not in words and "{" not in words for words in said
+    )
+    said = [
+        part
+        for t in english
+        for turn in t.turns
+        for part in (*turn.asks, *turn.says)
+        if isinstance(part, str)
+    ]
+    assert all(
+        words.isascii() and "None" not in words and "{" not in words and "  " not in words for words in said
+    )
+
+
+@pytest.mark.parametrize("category", tasks.TASKS)
+def test_held_out_pairs_are_there_where_they_are_asked_for_alone(category):
+    for talk in talks(category, 60, "train"):
+        assert not any(held_out(*pair) for scene in tasks.scenes(talk) for pair in pairs(scene))
+    for talk in talks(category, 60, unseen=True):
+        found = [any(held_out(*pair) for pair in pairs(turn.after)) for turn in talk.turns]
+        assert found[-1] and (category in ("caption", "question") or not any(found[:-1]))
+    with pytest.raises(ValueError, match="never shows"):
+        tasks.talk(0, "train", 0, category, unseen=True)
+
+
+def test_every_kind_comes_up():
+    edits = collections.Counter(t.turns[0].task.kind for t in talks("edit", 300))
+    assert set(edits) == set(tasks.EDITS) and min(edits.values()) > 12
+    questions = collections.Counter(turn.task.kind for t in talks("question", 200) for turn in t.turns)
+    assert set(questions) == set(tasks.QUESTIONS)
+    answers = [
+        turn.task.answer for t in talks("question", 300) for turn in t.turns if turn.task.kind == "exists"
+    ]
+    assert 0.35 < np.mean([answer == "yes" for answer in answers]) < 0.7
+    lengths = collections.Counter(len(t.turns) for t in talks("dialogue", 200))
+    assert set(lengths) == set(range(2, 7))
+
+
+def test_edits_do_what_they_say_and_leave_the_rest():
+    """By hand, from the two scenes."""
+    for talk in talks("edit", 300) + talks("edit", 100, unseen=True):
+        (turn,) = talk.turns
+        edit, before, after = turn.task, turn.before, turn.after
+        gone, new = set(before.objects) - set(after.objects), set(after.objects) - set(before.objects)
+        assert (before.background == after.background) == (edit.kind != "background")
+        assert (len(gone), len(new)) == {"remove": (1, 0), "add": (0, 1), "background": (0, 0)}.get(
+            edit.kind, (1, 1)
+        )
+        if edit.target:
+            (old,) = gone
+            assert [thing for thing in before.objects if fits(thing, edit.target)] == [old]
+        if new:
+            (thing,) = new
+            if edit.relation:
+                anchors = [other for other in before.objects if fits(other, edit.anchor)]
+                assert len(anchors) == 1 and related(edit.relation, thing, anchors[0])
+            if edit.kind in ("add", "replace"):
+                assert fits(thing, edit.value)
+            if edit.kind == "move":
+                assert (thing.shape, thing.color, thing.size) == (old.shape, old.color, old.size)
+                assert not related(edit.relation, old, anchors[0])
+            if edit.kind in ("recolor", "resize", "replace"):
+                assert (thing.x, thing.y) == (old.x, old.y)
+
+
+def test_answers_are_counted_from_the_scene():
+    for talk in talks("question", 200):
+        scene = tasks.scenes(talk)[0]
+        for turn in talk.turns:
+            q = turn.task
+            matching = [t for t in scene.objects if q.subject and fits(t, q.subject)]
+            expected = {
+                "count": lambda: len(matching),
+                "exists": lambda: "yes" if matching else "no",
+                "color": lambda: {t.color for t in matching}.pop(),
+                "size": lambda: {t.size for t in matching}.pop(),
+                "ground": lambda: scene.background,
+                "relation": lambda: (
+                    "yes"
+                    if related(q.relation, matching[0], *[t for t in scene.objects if fits(t, q.other)])
+                    else "no"
+                ),
+            }[q.kind]()
+            assert q.answer == expected
+
+
+def test_dialogues_hang_together():
+    undone, called_it = 0, 0
+    for talk in talks("dialogue", 200):
+        scenes, it = [], None
+        for turn in talk.turns:
+            assert turn.before == (scenes[-1] if scenes else None)
+            if turn.task is None:
+                scenes.pop()
+                assert turn.after == scenes[-1]
+                undone, it = undone + 1, None
+                continue
+            if isinstance(turn.task, tasks.Edit):
+                if " it" in f" {turn.asks[0]}".replace("with", ""):
+                    called_it += 1
+                    assert fits(it, turn.task.target)
+                new = set(turn.after.objects) - set(turn.before.objects)
+                it = new.pop() if len(new) == 1 else None
+            if turn.after != turn.before:
+                scenes.append(turn.after)
+    assert undone > 10 and called_it > 20
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_judge_of_edits(side):
+    """True renderings pass, the source is a copy, and a picture with one more thing changed fails."""
+    right, wrong, rng = [], [], np.random.default_rng(0)
+    for talk in talks("edit", 250):
+        (turn,) = talk.turns
+        edit, before, after = turn.task, turn.before, turn.after
+        source, true = (render(scene, side, side) for scene in (before, after))
+        verdict = tasks.judge_edit(true, source, edit, before, after, true)
+        right.append(verdict.ok and not verdict.copied and verdict.outside > 70)
+        verdict = tasks.judge_edit(source, source, edit, before, after, true)
+        wrong.append(verdict.ok or not verdict.copied)
+        other, beyond = tasks.random_edit(rng, after)
+        # A second change of the same thing may be another right answer where the place was open.
+        open_place = edit.kind in ("add", "move") and other.kind == "move"
+        if not open_place and not _undoes(edit, other, before, beyond):
+            verdict = tasks.judge_edit(render(beyond, side, side), source, edit, before, after, true)
+            wrong.append(verdict.ok)
+    assert np.mean(right) >= 0.995 and np.mean(wrong) <= 0.005 and len(wrong) > 400
+
+
+def _undoes(edit, other, before, beyond):
+    """Whether two edits together are what the first asks for: by the scenes, as `done` is what is tested."""
+    free = {
+        "replace": ("resize",),
+        "add": ("resize",) if edit.value and edit.kind == "add" and edit.value.size is None else (),
+    }
+    return other.kind in free.get(edit.kind, ())
+
+
+def test_what_is_done_by_scenes():
+    _, scene = tasks.random_item(np.random.default_rng(1), "two_object", False)
+    a, b = scene.objects
+    target = Group(a.shape, a.color)
+    moved = lambda thing, **change: tasks.replace(thing, **change)
+    recolor = tasks.Edit("recolor", target, "pink")
+    done = lambda edit, *objects, ground=scene.background: tasks.done(edit, scene, Scene(objects, ground))
+    assert done(recolor, moved(a, color="pink"), b) == (True, True)
+    assert done(recolor, a, b) == (False, True)
+    assert done(recolor, moved(a, color="pink"), moved(b, shape="heart")) == (True, False)
+    assert done(recolor, moved(a, color="pink"), b, ground="other") == (True, False)
+    assert done(recolor, moved(a, color="pink")) == (True, False)
+    assert done(recolor, moved(a, color="pink", x=a.x + 0.2), b) == (False, True)
+    remove = tasks.Edit("remove", target)
+    assert done(remove, b) == (True, True) and done(remove, a, b) == (False, True)
+    assert done(remove) == (True, False) and done(remove, b, moved(b, x=0.5)) == (True, False)
+    ground = tasks.Edit("background", value="other")
+    assert done(ground, a, b, ground="other") == (True, True) and done(ground, a, b) == (False, True)
+    assert done(ground, b, ground="other") == (True, False)
+    add = tasks.Edit("add", None, Group("heart", "red"), "above", Group(b.shape, b.color))
+    heart = moved(b, shape="heart", color="red", y=b.y - 0.3)
+    assert done(add, a, b, heart) == (True, True) and done(add, a, b) == (False, False)
+    assert done(add, a, b, moved(heart, y=b.y + 0.3)) == (False, True)
+
+
+@pytest.mark.parametrize("category", tasks.TASKS)
+def test_a_source_of_talks(category):
+    source = open_source(f"world:train/{category}", (32, 32), 3, documents=12, languages=("en", "zh"))
+    again = pickle.loads(pickle.dumps(source))
+    assert source.several_images and len(source) == 12 and source.fingerprint == again.fingerprint
+    assert {source.language(i) for i in range(12)} == {"en", "zh"}
+    for i in range(12):
+        document = source[i]
+        assert document == again[i] and [turn.role for turn in document.turns][::2] == ["user"] * (
+            len(document.turns) // 2
+        )
+        shown = [part for turn in document.turns for part in turn.parts if isinstance(part, Image)]
+        assert source.count_images(i) == len(shown)
+        for which, image in enumerate(shown):
+            np.testing.assert_array_equal(source.pixels(i, which), image.pixels)
+        assert source.texts(i) == [
+            p.text for turn in document.turns for p in turn.parts if isinstance(p, Text)
+        ]
+        assert source.fields(i)["task"] == category and source.alternatives(i, 3) == [document]
+    with pytest.raises(ValueError, match="expected one of caption"):
+        open_source("world:train/film", (32, 32), documents=2)[0]
+    with pytest.raises(ValueError, match="leave category out"):
+        open_source(f"world:train/{category}", (32, 32), documents=2, category="colors")
+    with pytest.raises(IndexError):
+        source[12]
