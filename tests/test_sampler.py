@@ -127,7 +127,7 @@ def test_a_random_model_writes_nothing_illegal(space, sampler, guidance):
     wishes = [wishes[i] for i in order.reshape(BATCH, -1).T.ravel()]
     rows = {}
     turn_of = model.turn
-    model.turn = lambda request, row: rows.update({request.seed: row}) or turn_of(request, row)
+    model.turn = lambda request, row, *done: rows.update({request.seed: row}) or turn_of(request, row, *done)
     for wish, turn in zip(wishes, model.generate(wishes, BATCH), strict=True):
         row = rows[wish.seed]
         images = [part for part in turn.parts if isinstance(part, Image)]
