@@ -103,11 +103,10 @@ class Sampler:
     ):
         self.config, self.grammar, self.text, self.tokenizer = config, grammar, text, tokenizer
         self.longest, self.step = config.data.row_length, step
-        self.int8, self.int8_cache, self.mesh = int8, int8_cache, mesh
+        self.int8_cache, self.mesh = int8_cache, mesh
         self.dtype = jnp.dtype(config.model.dtype)
-        self.chunk = (
-            32 if jax.default_backend() == "cpu" else 128
-        )  # tokens of a prompt that are read at a time
+        # Tokens of a prompt that are read at a time: as many as it takes to be bound by arithmetic.
+        self.chunk = 32 if jax.default_backend() == "cpu" else 128
         prepare = lambda params: caches.prepare(nnx.merge(graphdef, params), self.dtype, int8)
         with self.on_mesh():
             self.weights = jax.jit(prepare)(params)
@@ -240,15 +239,9 @@ class Sampler:
 
     def bucket(self, length):
         """The length of the cache for `length` tokens: whole chunks, of which few numbers are compiled."""
-        chunks = lambda tokens: -(-tokens // self.chunk)
-        steps = (
-            *range(1, 4),
-            *(n << k for k in range(31) for n in (4, 5, 6, 7)),
-        )  # ... 6, 7, 8, 10, 12, 14, 16, 20, ...
-        return (
-            min(next(n for n in steps if n >= chunks(length)), max(chunks(self.longest), chunks(length)))
-            * self.chunk
-        )
+        needed, most = (-(-tokens // self.chunk) for tokens in (length, max(length, self.longest)))
+        octave = 1 << max(needed.bit_length() - 3, 0)  # 1, 2, ... 7, 8, 10, 12, 14, 16, 20, ...
+        return min(-(-needed // octave) * octave, most) * self.chunk
 
     def turn(self, request, tokens, done=True):
         """What an answer's tokens write so far -> the assistant's turn of its finished parts, without pixels; the
