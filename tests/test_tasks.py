@@ -8,9 +8,12 @@ import pytest
 
 from mmgen.data.sources import open_source
 from mmgen.document import Image, Text
+from mmgen.document import Turn as Asks
+from mmgen.evals import talks as talk_suites
 from mmgen.world import tasks
 from mmgen.world.render import render
 from mmgen.world.scene import Group, Scene, fits, held_out, related
+from tests.conftest import config_of, mmgen
 
 
 def talks(category, n, split="valid", unseen=False, language="en"):
@@ -196,7 +199,7 @@ def test_what_is_done_by_scenes():
     assert done(ground, b, ground="other") == (True, False)
     add = tasks.Edit("add", None, Group("heart", "red"), "above", Group(b.shape, b.color))
     heart = moved(b, shape="heart", color="red", y=b.y - 0.3)
-    assert done(add, a, b, heart) == (True, True) and done(add, a, b) == (False, False)
+    assert done(add, a, b, heart) == (True, True) and done(add, a, b) == (False, True)
     assert done(add, a, b, moved(heart, y=b.y + 0.3)) == (False, True)
 
 
@@ -225,3 +228,66 @@ def test_a_source_of_talks(category):
         open_source(f"world:train/{category}", (32, 32), documents=2, category="colors")
     with pytest.raises(IndexError):
         source[12]
+
+
+def test_suites_of_talks(sampler, space, tmp_path, monkeypatch, capsys):
+    """A model that answers rightly has all right, one that copies none: by answers put in its mouth."""
+    counts = dict(seen=14, unseen=4, size=(32, 32), seed=3, split="valid", batch_size=4)
+    truth = {}
+    for suite in talk_suites.SUITES:
+        for flag, count in ((False, 14), (True, 4)):
+            for i in range(count):
+                turn = tasks.talk(3, "valid", i, suite, "en", flag).turns[0]
+                truth[turn.asks[-1], render(turn.before, 32, 32).tobytes()] = turn
+
+    def answer(copies):
+        def generate(requests, batch_size):
+            turns = []
+            for request in requests:
+                image, words = request.document.turns[0].parts
+                turn = truth[words.text, image.pixels.tobytes()]
+                if request.output == "text":
+                    turns.append(Asks("assistant", [Text(f" {turn.says[0]}")]))
+                else:
+                    pixels = image.pixels if copies else render(turn.after, 32, 32)
+                    turns.append(Asks("assistant", [Image(pixels, image.codes)]))
+            return turns
+
+        return generate
+
+    monkeypatch.setattr(sampler, "generate", answer(copies=False))
+    cases, metrics = talk_suites.run(sampler, "edit", **counts)
+    assert len(cases) == 18 and metrics["edit_ok"] == 1 and metrics["edit_copied"] == 0
+    assert talk_suites.run(sampler, "question", **counts)[1]["question_ok"] == 1
+    monkeypatch.setattr(sampler, "generate", answer(copies=True))
+    _, metrics = talk_suites.run(sampler, "edit", **counts)
+    assert metrics["edit_ok"] == 0 and metrics["edit_copied"] == 1 and metrics["edit_kept"] == 1
+
+    flags = ("--checkpoint", space.transformer, "--seen", 3, "--unseen", 1, "--batch-size", 4)
+    for suite in talk_suites.SUITES:
+        assert mmgen("evaluate", *flags, "--suite", suite, "--out", tmp_path / suite) == 0
+        assert f"{suite}:" in capsys.readouterr().out and (tmp_path / suite / "report.html").exists()
+    assert (
+        mmgen("evaluate", *flags, "--suite", "edit", "--best-of", 2, "--towers", "x", "--out", tmp_path) == 1
+    )
+
+
+def test_talks_are_tokenised_and_trained_on(space, tmp_path):
+    from mmgen.stages import loop
+
+    world = (
+        "--source",
+        "edits=world:train/edit",
+        "--source",
+        "asked=world:train/question",
+        "--documents",
+        12,
+    )
+    flags = (*world, "--tokenizer", space.tokenizer, "--text", space.text, "--out", tmp_path / "shards")
+    assert mmgen("tokenize", *flags) == 0
+    given = [flag for flag in space.transformer_flags if "data.shards" not in flag]
+    config = config_of(
+        [*given, f"--config.data.shards={tmp_path / 'shards'}", "--config.data.row_length=320"]
+    )
+    loop.train(config, tmp_path / "run", stop_at=2)
+    assert (tmp_path / "run" / "vocabulary.json").exists()

@@ -1,4 +1,4 @@
-"""`mmgen evaluate --checkpoint DIR --out DIR [--suite world|retrieval|classifier|tokenizer]`."""
+"""`mmgen evaluate --checkpoint DIR --out DIR [--suite world|edit|question|retrieval|classifier|tokenizer]`."""
 
 import argparse
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmgen.commands.common import add_sampling_flags, sampling_options, share, size
 from mmgen.data.sources import open_source
-from mmgen.evals import probe, report, suites, towers
+from mmgen.evals import probe, report, suites, talks, towers
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.models.classifier import load_classifier
 from mmgen.models.contrastive import load_towers
@@ -18,15 +18,16 @@ from mmgen.world.render import render
 
 def main(argv):
     """Measures a checkpoint and writes report.html and report.json. Suite world: held-out prompts of the world,
-    drawn by a transformer and judged; retrieval: the towers of a contrastive run, on pairs of --data; classifier:
+    drawn by a transformer and judged; edit, question: its pictures changed and asked about; retrieval: the towers of a contrastive run, on pairs of --data; classifier:
     on labelled images of --data; tokenizer: how well codes give back the images of --data."""
     parser = argparse.ArgumentParser("mmgen evaluate", description=main.__doc__)
     parser.add_argument("--checkpoint", required=True, help="workdir of a run")
     parser.add_argument("--out", required=True, help="folder of the reports")
-    parser.add_argument("--suite", choices=("world", "retrieval", "classifier", "tokenizer"), default="world")
+    suite = ("world", *talks.SUITES, "retrieval", "classifier", "tokenizer")
+    parser.add_argument("--suite", choices=suite, default="world")
     parser.add_argument("--seed", type=int, default=1)
 
-    world = parser.add_argument_group("suite world")
+    world = parser.add_argument_group("suites world, edit and question")
     parser.add_argument(
         "--size",
         type=size,
@@ -73,7 +74,7 @@ def main(argv):
 
     began = time.monotonic()
     about = dict(title=f"mmgen evaluate {args.checkpoint}", config=vars(args))
-    if args.suite != "world":
+    if args.suite not in ("world", *talks.SUITES):
         if args.best_of != 1 or (args.towers and args.suite != "tokenizer"):
             raise ValueError(
                 f"--best-of is for suite world, --towers for that and tokenizer, not for {args.suite}"
@@ -123,6 +124,17 @@ def main(argv):
     args.size = args.size or (32, 32)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     model = sampler.load(args.checkpoint)
+    if args.suite in talks.SUITES:
+        if args.towers or args.best_of > 1:
+            raise ValueError(f"--towers and --best-of are for suite world, not for {args.suite}")
+        counts = dict(seen=args.seen, unseen=args.unseen, split=args.split, language=args.language)
+        how = dict(size=args.size, seed=args.seed, batch_size=args.batch_size, **sampling_options(args))
+        cases, metrics = talks.run(model, args.suite, **counts, **how)
+        scores, seconds = suites.scores(cases), {"total": time.monotonic() - began}
+        page = report.write(args.out, scores=scores, metrics=metrics, seconds=seconds, cases=cases, **about)
+        print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        print(f"{suites.show(scores)}\n\nthe report is {page.resolve()}")
+        return
     judges = load_towers(args.towers) if args.towers else None
     cases = suites.run(
         model,

@@ -432,7 +432,7 @@ def done(edit: Edit, before: Scene, found: Scene) -> tuple[bool, bool]:
         "move": lambda thing: fits(thing, _group(target)) and _stands(edit, thing, before),
     }[edit.kind]
     right = [thing for thing in rest if expected(thing)]
-    return bool(right), kept and len(rest) == 1
+    return bool(right), kept and (len(rest) == 1 or (edit.kind == "add" and not rest))
 
 
 def _stands(edit, thing, before):
