@@ -169,8 +169,8 @@ def test_the_best_of_several(sample, sampler, tmp_path):
         note = json.loads((tmp_path / "best" / f"00000-{k}.json").read_text())
         document = Document([Turn("user", [Text("x")])])
         request = Request(document, size=(8, 8), seed=draw_seed(0, k), guidance=1.5, image=wild)
-        (turn,), scores = best_of(sampler, [request], 4, batch_size=4)
-        assert note["answer"][0]["codes"] == turn.parts[0].codes.tolist() and scores.argmax() >= 0
+        (turn,), _ = best_of(sampler, [request], 4, batch_size=4)
+        assert note["answer"][0]["codes"] == turn.parts[0].codes.tolist()
     with pytest.raises(SystemExit):
         sample(*flags, "--best-of", "many")
 

@@ -10,7 +10,7 @@ from mmgen.evals import probe, report, suites, talks, towers
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.models.classifier import load_classifier
 from mmgen.models.contrastive import load_towers
-from mmgen.runtime import checkpoint
+from mmgen.runtime import checkpoint, hardware
 from mmgen.sampling import sampler
 from mmgen.stages.tokenizer import background
 from mmgen.world.render import render
@@ -72,6 +72,7 @@ def main(argv):
     data.add_argument("--max-bad", type=share, help="share of bad documents to put up with")
     args = parser.parse_args(argv)
 
+    hardware.compilation_cache()
     began = time.monotonic()
     about = dict(title=f"mmgen evaluate {args.checkpoint}", config=vars(args))
     if args.suite not in ("world", *talks.SUITES):

@@ -103,8 +103,6 @@ def main(argv):
     sheet = bool(out.suffix)
     if sheet and any(one.output != "image" for one in asked):
         raise ValueError("a contact sheet is of pictures: give --out a folder for answers with text")
-    if sheet and args.prompts and Path(args.prompts).resolve() == out.with_suffix(".json").resolve():
-        raise ValueError(f"{args.prompts} would be replaced by what is noted of {out}: choose another --out")
 
     model = load_sampler(args)
     if args.batch_size is None:
@@ -261,13 +259,26 @@ def check_writable(out):
         encoded(np.zeros((1, 1, 3), np.uint8), out.suffix)
     except (KeyError, OSError) as error:
         raise ValueError(f"cannot write {out}: {out.suffix!r} is no image format; use .png") from error
-    if out.with_suffix(".json").is_dir():
-        raise ValueError(f"cannot write {out.with_suffix('.json')}: a folder has this name")
+    beside = out.with_suffix(".json")
+    if beside.is_dir():
+        raise ValueError(f"cannot write {beside}: a folder has this name")
+    if beside.exists() and not is_note(beside):
+        raise ValueError(
+            f"{beside}, which this command has not written, would be replaced: choose another --out"
+        )
     existed = out.exists()
     with out.open("ab"):  # raises where it may not be written
         pass
     if not existed:  # a run that fails leaves no empty picture
         out.unlink()
+
+
+def is_note(path):
+    """Whether a JSON file is what `write_sheet` leaves beside a sheet."""
+    try:
+        return all("request" in one and "answer" in one for one in json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def is_there(path, note):
@@ -312,9 +323,8 @@ def write_sheet(out, turns, asked, notes, scale):
     pictures = {i: enlarged(turn.parts[0].pixels, scale) for i, turn in turns.items()}
     height, width = np.max([picture.shape[:2] for picture in pictures.values()], axis=0)
     rows, columns = (1 + max(getattr(one, name) for one in asked) for name in ("place", "column"))
-    channels = next(iter(pictures.values())).shape[
-        2
-    ]  # RGBA where the tokenizer has an alpha, and then a clear sheet
+    # RGBA where the tokenizer has an alpha, and then a clear sheet around.
+    channels = next(iter(pictures.values())).shape[2]
     canvas = np.full((rows * height, columns * width, channels), 255 if channels == 3 else 0, np.uint8)
     for i, picture in pictures.items():
         y, x = asked[i].place * height, asked[i].column * width

@@ -81,6 +81,11 @@ def empty(config, rows, slots, dtype, int8=False):
     return {"layers": pairs, "tokens": jnp.zeros((rows, slots), jnp.int32)}
 
 
+def corner(buffer, row, slot):
+    """The index at which a slot of a row begins in one of the cache's buffers: [B, S] or [B, K, S, ...]."""
+    return (row, slot) if buffer.ndim == 2 else (row, 0, slot) + (0,) * (buffer.ndim - 3)
+
+
 def step(model, weights, cache, tokens, positions, start, row=None):
     """Feeds tokens to the cached model, one a row (decoding) or many (prefill) -> hidden [B, T, D], cache.
 
@@ -101,10 +106,8 @@ def step(model, weights, cache, tokens, positions, start, row=None):
             rows = jnp.arange(B)[:, None]
             where = (rows, slots) if buffer.ndim == 2 else (rows, slice(None), slots)
             return buffer.at[where].set(new, mode="drop")
-        new, before = (new, ()) if buffer.ndim == 2 else (new.swapaxes(1, 2), (0,))
-        return jax.lax.dynamic_update_slice(
-            buffer, new, (row, *before, start[0]) + (0,) * (buffer.ndim - 2 - len(before))
-        )
+        new = new if buffer.ndim == 2 else new.swapaxes(1, 2)
+        return jax.lax.dynamic_update_slice(buffer, new, corner(buffer, row, start[0]))
 
     def of_rows(buffer):
         return buffer if row is None else jax.lax.dynamic_slice_in_dim(buffer, row, 1)

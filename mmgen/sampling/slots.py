@@ -318,12 +318,10 @@ def _fill(model, weights, state, fill, N, chunk):
 
         def copy(i, cache):
             def moved(buffer):
-                before = (0,) * (buffer.ndim > 2)  # the heads
-                at = lambda row: (row, *before, i * chunk) + (0,) * (buffer.ndim - 2 - len(before))
-                size = (1, *buffer.shape[1 : 1 + len(before)], chunk, *buffer.shape[2 + len(before) :])
-                return jax.lax.dynamic_update_slice(
-                    buffer, jax.lax.dynamic_slice(buffer, at(source), size), at(to)
-                )
+                size = [1, *buffer.shape[1:]]
+                size[min(buffer.ndim - 1, 2)] = chunk  # the slots come after the heads, where there are any
+                held = jax.lax.dynamic_slice(buffer, caches.corner(buffer, source, i * chunk), size)
+                return jax.lax.dynamic_update_slice(buffer, held, caches.corner(buffer, to, i * chunk))
 
             return jax.tree.map(moved, cache)
 

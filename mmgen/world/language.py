@@ -170,7 +170,7 @@ def answer(value, language):
     """A number, a colour, a size, a background, "yes" or "no" as an answer."""
     if language == "en":
         return {0: "none", **_NUMBERS}.get(value, value)
-    yes_no = {"yes": "是", "no": "不是"}
+    yes_no = {"yes": "是", "no": "否"}
     words = yes_no | _ZH_COLORS | _ZH_BACKGROUNDS | _ZH_SIZES
     return "零" if value == 0 else words.get(value) or _ZH_NUMBERS[value]
 
@@ -191,10 +191,10 @@ def _english_wish(edit, rng, pronoun):
         "recolor": (
             "make {what} {new}",
             "turn {what} {new}",
-            "change the color of {what} to {new}",
+            "change {color} to {new}",
             "paint {what} {new}",
         ),
-        "resize": ("make {what} {bigger}", "{bigger}: {what}", "i want {what} {bigger}"),
+        "resize": ("make {what} {bigger}", "draw {what} {bigger}", "i want {what} {bigger}"),
         "replace": ("replace {what} with {new}", "change {what} into {new}", "put {new} in place of {what}"),
         "remove": ("remove {what}", "take {what} away", "delete {what}", "erase {what}"),
         "add": ("add {new}{where}", "draw {new}{where} too", "put {new}{where}"),
@@ -206,7 +206,8 @@ def _english_wish(edit, rng, pronoun):
         ),
     }[edit.kind]
     bigger = {"large": "bigger", "small": "smaller"}.get(edit.value if isinstance(edit.value, str) else None)
-    return _pick(rng, forms).format(what=what, new=new, where=where, bigger=bigger)
+    color = "its color" if pronoun else f"the color of {what}"
+    return _pick(rng, forms).format(what=what, color=color, new=new, where=where, bigger=bigger)
 
 
 def _english_question(question, rng):

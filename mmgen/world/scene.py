@@ -191,8 +191,8 @@ def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[C
         raise ValueError(f"category: expected one of {', '.join(_STATED)}; found {category!r}")
     while True:
         groups = _groups(rng, category, unseen)
-        relation = Relation(_pick(rng, RELATIONS), 0, 1) if category == "position" else None
-        background = _pick(rng, BACKGROUNDS)
+        relation = Relation(pick(rng, RELATIONS), 0, 1) if category == "position" else None
+        background = pick(rng, BACKGROUNDS)
         kinds = [replace(g, count=1) for g in groups for _ in range(g.count)]
         places = next(filter(None, (_place(rng, kinds, relation) for _ in range(30))), None)
         if places is None:  # too crowded
@@ -216,11 +216,11 @@ def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[C
 
 def recolor(rng, scene: Scene) -> Scene:
     """The scene with every colour drawn anew."""
-    objects = tuple(replace(thing, color=_pick(rng, COLORS)) for thing in scene.objects)
-    return Scene(objects, _pick(rng, BACKGROUNDS))
+    objects = tuple(replace(thing, color=pick(rng, COLORS)) for thing in scene.objects)
+    return Scene(objects, pick(rng, BACKGROUNDS))
 
 
-def _pick(rng, options):
+def pick(rng, options):
     options = tuple(options)
     return options[int(rng.random() * len(options))]
 
@@ -230,11 +230,11 @@ def _counts(rng, category):
     if category in ("single_object", "colors"):
         return (1,)
     if category == "scene":
-        return _pick(rng, ((1, 1, 1), (2, 1), (1, 2), (1, 1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 2), (3, 1)))
+        return pick(rng, ((1, 1, 1), (2, 1), (1, 2), (1, 1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 2), (3, 1)))
     if category == "counting":
         if rng.random() < 0.7:
             return (1 + int(rng.random() * MOST),)
-        return _pick(rng, ((1, 2), (2, 1), (1, 3), (3, 1), (2, 2)))
+        return pick(rng, ((1, 2), (2, 1), (1, 3), (3, 1), (2, 2)))
     return (1, 1)
 
 
@@ -247,7 +247,7 @@ def _groups(rng, category, unseen):
     groups = []
     for i, count in enumerate(counts):
         while True:
-            color, shape = _pick(rng, UNSEEN if i == special else SEEN)
+            color, shape = pick(rng, UNSEEN if i == special else SEEN)
             if (color, shape) in [(g.color, g.shape) for g in groups]:
                 continue
             if one_shape_each and shape in [g.shape for g in groups]:
@@ -274,10 +274,10 @@ def _place(rng, kinds, relation):
     places = {}
     # The largest first, because the last one finds the least room.
     for i in sorted(range(len(kinds)), key=lambda i: -halves[i][0] * halves[i][1]):
-        places[i] = _free(rng, halves[i], [(*place, *halves[j]) for j, place in places.items()])
+        places[i] = free_place(rng, halves[i], [(*place, *halves[j]) for j, place in places.items()])
         if places[i] is None:
             return None
-    if relation and not _clearly(relation.name, places[0], places[1]):
+    if relation and not clearly(relation.name, places[0], places[1]):
         return None
     return [places[i] for i in range(len(kinds))]
 
@@ -287,7 +287,7 @@ def half_extent(kind):
     return tuple(SIZES[kind.size] * extent / 2 for extent in EXTENT[kind.shape])
 
 
-def _free(rng, half, taken):
+def free_place(rng, half, taken):
     """A centre for something of that half extent, inside the image and apart from what is taken, (x, y, half width,
     half height) each; None where there is no room."""
     # Candidates on a lattice that lies anywhere: each centre is as likely as any other that is free.
@@ -306,7 +306,7 @@ def _free(rng, half, taken):
     return float(xs[choice % n]), float(ys[choice // n])
 
 
-def _clearly(name, subject, other):
+def clearly(name, subject, other):
     ax, ay = RELATIONS[name]
     dx, dy = subject[0] - other[0], subject[1] - other[1]
     along, across = ax * dx + ay * dy, abs(ay * dx) + abs(ax * dy)
@@ -318,8 +318,8 @@ def alter(rng, claim: Claim, scene: Scene) -> Claim:
     others = [c for c in _neighbours(claim) if distinct(c.groups) and not holds(c, scene)]
     # First the attribute, then its value: else shapes and colours would crowd out the rest.
     kinds = sorted({changed(claim, c) for c in others})
-    kind = _pick(rng, kinds)
-    return _pick(rng, [c for c in others if changed(claim, c) == kind])
+    kind = pick(rng, kinds)
+    return pick(rng, [c for c in others if changed(claim, c) == kind])
 
 
 def _members(groups, objects):
@@ -332,7 +332,7 @@ def _seen(groups, objects):
     """The relation in which every object of the first group clearly stands to every one of the second, or None."""
     places = [[(thing.x, thing.y) for thing in members] for members in _members(groups, objects)]
     for name in RELATIONS:
-        if all(_clearly(name, a, b) for a in places[0] for b in places[1]):
+        if all(clearly(name, a, b) for a in places[0] for b in places[1]):
             return Relation(name, 0, 1)
     return None
 

@@ -29,12 +29,12 @@ from mmgen.world.scene import (
     Group,
     Object,
     Scene,
-    _clearly,
-    _free,
-    _pick,
+    clearly,
     fits,
+    free_place,
     half_extent,
     held_out,
+    pick,
     random_item,
     related,
 )
@@ -73,7 +73,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Exchange:
     """A question or a wish with its answer: `asks` and `says` are a tuple of texts and Scenes each. `task` is the Edit or
     the Question or the Claim that it is about (None for "undo"); `before` and `after` are the scene of the dialogue."""
 
@@ -86,7 +86,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Talk:
-    turns: tuple[Turn, ...]
+    turns: tuple[Exchange, ...]
     category: str
 
 
@@ -124,15 +124,15 @@ def _some_scene(rng, unseen=False):
         "counting",
         "scene",
     )
-    return random_item(rng, _pick(rng, kinds), unseen, told=True)
+    return random_item(rng, pick(rng, kinds), unseen, told=True)
 
 
 def _caption(rng, say, unseen):
     claim, scene = random_item(
-        rng, _pick(rng, ("colors", "two_object", "position", "scene")), unseen, told=True
+        rng, pick(rng, ("colors", "two_object", "position", "scene")), unseen, told=True
     )
     asks = (scene, say.ask_caption())
-    return [Turn(asks, (say.say(claim, bare=True),), claim, scene, scene)]
+    return [Exchange(asks, (say.say(claim, bare=True),), claim, scene, scene)]
 
 
 def _questions(rng, say, unseen):
@@ -143,36 +143,36 @@ def _questions(rng, say, unseen):
         question = random_question(rng, scene)
         shown = () if n else (scene,)
         asks = (*shown, say.ask(question))
-        turns.append(Turn(asks, (say.answer(question.answer),), question, scene, scene))
+        turns.append(Exchange(asks, (say.answer(question.answer),), question, scene, scene))
     return turns
 
 
 def _edit(rng, say, unseen):
     """A picture of the user's, and what to change in it; first the kind, then a scene that has room for it."""
-    kind = _pick(rng, ("recolor", "replace", "add") if unseen else EDITS)
+    kind = pick(rng, ("recolor", "replace", "add") if unseen else EDITS)
     found = None
     while not found:
         _, scene = _some_scene(rng)
         found = random_edit(rng, scene, kind, unseen)
     edit, after = found
-    return [Turn((scene, say.wish(edit)), (after,), edit, scene, after)]
+    return [Exchange((scene, say.wish(edit)), (after,), edit, scene, after)]
 
 
 def _dialogue(rng, say, unseen):
     """Drawing, then one to five turns that change the picture or ask about it; what was changed last may be "it"."""
     claim, scene = _some_scene(rng)
-    turns = [Turn((say.say(claim),), (scene,), claim, None, scene)]
+    turns = [Exchange((say.say(claim),), (scene,), claim, None, scene)]
     history, it, count = [], None, 1 + int(rng.random() * 5)
     for n in range(count):
         last = n == count - 1  # the turn that is judged for unseen pairs
         dice = rng.random()
         if history and dice < 0.15 and not (unseen and last):
             before, scene, it = scene, history.pop(), None
-            turns.append(Turn((say.undo(),), (scene,), None, before, scene))
+            turns.append(Exchange((say.undo(),), (scene,), None, before, scene))
         elif dice < 0.3 and not (unseen and last):
             question = random_question(rng, scene)
             says = (say.answer(question.answer),)
-            turns.append(Turn((say.ask(question),), says, question, scene, scene))
+            turns.append(Exchange((say.ask(question),), says, question, scene, scene))
         else:
             found = random_edit(rng, scene, unseen=unseen and last)
             if not found:
@@ -180,7 +180,7 @@ def _dialogue(rng, say, unseen):
             edit, after = found
             same = it is not None and edit.target is not None and _only(edit.target, scene) == it
             pronoun = same and rng.random() < 0.7
-            turns.append(Turn((say.wish(edit, pronoun=pronoun),), (after,), edit, scene, after))
+            turns.append(Exchange((say.wish(edit, pronoun=pronoun),), (after,), edit, scene, after))
             history.append(scene)
             new = [thing for thing in after.objects if thing not in scene.objects]
             scene, it = after, new[0] if len(new) == 1 else None
@@ -198,7 +198,7 @@ def named(rng, scene: Scene, thing: Object) -> Group | None:
         for size in (None, thing.size)
         if sum(fits(other, Group(thing.shape, color, size)) for other in scene.objects) == 1
     ]
-    return (options[0] if rng.random() < 0.5 else _pick(rng, options)) if options else None
+    return (options[0] if rng.random() < 0.5 else pick(rng, options)) if options else None
 
 
 def _only(group, scene):
@@ -221,13 +221,13 @@ def random_edit(rng, scene: Scene, kind=None, unseen=False):
 
 def _try_edit(rng, scene, kind, unseen):
     if kind == "background":
-        value = _pick(rng, [name for name in BACKGROUNDS if name != scene.background])
+        value = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
         return Edit(kind, value=value), replace(scene, background=value)
     if kind == "add":
         return _try_add(rng, scene, unseen)
     if not scene.objects:
         return None
-    thing = _pick(rng, scene.objects)
+    thing = pick(rng, scene.objects)
     target = named(rng, scene, thing)
     if target is None:
         return None
@@ -238,13 +238,13 @@ def _try_edit(rng, scene, kind, unseen):
         options = [c for c in COLORS if c != thing.color and held_out(c, thing.shape) == unseen]
         if not options:
             return None
-        value = _pick(rng, options)
+        value = pick(rng, options)
         new = replace(thing, color=value)
     elif kind == "resize":
-        value = _pick(rng, [size for size in SIZES if size != thing.size])
+        value = pick(rng, [size for size in SIZES if size != thing.size])
         new = replace(thing, size=value)
     elif kind == "replace":
-        color, shape = _pick(rng, UNSEEN if unseen else SEEN)
+        color, shape = pick(rng, UNSEEN if unseen else SEEN)
         if shape == thing.shape:
             return None
         value = Group(shape, color)
@@ -260,9 +260,9 @@ def _try_edit(rng, scene, kind, unseen):
 def _try_add(rng, scene, unseen):
     if len(scene.objects) >= MOST:
         return None
-    color, shape = _pick(rng, UNSEEN if unseen else SEEN)
-    size = "small" if len(scene.objects) > 1 else _pick(rng, SIZES)
-    place = _free(rng, half_extent(Group(shape, color, size)), _taken(scene.objects))
+    color, shape = pick(rng, UNSEEN if unseen else SEEN)
+    size = "small" if len(scene.objects) > 1 else pick(rng, SIZES)
+    place = free_place(rng, half_extent(Group(shape, color, size)), _taken(scene.objects))
     if place is None:
         return None
     new = Object(shape, color, size, *place)
@@ -285,7 +285,7 @@ def _try_move(rng, scene, thing, target, others):
             anchor = named(rng, scene, other)
             for name in RELATIONS:
                 # What is asked must not be so already, or nothing would be the right answer.
-                new = anchor and not related(name, thing, other) and _clearly(name, place, (other.x, other.y))
+                new = anchor and not related(name, thing, other) and clearly(name, place, (other.x, other.y))
                 if new:
                     moved = replace(thing, x=place[0], y=place[1])
                     objects = tuple(moved if each is thing else each for each in scene.objects)
@@ -299,11 +299,11 @@ def _beside(rng, scene, new):
         (name, other)
         for other in scene.objects
         for name in RELATIONS
-        if _clearly(name, (new.x, new.y), (other.x, other.y))
+        if clearly(name, (new.x, new.y), (other.x, other.y))
     ]
     if not options:
         return None, None
-    relation, other = _pick(rng, options)
+    relation, other = pick(rng, options)
     anchor = named(rng, scene, other)
     return (relation, anchor) if anchor else (None, None)
 
@@ -323,21 +323,20 @@ def _apart(new, others):
 # ---- questions --------------------------------------------------------------------------------------
 
 
-def random_question(rng, scene: Scene, kind=None) -> Question:
+def random_question(rng, scene: Scene) -> Question:
     """A question that has one right answer in this scene."""
     while True:
-        chosen = kind or _pick(rng, QUESTIONS)
-        found = _try_question(rng, scene, chosen)
+        found = _try_question(rng, scene, pick(rng, QUESTIONS))
         if found:
             return found
 
 
 def _try_question(rng, scene, kind):
-    thing = _pick(rng, scene.objects)
+    thing = pick(rng, scene.objects)
     if kind == "ground":
         return Question(kind, None, scene.background)
     if kind == "count":
-        shape = thing.shape if rng.random() < 0.85 else _pick(rng, SHAPES)
+        shape = thing.shape if rng.random() < 0.85 else pick(rng, SHAPES)
         color = thing.color if rng.random() < 0.4 else None
         subject = Group(shape, color)
         return Question(kind, subject, sum(fits(other, subject) for other in scene.objects))
@@ -345,9 +344,9 @@ def _try_question(rng, scene, kind):
         color, shape = thing.color, thing.shape
         if rng.random() < 0.5:  # one word is wrong, as a picture that has neither would be too easy
             if rng.random() < 0.5:
-                color = _pick(rng, COLORS)
+                color = pick(rng, COLORS)
             else:
-                shape = _pick(rng, SHAPES)
+                shape = pick(rng, SHAPES)
         subject = Group(shape, color)
         there = any(fits(other, subject) for other in scene.objects)
         return Question(kind, subject, "yes" if there else "no")
@@ -357,17 +356,17 @@ def _try_question(rng, scene, kind):
     if kind == "size":
         options = [Group(thing.shape, color) for color in (None, thing.color)]
         options = [group for group in options if _only(group, scene)]
-        return Question(kind, _pick(rng, options), thing.size) if options else None
+        return Question(kind, pick(rng, options), thing.size) if options else None
     others = [other for other in scene.objects if other is not thing]
     subject = named(rng, scene, thing)
-    other = named(rng, scene, _pick(rng, others)) if others else None
+    other = named(rng, scene, pick(rng, others)) if others else None
     if subject is None or other is None:
         return None
     a, b = _only(subject, scene), _only(other, scene)
-    clear = [name for name in RELATIONS if _clearly(name, (a.x, a.y), (b.x, b.y))]
+    clear = [name for name in RELATIONS if clearly(name, (a.x, a.y), (b.x, b.y))]
     if not clear:
         return None
-    asked = clear[0] if rng.random() < 0.5 else _pick(rng, RELATIONS)
+    asked = clear[0] if rng.random() < 0.5 else pick(rng, RELATIONS)
     return Question("relation", subject, "yes" if asked in clear else "no", asked, other)
 
 
