@@ -12,7 +12,7 @@ from mmgen.document import Turn as Asks
 from mmgen.evals import talks as talk_suites
 from mmgen.world import tasks
 from mmgen.world.render import render
-from mmgen.world.scene import Group, Scene, fits, held_out, related
+from mmgen.world.scene import BACKGROUNDS, SHAPES, SIZES, Group, Scene, fits, held_out, related
 from tests.conftest import config_of, mmgen
 
 
@@ -54,22 +54,44 @@ def test_a_talk_is_a_function_of_its_arguments_and_happens_in_any_language(categ
     )
 
 
-@pytest.mark.parametrize("category", tasks.TASKS)
+@pytest.mark.parametrize("category", [name for name in tasks.TASKS if name not in tasks.PAGES])
 def test_held_out_pairs_are_there_where_they_are_asked_for_alone(category):
     for talk in talks(category, 60, "train"):
         assert not any(held_out(*pair) for scene in tasks.scenes(talk) for pair in pairs(scene))
     for talk in talks(category, 60, unseen=True):
-        found = [any(held_out(*pair) for pair in pairs(turn.after)) for turn in talk.turns]
-        assert found[-1] and (category in ("caption", "question") or not any(found[:-1]))
+        found = [
+            any(
+                held_out(*pair)
+                for part in (*turn.asks, *turn.says)
+                if isinstance(part, Scene)
+                for pair in pairs(part)
+            )
+            for turn in talk.turns
+        ]
+        assert found[-1] or (category == "question" and found[0])
+        assert category == "question" or not any(found[:-1])
     with pytest.raises(ValueError, match="never shows"):
         tasks.talk(0, "train", 0, category, unseen=True)
 
 
 def test_every_kind_comes_up():
     edits = collections.Counter(t.turns[0].task.kind for t in talks("edit", 300))
-    assert set(edits) == set(tasks.EDITS) and min(edits.values()) > 12
+    assert set(edits) == set(tasks.RICH_EDITS) and min(edits.values()) > 12
+    for category in tasks.TASKS:
+        plain = (
+            [tasks.talk(5, "valid", i, category, rich=False) for i in range(30)]
+            if category != "style"
+            else []
+        )
+        for scene in (scene for talk in plain for scene in tasks.scenes(talk)):
+            assert scene.style == "flat" and scene.background in BACKGROUNDS
+            assert all(t.pattern == "solid" and t.size in SIZES and t.shape in SHAPES for t in scene.objects)
+    with pytest.raises(ValueError, match="48 pixels"):
+        tasks.talk(0, "train", 0, "style", rich=False)
+    with pytest.raises(ValueError, match="not judged"):
+        tasks.talk(0, "valid", 0, "story", unseen=True)
     questions = collections.Counter(turn.task.kind for t in talks("question", 200) for turn in t.turns)
-    assert set(questions) == set(tasks.QUESTIONS)
+    assert set(questions) == set(tasks.RICH_QUESTIONS)
     answers = [
         turn.task.answer for t in talks("question", 300) for turn in t.turns if turn.task.kind == "exists"
     ]
@@ -117,6 +139,8 @@ def test_answers_are_counted_from_the_scene():
                 "color": lambda: {t.color for t in matching}.pop(),
                 "size": lambda: {t.size for t in matching}.pop(),
                 "ground": lambda: scene.background,
+                "style": lambda: scene.style,
+                "pattern": lambda: {t.pattern for t in matching}.pop(),
                 "relation": lambda: (
                     "yes"
                     if related(q.relation, matching[0], *[t for t in scene.objects if fits(t, q.other)])
@@ -127,15 +151,24 @@ def test_answers_are_counted_from_the_scene():
 
 
 def test_dialogues_hang_together():
-    undone, called_it = 0, 0
+    undone, called_it, corrected = 0, 0, 0
     for talk in talks("dialogue", 200):
         scenes, it = [], None
         for turn in talk.turns:
             assert turn.before == (scenes[-1] if scenes else None)
-            if turn.task is None:
+            if turn.kind == "first":
+                del scenes[1:]
+            if turn.kind == "undo":
                 scenes.pop()
+                undone += 1
+            if turn.task is None:
                 assert turn.after == scenes[-1]
-                undone, it = undone + 1, None
+                it = None
+                continue
+            if turn.kind == "correct":  # of the last change, which cannot be taken back by itself then
+                assert turn.after != turn.before and len(turn.after.objects) == len(turn.before.objects)
+                scenes[-1], it = turn.after, None
+                corrected += 1
                 continue
             if isinstance(turn.task, tasks.Edit):
                 if {"it", "its"} & set(turn.asks[0].split()):
@@ -145,12 +178,12 @@ def test_dialogues_hang_together():
                 it = new.pop() if len(new) == 1 else None
             if turn.after != turn.before:
                 scenes.append(turn.after)
-    assert undone > 10 and called_it > 20
+    assert undone > 10 and called_it > 20 and corrected > 5
 
 
 @pytest.mark.parametrize(
     "side, count, unseen",
-    [(32, 250, False), (64, 100, True)]
+    [(32, 250, False), (64, 40, True)]
     + [
         pytest.param(side, 1200, unseen, marks=pytest.mark.soak)
         for side in (32, 64)
@@ -160,15 +193,16 @@ def test_dialogues_hang_together():
 def test_the_judge_of_edits(side, count, unseen):
     """True renderings pass, the source is a copy, and a picture with one more thing changed fails."""
     right, wrong, rng = [], [], np.random.default_rng(0)
-    for talk in talks("edit", count, unseen=unseen):
-        (turn,) = talk.turns
+    rich = side >= tasks.RICH_FROM
+    for i in range(count):
+        (turn,) = tasks.talk(5, "valid", i, "edit", "en", unseen, rich).turns
         edit, before, after = turn.task, turn.before, turn.after
         source, true = (render(scene, side, side) for scene in (before, after))
         verdict = tasks.judge_edit(true, source, edit, before, after, true)
         right.append(verdict.ok and not verdict.copied and verdict.outside > 70)
         verdict = tasks.judge_edit(source, source, edit, before, after, true)
         wrong.append(verdict.ok or not verdict.copied)
-        other, beyond = tasks.random_edit(rng, after)
+        other, beyond = tasks.random_edit(rng, after, rich=rich)
         # A second change of the same thing may be another right answer where the place was open.
         open_place = edit.kind in ("add", "move") and other.kind == "move"
         if not open_place and not _undoes(edit, other, before, beyond):
@@ -180,10 +214,8 @@ def test_the_judge_of_edits(side, count, unseen):
 
 def _undoes(edit, other, before, beyond):
     """Whether two edits together are what the first asks for: by the scenes, as `done` is what is tested."""
-    free = {
-        "replace": ("resize",),
-        "add": ("resize",) if edit.value and edit.kind == "add" and edit.value.size is None else (),
-    }
+    sized = edit.kind == "add" and edit.value.size is not None
+    free = {"replace": ("resize", "pattern"), "add": ("pattern",) if sized else ("resize", "pattern")}
     return other.kind in free.get(edit.kind, ())
 
 
@@ -214,15 +246,15 @@ def test_what_is_done_by_scenes():
 
 @pytest.mark.parametrize("category", tasks.TASKS)
 def test_a_source_of_talks(category):
-    source = open_source(f"world:train/{category}", (32, 32), 3, documents=12, languages=("en", "zh"))
+    source = open_source(f"world:train/{category}", (48, 48), 3, documents=12, languages=("en", "zh"))
     again = pickle.loads(pickle.dumps(source))
     assert source.several_images and len(source) == 12 and source.fingerprint == again.fingerprint
     assert {source.language(i) for i in range(12)} == {"en", "zh"}
     for i in range(12):
         document = source[i]
-        assert document == again[i] and [turn.role for turn in document.turns][::2] == ["user"] * (
-            len(document.turns) // 2
-        )
+        roles = [turn.role for turn in document.turns]
+        assert document == again[i]
+        assert roles == (["page"] if category in tasks.PAGES else ["user", "assistant"] * (len(roles) // 2))
         shown = [part for turn in document.turns for part in turn.parts if isinstance(part, Image)]
         assert source.count_images(i) == len(shown)
         for which, image in enumerate(shown):
@@ -231,7 +263,7 @@ def test_a_source_of_talks(category):
             p.text for turn in document.turns for p in turn.parts if isinstance(p, Text)
         ]
         assert source.fields(i)["task"] == category and source.alternatives(i, 3) == [document]
-    with pytest.raises(ValueError, match="expected one of caption"):
+    with pytest.raises(ValueError, match="expected one of draw, caption"):
         open_source("world:train/film", (32, 32), documents=2)[0]
     with pytest.raises(ValueError, match="leave category out"):
         open_source(f"world:train/{category}", (32, 32), documents=2, category="colors")
@@ -246,7 +278,7 @@ def test_suites_of_talks(sampler, space, tmp_path, monkeypatch, capsys):
     for suite in talk_suites.SUITES:
         for flag, count in ((False, 14), (True, 4)):
             for i in range(count):
-                turn = tasks.talk(3, "valid", i, suite, "en", flag).turns[0]
+                turn = tasks.talk(3, "valid", i, suite, "en", flag, rich=False).turns[0]
                 truth[turn.asks[-1], render(turn.before, 32, 32).tobytes()] = turn
 
     def answer(copies):

@@ -392,7 +392,10 @@ class Talks(World):
         shown = iter(self._render(i, scene) for scene in self._scenes(i))
         part = lambda part: Text(part) if isinstance(part, str) else Image(next(shown))
         turns = []
-        for turn in self.item(i).turns:
+        talk = self.item(i)
+        if talk.page:
+            return Document([Turn("page", [part(p) for turn in talk.turns for p in turn.says])])
+        for turn in talk.turns:
             turns.append(Turn("user", [part(p) for p in turn.asks]))
             turns.append(Turn("assistant", [part(p) for p in turn.says]))
         return Document(turns)
@@ -401,7 +404,10 @@ class Talks(World):
         """The world's Talk i, in the language drawn for (seed, i)."""
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents} in {self.spec}")
-        return _world_talk(self.seed, self.split, int(i), self.category, self.language(i))
+        sizes = self.size.shapes if isinstance(self.size, images.Buckets) else [self.size]
+        return _world_talk(
+            self.seed, self.split, int(i), self.category, self.language(i), min(map(min, sizes))
+        )
 
     def _scenes(self, i):
         from mmgen.world import tasks
@@ -458,10 +464,10 @@ def _world_item(seed, split, i, category, languages):
 
 
 @functools.lru_cache(64)
-def _world_talk(seed, split, i, task, language):
+def _world_talk(seed, split, i, task, language, short):
     from mmgen.world import tasks
 
-    return tasks.talk(seed, split, i, task, language)
+    return tasks.talk(seed, split, i, task, language, rich=short >= tasks.RICH_FROM)
 
 
 class Several:

@@ -6,19 +6,34 @@ own rendering at that sub-pixel place comes closest. A piece that nothing render
 fault, and a picture with a fault follows no prompt.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from mmgen.world.render import coverage
-from mmgen.world.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Claim, Object, Scene, holds
+from mmgen.world.render import cell_of, contour, coverage, ground, paint, render, tint
+from mmgen.world.scene import (
+    ALL_SIZES,
+    BACKGROUNDS,
+    COLORS,
+    FIGURES,
+    GROUNDS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    STYLES,
+    Claim,
+    Object,
+    Scene,
+    holds,
+)
 
 # Distances are Euclidean in RGB, 0 to 442. The closest two colours are 80 apart and the closest
 # colour to a background 103; a good small tokenizer (30 dB) is off by 14 a pixel.
-ENOUGH = 48  # pixels of the short side; larger images are reduced to this
+ENOUGH = 48  # pixels of the short side; larger images are reduced to this ...
+STYLED = 64  # ... and where they have a style, whose contours and soft edges are fine, to this
 GROUND_NEAR = 48.0  # a pixel that close is background
 GROUND_LEAST = 0.55  # the share of such pixels; four objects leave more than 0.7
 CONTRAST = 45.0  # what stands out less from the background is no object
@@ -28,13 +43,28 @@ COLOR_RATIO = 0.75  # ... and at most this share of the distance to the next
 MISFIT = 0.32  # root of squared coverage error over squared coverage: above, it is not the shape
 UNEVEN = 22.0  # a half of another colour pulls by a quarter of the distance between the two
 CORE = 55.0  # the inside's colour is so near to the named one and the whole's: after JPEG too, but 1 in 6,000
+CLOSE = 30.0  # mean squared error of a picture below which no other style is tried
+EXACT = 0.08  # no other kind will be closer
 CLEAN = 0.15  # below, the first look is enough
 SPECK = 0.18  # pieces below this share of a small object's area are dirt, which is forgiven ...
 DIRT = 0.4  # ... up to this share in all
 # Shapes are read from brightness (row 0), and a little from hue, which JPEG blurs.
 SIGHT = np.array(((0.299, 0.587, 0.114), (-0.034, -0.066, 0.1), (0.1, -0.084, -0.016)), np.float32)
-NUDGES = tuple((dx / 4, dy / 4) for dx in (-1, 0, 1) for dy in (-1, 0, 1))
-KINDS = tuple((shape, size) for shape in SHAPES for size in SIZES)
+NUDGES, FAR = (tuple((dx / 4, dy / 4) for dx in range(-n, n + 1) for dy in range(-n, n + 1)) for n in (1, 3))
+ROUNDS = 4  # of nudging what is thin: its centre of mass tells its place less well
+PLAIN = 40  # smaller pictures are read as the plain world: two sizes, no patterns, people, skies or styles
+CONTOUR = 200.0  # a contour counts for no more contrast than that, lest what is inside should not stand out beside it
+GROUND_MARGIN = 120.0  # a style whose ground fits worse by so much, in squared distance, is not looked at
+TRIED = 10  # kinds that are painted in a style to see which is closest
+REFINED = 3  # of these with their colours, whose place is looked for
+HIDDEN = 0.4  # of two that overlap, the one behind shows at least so much of itself
+PLAIN_KINDS = tuple((shape, size, "solid") for shape in SHAPES for size in SIZES)
+KINDS = tuple(
+    (shape, size, pattern)
+    for shape in (*SHAPES, *FIGURES)
+    for size in ALL_SIZES
+    for pattern in (PATTERNS if shape in SHAPES else ("solid",))
+)
 
 
 @dataclass(frozen=True)
@@ -64,63 +94,117 @@ def judge(pixels: np.ndarray, claim: Claim) -> Verdict:
 
 
 def _told(scene):
-    things = [f"a {o.size} {o.color} {o.shape} at ({o.x:.2f}, {o.y:.2f})" for o in scene.objects]
-    return f"{', '.join(things) or 'nothing'} on {scene.background}"
+    pattern = lambda o: "" if o.pattern == "solid" else f"{o.pattern} "
+    things = [f"a {o.size} {pattern(o)}{o.color} {o.shape} at ({o.x:.2f}, {o.y:.2f})" for o in scene.objects]
+    style = "" if scene.style == "flat" else f", {scene.style}"
+    return f"{', '.join(things) or 'nothing'} on {scene.background}{style}"
 
 
 def parse(pixels: np.ndarray) -> Reading:
     """Read a picture (uint8 [H, W, 3]) into a scene; `faults` names what no scene explains."""
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"pixels: expected uint8 [H, W, 3]; found {pixels.dtype} {list(pixels.shape)}")
-    height, width = pixels.shape[:2]
-    if min(height, width) > ENOUGH:
-        scale = ENOUGH / min(height, width)
-        height, width = round(height * scale), round(width * scale)
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
-    image = pixels.astype(np.float32)
-    short = min(height, width)
-    background, ground = _ground(image)
-    if background is None:
+    shape = pixels.shape[:2]
+    grounds = _grounds(pixels, shape)
+    if not grounds:
         return Reading(Scene((), "unknown"), (), ("no plain background of a known colour",))
-    offset = image - ground
+    readings, whole = [], _reduced(pixels)
+    # How far a scene as read, drawn again, is from the picture.
+    away = lambda scene: float(np.square(whole - _reduced(render(scene, shape[1], shape[0]))).mean())
+    for background, style, field in grounds:
+        reading = _parse(_reduced(pixels, style), background, style, field)
+        if style == "flat" and reading.faults and min(shape) >= PLAIN:
+            layered = _parse(_reduced(pixels, style), background, style, field, layers=True)
+            reading = min(reading, layered, key=lambda r: len(r.faults))
+        if len(grounds) == 1:
+            return reading
+        if style == "flat" and not reading.faults and away(reading.scene) < CLOSE:
+            return reading
+        readings.append(reading)
+    # Which style it is, the whole picture says: that in which the scene as read comes closest.
+    return min(readings, key=lambda reading: (len(reading.faults), away(reading.scene)))
+
+
+def _reduced(pixels, style="flat"):
+    """float32 [h, w, 3] of a short side that is enough for a style; in style pixel a pixel is a cell."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    enough = {"flat": ENOUGH, "pixel": round(short / cell_of(short))}.get(style, STYLED)
+    if short <= enough:
+        return pixels.astype(np.float32)
+    scale = enough / short
+    size = round(width * scale), round(height * scale)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX)).astype(np.float32)
+
+
+@lru_cache(maxsize=256)
+def _field(background, style, height, width):
+    return _reduced((ground(background, style, width, height) + 0.5).astype(np.uint8), style)
+
+
+def _grounds(pixels, shape):
+    """What may be behind the objects: (background, style, ground float32 [h, w, 3]) for each style that may be."""
+    plain, found = min(shape) < PLAIN, []
+    for style in STYLES[:1] if plain else STYLES:
+        image, best = _reduced(pixels, style), None
+        least = GROUND_LEAST * image.shape[0] * image.shape[1]
+        for background in BACKGROUNDS if plain else GROUNDS:
+            field = _field(background, style, *shape)
+            offset = image - field
+            distance = (offset * offset).sum(-1)
+            near = distance < GROUND_NEAR**2
+            if np.count_nonzero(near) >= least:
+                far = float(np.minimum(distance, GROUND_NEAR**2).mean())
+                if best is None or far < best[0]:
+                    best = far, background, style, field + offset[near].mean(0)
+        if best:
+            found.append(best)
+    closest = min((far for far, *_ in found), default=0.0)
+    return [rest for far, *rest in found if far <= closest + GROUND_MARGIN]
+
+
+def _parse(image, background, style, field, layers=False):
+    """The Reading of a reduced picture in a style on a ground; layers: a piece may be two things that overlap."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    offset = image - field
     seen = offset @ SIGHT.T
-    labels, boxes = _pieces(_stands_out(offset, seen))
+    if style == "ink" or layers:
+        mask = _stands_out(offset, offset, CONTOUR)
+    else:
+        mask = _stands_out(offset, seen, np.inf)
+    labels, boxes = _pieces(mask)
     if len(boxes) > 40:  # no use to look at each
-        return Reading(Scene((), background), (), (f"{len(boxes)} pieces",))
-    small = min(area for area, _, _ in _masses(short).values())
+        return Reading(Scene((), background, style), (), (f"{len(boxes)} pieces",))
+    small = min(area for area, _, _ in _masses(short, True).values())
     objects, misfits, faults, dirt = [], [], [], 0
     for label, (*box, area) in enumerate(boxes, 1):
         if area < SPECK * small:
             dirt += area
             continue
-        thing, misfit, fault = _read(offset, seen, labels, label, box, ground, short)
-        if fault:
+        if style == "flat" and background in BACKGROUNDS:
+            thing, misfit, fault = _read(offset, seen, labels, label, box, field, short)
+        else:
+            thing, misfit, fault = _fit(image, field, labels, label, box, style)
+        pair = _read_pair(image, field, labels == label, short) if fault and layers else None
+        if pair:
+            objects += pair[1]
+            misfits += [pair[0]] * 2
+        elif fault:
             faults.append(fault)
         else:
-            shape, color, size, x, y = thing
-            objects.append(Object(shape, color, size, x / width, y / height))
+            objects.append(thing)
             misfits.append(misfit)
     if dirt > DIRT * small:
         faults.append(f"{dirt} stray pixels")
-    return Reading(Scene(tuple(objects), background), tuple(misfits), tuple(faults))
+    objects = tuple(replace(thing, x=thing.x / width, y=thing.y / height) for thing in objects)
+    return Reading(Scene(objects, background, style), tuple(misfits), tuple(faults))
 
 
-def _ground(image):
-    """The named background that fills the image and its colour there, or (None, None)."""
-    best = None, None
-    most = GROUND_LEAST * image.shape[0] * image.shape[1]
-    for name, color in BACKGROUNDS.items():
-        offset = image - np.asarray(color, np.float32)
-        near = (offset * offset).sum(-1) < GROUND_NEAR**2
-        count = np.count_nonzero(near)
-        if count >= most:
-            most, best = count, (name, image[near].mean(0))
-    return best
-
-
-def _stands_out(offset, seen):
-    """bool [H, W]: the pixels of objects; judged beside their neighbours, so that edges stay thin."""
-    contrast = np.sqrt((seen * seen).sum(-1))
+def _stands_out(offset, seen, most):
+    """bool [H, W]: the pixels of objects; judged beside their neighbours, so that edges stay thin. most: contrast above
+    which a neighbour does not count for more."""
+    contrast = np.minimum(np.sqrt((seen * seen).sum(-1)), most)
     padded = np.pad(contrast, 1)
     rows = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
     around = np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
@@ -164,26 +248,27 @@ def _pieces(mask):
     return labels, boxes
 
 
-def _read(offset, seen, labels, label, box, ground, short):
-    """One piece as ((shape, color, size, x, y), misfit, fault)."""
+def _read(offset, seen, labels, label, box, field, short):
+    """One piece of a flat picture as (Object in pixels, misfit, fault)."""
     top, bottom, left, right = box
     where = f"at ({(left + right) / 2:.0f}, {(top + bottom) / 2:.0f})"
     top, left = max(top - 2, 0), max(left - 2, 0)
     window = slice(top, bottom + 2), slice(left, right + 2)
     inside = labels[window] == label
     ours = (inside | (labels[window] == 0))[..., None]
-    misfit, shape, size, x, y, mass = _match(_share(seen[window] * ours, inside), top, left, short)
+    misfit, kind, x, y, mass = _match(_share(seen[window] * ours, inside), top, left, short)
     if misfit > CLEAN:  # noise drowns brightness where the brightness is nearly the background's
         other = _match(_share(offset[window] * ours, inside), top, left, short)
-        misfit, shape, size, x, y, mass = min((misfit, shape, size, x, y, mass), other)
+        misfit, kind, x, y, mass = min((misfit, kind, x, y, mass), other)
     if misfit > MISFIT:
         return None, misfit, f"something unlike any shape {where}"
     there = offset[window] * ours
     color = there.sum((0, 1)) / mass  # blur moves colour but keeps its sum
+    alpha = _window(kind, x - left, y - top, short, inside.shape)
+    ground = (field[window] * alpha[..., None]).sum((0, 1)) / max(alpha.sum(), 1e-6)
     name, fault = _name(ground + color, where)
     if fault:
         return None, misfit, fault
-    alpha = _window(shape, size, x - left, y - top, short, inside.shape)
     core, depth = _core(there, alpha, short)
     # The sum hides a rim of another colour. In thin shapes blur alone moves the inside, so more is allowed.
     if max(np.linalg.norm(core - c) for c in (color, COLORS[name] - ground)) > CORE / depth:
@@ -195,7 +280,8 @@ def _read(offset, seen, labels, label, box, ground, short):
     sides = np.array((rows[:i].sum(0), rows[i:].sum(0), cols[:j].sum(0), cols[j:].sum(0)))
     if (sides * sides).sum(-1).max() > (UNEVEN * mass) ** 2:
         fault = f"more than one colour {where}"
-    return (shape, name, size, x, y), misfit, fault
+    shape, size, pattern = kind
+    return Object(shape, name, size, x, y, pattern), misfit, fault
 
 
 def _share(sight, inside):
@@ -216,35 +302,207 @@ def _core(there, alpha, short):
     return there[inmost].sum(0) / alpha[inmost].sum(), deep.max()
 
 
-def _name(color, where):
+def _name(color, where, style="flat"):
     """The named colour, or a fault."""
-    table = np.asarray(tuple(COLORS.values()), np.float32)
-    distance = np.sqrt(((table - color) ** 2).sum(-1))
+    distance = np.sqrt(((_palette(style) - color) ** 2).sum(-1))
     first, second = np.partition(distance, 1)[:2]
     if first > COLOR_NEAR or first > COLOR_RATIO * second:
         return None, f"no known colour ({', '.join(f'{v:.0f}' for v in color)}) {where}"
     return tuple(COLORS)[int(distance.argmin())], None
 
 
+@lru_cache(maxsize=8)
+def _palette(style):
+    return np.stack([tint(color, style) for color in COLORS])
+
+
 def _match(share, top, left, short):
-    """The kind whose coverage is closest to the observed one: (misfit, shape, size, x, y, area)."""
+    """The kind whose coverage is closest to the observed one: (misfit, kind, x, y, area)."""
     mass = share.sum()
     rows, cols = np.arange(share.shape[0]) + 0.5, np.arange(share.shape[1]) + 0.5
     y, x = (share.sum(1) @ rows) / mass, (share.sum(0) @ cols) / mass
     found = []
-    for (shape, size), (area, dx, dy) in _masses(short).items():
+    for kind, (area, dx, dy) in _masses(short, short < PLAIN).items():
         if 0.6 < mass / area < 1.6:
-            alpha = _window(shape, size, x - dx, y - dy, short, share.shape)
-            found.append((_misfit(share, alpha, area), shape, size, x - dx, y - dy, area))
+            alpha = _window(kind, x - dx, y - dy, short, share.shape)
+            found.append((_misfit(share, alpha, area), kind, x - dx, y - dy, area))
     found.sort()
-    best = (9.0, "", "", 0.0, 0.0, 1.0)
-    for misfit, shape, size, x, y, area in found[:3]:
+    best = (9.0, ("", "", ""), 0.0, 0.0, 1.0)
+    for misfit, kind, x, y, area in found[:3]:
         if misfit > 1.6 * found[0][0]:
             break
-        for dx, dy in NUDGES:
-            alpha = _window(shape, size, x + dx, y + dy, short, share.shape)
-            best = min(best, (_misfit(share, alpha, area), shape, size, left + x + dx, top + y + dy, area))
+        miss = lambda px, py: _misfit(share, _window(kind, px, py, short, share.shape), area)
+        misfit, px, py = _nearest(miss, x, y, 1 if kind[2] == "solid" else ROUNDS)
+        best = min(best, (misfit, kind, left + px, top + py, area))
     return best
+
+
+def _nearest(miss, x, y, rounds, nudges=NUDGES):
+    """The place around (x, y) at which `miss` is least: (miss, x, y)."""
+    best = (9.0, x, y)
+    for _ in range(rounds):
+        last = best
+        best = min(
+            best, *((miss(last[1] + dx, last[2] + dy), last[1] + dx, last[2] + dy) for dx, dy in nudges)
+        )
+        nudges = NUDGES
+        if best == last:
+            break
+    return best
+
+
+def _fit(image, field, labels, label, box, style):
+    """One piece of a picture in a style as (Object in pixels, misfit, fault): which kind, painted in that style, comes closest."""
+    short = min(labels.shape)
+    top, bottom, left, right = box
+    where = f"at ({(left + right) / 2:.0f}, {(top + bottom) / 2:.0f})"
+    window = slice(max(top - 3, 0), bottom + 3), slice(max(left - 3, 0), right + 3)
+    origin = window[0].start, window[1].start
+    mask = labels[window] == label
+    ours = _widened(mask) & (mask | (labels[window] == 0))
+    offset, extent = (image - field)[window], ours.shape
+    there = observed = offset * ours[..., None]
+    # Pixels that stand out, weighed alike: brightness would favour the contour, or the side where the light falls.
+    share = mask.astype(np.float32)
+    mass = share.sum()
+    y, x = (np.indices(extent) + 0.5).reshape(2, -1) @ share.ravel() / mass
+    found = []
+    for kind, (area, dx, dy) in _masses(short, False).items():
+        outer = area if kind[2] in ("solid", "outlined") else _masses(short, False)[(*kind[:2], "solid")][0]
+        if not 0.4 < outer / mass < 1.7:
+            continue
+        alpha = _window(kind, x - dx, y - dy, short, extent)[..., None]
+        if style == "ink":
+            rim = _window(kind, x - dx, y - dy, short, extent, grown=True)[..., None]
+            there = (offset - rim * (contour(field[window].mean((0, 1))) - field[window])) * ours[..., None]
+        weight = max(float((alpha * alpha).sum()), 1e-6)
+        rgb = (alpha * there).sum((0, 1)) / weight
+        error = np.square(there - alpha * rgb).sum() + np.square(rgb).sum() * max(0.0, area - alpha.sum())
+        found.append((float(error), kind, rgb, x - dx, y - dy))
+    found.sort(key=lambda each: each[0])
+    palette, tries = _palette(style), []
+    for _, kind, rgb, x, y in found[:TRIED]:
+        alpha = _window(kind, x, y, short, extent)[..., None]
+        behind = (alpha * field[window]).sum((0, 1)) / max(alpha.sum(), 1e-6)
+        for index in np.argsort(((palette - behind - rgb) ** 2).sum(-1))[:2]:
+            miss = _painter(kind, tuple(COLORS)[index], style, field, observed, ours, origin)
+            tries.append((miss(x, y), kind, tuple(COLORS)[index], x, y, miss))
+    tries.sort(key=lambda each: each[0])
+    best = 9.0, None
+    for misfit, (shape, size, pattern), color, x, y, miss in tries[:REFINED]:
+        if best[0] < EXACT or misfit > 3 * best[0]:
+            break
+        misfit, px, py = _nearest(miss, x, y, ROUNDS, FAR if style == "pixel" else NUDGES)
+        if misfit < best[0]:
+            best = misfit, Object(shape, color, size, origin[1] + px, origin[0] + py, pattern)
+    misfit, thing = best
+    fault = "" if misfit <= MISFIT else f"something unlike any shape {where}"
+    return thing, misfit, fault
+
+
+def _painter(kind, color, style, field, observed, ours, origin):
+    """The function of a place, in the window at `origin`, that says how far from what is observed a thing painted there is."""
+    rows, cols = (slice(begin, begin + n) for begin, n in zip(origin, ours.shape))
+    shape, size, pattern = kind
+
+    def miss(x, y):
+        canvas = field.copy()
+        paint(canvas, shape, size, pattern, color, style, origin[1] + x, origin[0] + y, cell=1)
+        canvas -= field
+        made = canvas[rows, cols] * ours[..., None]
+        energy = max(float(np.vdot(canvas, canvas)), 1.0)
+        error = float(np.square(observed - made).sum()) + energy - float(np.vdot(made, made))
+        return (max(error, 0.0) / energy) ** 0.5
+
+    return miss
+
+
+def _widened(mask):
+    """A mask with all that is within three pixels of it."""
+    padded = np.pad(mask, 3)
+    return sliding_window_view(padded, (7, 7)).any((2, 3))
+
+
+def _read_pair(image, field, mask, short):
+    """Two things that overlap, as (misfit, [behind, in front] in pixels); or None."""
+    height, width = mask.shape
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    window = slice(max(rows[0] - 2, 0), rows[-1] + 3), slice(max(cols[0] - 2, 0), cols[-1] + 3)
+    origin = window[0].start, window[1].start
+    ours, inside = _widened(mask)[window], mask[window]
+    there, behind = image[window], field[window]
+    names, palette = tuple(COLORS), _palette("flat")
+    distance = ((there[:, :, None] - palette) ** 2).sum(-1)  # [h, w, colors]
+    close = inside & (distance.min(-1) < COLOR_NEAR**2)
+    counts = np.bincount(distance.argmin(-1)[close], minlength=len(names))
+    first, second = np.argsort(-counts)[:2]
+    if counts[second] < HIDDEN * 0.5 * min(area for area, _, _ in _masses(short, True).values()):
+        return None
+    best = (MISFIT, None)
+    for a, b in ((first, second), (second, first)):
+        share, other_share = _unmixed(there - behind, palette[a] - behind, palette[b] - behind, ours)
+        misfit, kind, x, y, area = _match(share, 0, 0, short)
+        if misfit > MISFIT or kind[2] != "solid":
+            continue
+        alpha = _window(kind, x, y, short, share.shape)
+        for other, bx, by in _behind(other_share, 1 - alpha, short):
+            under = _window(other, bx, by, short, share.shape)[..., None]
+            made = behind + under * (palette[b] - behind)
+            made += alpha[..., None] * (palette[a] - made)
+            error = np.square((there - made) * ours[..., None]).sum()
+            energy = np.square((made - behind)).sum()
+            seen = (under[..., 0] * (1 - alpha)).sum() / under.sum()
+            total = float(np.sqrt(error / energy))
+            if seen >= HIDDEN and total < best[0]:
+                pair = [
+                    Object(k[0], names[c], k[1], origin[1] + px, origin[0] + py, z=z)
+                    for k, c, px, py, z in ((other, b, bx, by, 0), (kind, a, x, y, 1))
+                ]
+                best = total, pair
+    return best if best[1] else None
+
+
+def _unmixed(offset, first, second, ours):
+    """How much of two colours, as offsets [h, w, 3] from the ground, is in each pixel's: two of float32 [h, w], 0 to 1."""
+    dot = lambda a, b: (a * b).sum(-1)
+    aa, ab, bb = dot(first, first), dot(first, second), dot(second, second)
+    oa, ob = dot(offset, first), dot(offset, second)
+    scale = np.maximum(aa * bb - ab * ab, 1.0)
+    shares = (bb * oa - ab * ob) / scale, (aa * ob - ab * oa) / scale
+    return [np.clip(share, 0, 1) * ours for share in shares]
+
+
+@lru_cache(maxsize=8)
+def _stamps(short):
+    """The coverage of each solid kind at a whole pixel: (kind, float32 [h, w], top, left)."""
+    return [(kind, *coverage(*kind[:2], 0.0, 0.0, short)) for kind in KINDS if kind[2] == "solid"]
+
+
+def _behind(share, weight, short, keep=4):
+    """The solid kinds, and their places, that come closest to what is seen of something: [(kind, x, y)].
+
+    share: what is seen of it in each pixel, weight: how much something else lets through, float32 [h, w].
+    """
+    # All places at once: correlations with each kind's coverage, as products of spectra.
+    side = max(share.shape) + 2 * max(stamp.shape[0] for _, stamp, *_ in _stamps(short))
+    spectrum = lambda image: np.fft.rfft2(image, (side, side))
+    seen, open_ = spectrum(weight * share), spectrum(1 - weight**2)
+    found = []
+    for kind, stamp, top, left in _stamps(short):
+        conj = np.conj(spectrum(stamp)), np.conj(spectrum(stamp * stamp))
+        shared = np.fft.irfft2(seen * conj[0], (side, side))
+        covered = (stamp * stamp).sum() - np.fft.irfft2(open_ * conj[1], (side, side))
+        error = covered - 2 * shared
+        i, j = np.unravel_index(error.argmin(), error.shape)
+        i, j = ((n + side // 2) % side - side // 2 for n in (i, j))  # before the window's start: negative
+        found.append((float(error.min()), kind, j - left, i - top))
+    found.sort(key=lambda each: each[0])
+    places = []
+    for _, kind, x, y in found[:keep]:
+        tries = [(x + dx, y + dy) for dx in np.arange(-0.75, 1, 0.25) for dy in np.arange(-0.75, 1, 0.25)]
+        miss = lambda at: np.square(share - weight * _window(kind, *at, short, share.shape)).sum()
+        places.append((kind, *map(float, min(tries, key=miss))))
+    return places
 
 
 def _misfit(share, alpha, area):
@@ -253,9 +511,10 @@ def _misfit(share, alpha, area):
     return float(np.sqrt((np.vdot(error, error) + max(0.0, area - alpha.sum())) / area))
 
 
-def _window(shape, size, x, y, short, extent):
-    """A kind's coverage inside a window of that extent: float32 [h, w]."""
-    alpha, top, left = coverage(shape, size, x, y, short)
+def _window(kind, x, y, short, extent, grown=False):
+    """A kind's coverage, or that of its contour, inside a window of that extent: float32 [h, w]."""
+    shape, size, pattern = kind
+    alpha, top, left = coverage(shape, size, x, y, short, pattern, grown)
     out = np.zeros(extent, np.float32)
     rows = slice(max(top, 0), max(0, top + alpha.shape[0]))
     cols = slice(max(left, 0), max(0, left + alpha.shape[1]))
@@ -265,12 +524,16 @@ def _window(shape, size, x, y, short, extent):
 
 
 @lru_cache(maxsize=64)
-def _masses(short):
+def _masses(short, plain):
     """Each kind's area in pixels, and where its centre of mass lies from its centre (x, y)."""
     masses = {}
-    for shape, size in KINDS:
-        alpha, top, left = coverage(shape, size, 0.0, 0.0, short)
+    for shape, size, pattern in PLAIN_KINDS if plain else KINDS:
+        alpha, top, left = coverage(shape, size, 0.0, 0.0, short, pattern)
         rows, cols = np.arange(alpha.shape[0]) + top + 0.5, np.arange(alpha.shape[1]) + left + 0.5
         area = float(alpha.sum())
-        masses[shape, size] = area, float(alpha.sum(0) @ cols) / area, float(alpha.sum(1) @ rows) / area
+        masses[shape, size, pattern] = (
+            area,
+            float(alpha.sum(0) @ cols) / area,
+            float(alpha.sum(1) @ rows) / area,
+        )
     return masses

@@ -1,6 +1,6 @@
 """Say a claim in words: several phrasings, the plain one half of the time."""
 
-from mmgen.world.scene import COLORS, SHAPES, Claim
+from mmgen.world.scene import COLORS, FIGURES, SHAPES, SKIES, Claim, Group
 
 LANGUAGES = ("en", "zh")
 
@@ -30,13 +30,29 @@ def _mostly(rng, plain, others, share=0.5):
 # English
 
 _NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-_PLURALS = {shape: shape + "s" for shape in SHAPES} | {"cross": "crosses"}
-_SIZE_WORDS = {"small": ("little", "small"), "large": ("big", "large")}
+_PLURALS = {shape: shape + "s" for shape in (*SHAPES, "adult")} | {"cross": "crosses", "child": "children"}
+_SIZE_WORDS = {"small": ("little", "small"), "large": ("big", "large"), "medium": ("medium", "medium-sized")}
 _RELATION_WORDS = {
     "left of": ("left of", ("to the left of", "on the left of")),
     "right of": ("right of", ("to the right of", "on the right of")),
     "above": ("above", ("over", "higher than")),
     "below": ("below", ("under", "beneath", "lower than")),
+    "in front of": ("in front of", ("partly covering", "in front of")),
+    "behind": ("behind", ("partly hidden by", "behind")),
+}
+_SIDES = ("left of", "right of", "above", "below")
+_SKY_WORDS = {
+    "sky": ("under a blue sky", "with a blue sky behind"),
+    "sunset": ("at sunset", "with a sunset behind"),
+    "meadow": ("on a meadow", "with a meadow behind"),
+}
+_STYLE_WORDS = {
+    "flat": ("in flat style", "as flat shapes"),
+    "ink": ("with ink outlines", "as an ink drawing"),
+    "pixel": ("as pixel art", "in pixel art style"),
+    "watercolor": ("in watercolor", "as a watercolor"),
+    "anime": ("in soft-light animation style", "as an animation frame"),
+    "night": ("by night", "as a night scene"),
 }
 _OPENINGS = ("a picture of {}", "an image of {}", "a drawing of {}", "draw {}", "show {}", "please draw {}")
 
@@ -49,14 +65,17 @@ def _english(claim, rng, bare=False):
         plain, others = _RELATION_WORDS[claim.relation.name]
         where = _mostly(rng, plain, others, 0.4)
         verb = "are" if claim.groups[claim.relation.subject].count > 1 else "is"
-        if rng.random() < 0.08:
+        if rng.random() < 0.08 and claim.relation.name in _SIDES:
             front = f"to the {where}" if where in ("left of", "right of") else where
-            return f"{front} {other} there {verb} {subject}" + _backdrop(claim, rng)
+            styled = " " + _pick(rng, _STYLE_WORDS[claim.style]) if claim.style else ""
+            return f"{front} {other} there {verb} {subject}" + _backdrop(claim, rng) + styled
         body = f"{subject} {where} {other}"
     else:
         verb = "are" if claim.groups[0].count > 1 else "is"
         body = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     body += _backdrop(claim, rng)
+    if claim.style:
+        body += " " + _pick(rng, _STYLE_WORDS[claim.style])
     if bare:
         return body
     return _mostly(rng, body, (*_OPENINGS, f"there {verb} {{}}")).format(body)
@@ -64,7 +83,11 @@ def _english(claim, rng, bare=False):
 
 def _noun_phrase(group, counted, rng):
     """Such as "a large red circle", "three blue stars"; a lone one among counts is "one blue star"."""
-    words = [w for w in (group.color, group.shape if group.count == 1 else _PLURALS[group.shape]) if w]
+    name = group.shape if group.count == 1 else _PLURALS[group.shape]
+    if group.shape in FIGURES:  # of people the colour is that of their clothes
+        words = [name, "in", group.color] if group.color else [name]
+    else:
+        words = [w for w in (group.pattern, group.color, name) if w]
     if group.size:
         words.insert(0, _mostly(rng, group.size, _SIZE_WORDS[group.size], 0.25))
     if group.count > 1 or (counted and rng.random() < 0.7):
@@ -75,6 +98,8 @@ def _noun_phrase(group, counted, rng):
 def _backdrop(claim, rng):
     if claim.background is None:
         return ""
+    if claim.background in SKIES:
+        return " " + _pick(rng, _SKY_WORDS[claim.background])
     preposition = _mostly(rng, "on", ("against", "with"), 0.3)
     article = "an" if claim.background[0] in "aeiou" else "a"
     return f" {preposition} {article} {claim.background} background"
@@ -84,8 +109,25 @@ def _backdrop(claim, rng):
 
 _ZH_NUMBERS = {1: "一", 2: "两", 3: "三", 4: "四"}
 _ZH_COLORS = dict(zip(COLORS, ("红色", "橙色", "黄色", "绿色", "青色", "蓝色", "紫色", "粉色"), strict=True))
-_ZH_BACKGROUNDS = {"white": "白色", "black": "黑色", "gray": "灰色", "beige": "米色"}
-_ZH_SIZES = {"small": "小", "large": "大"}
+_ZH_BACKGROUNDS = {
+    "white": "白色",
+    "black": "黑色",
+    "gray": "灰色",
+    "beige": "米色",
+    "sky": "蓝天",
+    "sunset": "晚霞",
+    "meadow": "草地",
+}
+_ZH_SIZES = {"small": "小", "large": "大", "medium": "中等"}
+_ZH_PATTERNS = {"solid": "实心", "striped": "条纹", "dotted": "圆点", "outlined": "空心"}
+_ZH_STYLES = {
+    "flat": "扁平",
+    "ink": "墨线",
+    "pixel": "像素画",
+    "watercolor": "水彩",
+    "anime": "柔光动画",
+    "night": "夜景",
+}
 _ZH_SHAPES = {  # measure word and name
     "circle": ("个", "圆形"),
     "square": ("个", "正方形"),
@@ -95,12 +137,16 @@ _ZH_SHAPES = {  # measure word and name
     "cross": ("个", "十字"),
     "heart": ("颗", "爱心"),
     "ring": ("个", "圆环"),
+    "adult": ("个", "大人"),
+    "child": ("个", "小孩"),
 }
 _ZH_RELATIONS = {
     "left of": ("左边", ("左侧", "左面")),
     "right of": ("右边", ("右侧", "右面")),
     "above": ("上方", ("上面", "上边")),
     "below": ("下方", ("下面", "下边")),
+    "in front of": ("前面", ("前方", "前面")),
+    "behind": ("后面", ("后方", "背后")),
 }
 _ZH_OPENINGS = ("画{}", "请画{}", "画出{}", "图中有{}", "图片里有{}", "一幅画，画着{}")
 
@@ -117,20 +163,19 @@ def _chinese(claim, rng, bare=False):
     else:
         body = names[0] if len(names) == 1 else "、".join(names[:-1]) + "和" + names[-1]
         openings = _ZH_OPENINGS
+    style = f"，{_ZH_STYLES[claim.style]}风格" if claim.style else ""
     if bare:
-        return f"{_ZH_BACKGROUNDS[claim.background]}背景上的{body}" if claim.background else body
+        return (f"{_ZH_BACKGROUNDS[claim.background]}背景上的{body}" if claim.background else body) + style
     if claim.background:
         ground = _ZH_BACKGROUNDS[claim.background]
         others = (f"{body}，{ground}背景", f"画{body}，背景是{ground}")
-        return _mostly(rng, f"{ground}背景上的{body}", others)
-    return _mostly(rng, body, openings).format(body)
+        return _mostly(rng, f"{ground}背景上的{body}", others) + style
+    return _mostly(rng, body, openings).format(body) + style
 
 
 def _zh_noun_phrase(group):
     """Such as "一个红色的大圆形", "三颗蓝色的星星": the size after the colour, since 大红 is itself a colour."""
-    measure, name = _ZH_SHAPES[group.shape]
-    color = f"{_ZH_COLORS[group.color]}的" if group.color else ""
-    return f"{_ZH_NUMBERS[group.count]}{measure}{color}{_ZH_SIZES.get(group.size, '')}{name}"
+    return f"{_ZH_NUMBERS[group.count]}{_ZH_SHAPES[group.shape][0]}{_zh_the(group)}"
 
 
 # What is said about a picture: of tasks.py's Edits and Questions.
@@ -144,6 +189,139 @@ _UNDO = {
     "en": ("undo that", "undo the last change", "go back one step", "no, as it was before"),
     "zh": ("撤销", "撤销刚才的修改", "退回上一步", "不，恢复原样"),
 }
+
+
+_FIRST = {
+    "en": ("back to the first one", "go back to the first picture", "start again from the first one"),
+    "zh": ("回到第一张", "退回到最初的图", "从第一张重新开始"),
+}
+_CORRECTION = {
+    "en": ("no, i meant {}", "no, {} instead", "sorry, {}, not that"),
+    "zh": ("不，我是说{}", "不对，应该是{}", "抱歉，要{}"),
+}
+_MIX = {
+    "en": {
+        "color": (
+            "draw the shape of the first picture in the color of the second",
+            "the first one, but in the second's color",
+        ),
+        "background": (
+            "put the first picture on the background of the second",
+            "draw the first one with the second's background",
+        ),
+        "style": (
+            "draw the first picture in the style of the second",
+            "the first one, but in the second's style",
+        ),
+    },
+    "zh": {
+        "color": ("用第二张的颜色画第一张的形状", "第一张的形状，第二张的颜色"),
+        "background": ("把第一张放到第二张的背景上", "画第一张，用第二张的背景"),
+        "style": ("用第二张的风格画第一张", "第一张的内容，第二张的风格"),
+    },
+}
+_REMAIN = {
+    "en": (
+        "draw what remains when the {} are taken away",
+        "what is left without the {}? draw it",
+        "take away the {}, then draw the rest",
+    ),
+    "zh": ("拿走{}，画出剩下的", "去掉{}以后还剩什么？画出来", "没有{}的话剩下什么？画下来"),
+}
+_SUM = {
+    "en": {
+        "more": "there are {} and {} more {}. draw them all",
+        "less": "there are {} and {} {} taken away. draw what is left",
+    },
+    "zh": {"more": "有{}，又来了{}{}，都画出来", "less": "有{}，拿走了{}{}，画出剩下的"},
+}
+
+
+def mix(kind, language, rng):
+    """A wish for the first of two pictures with the `kind` ("color", "background", "style") of the second."""
+    return _pick(rng, _of(language, _MIX["en"], _MIX["zh"])[kind])
+
+
+def remain(group, language, rng):
+    """A wish for what is left without those that fit the group."""
+    things = _plural(group) if language == "en" else _zh_the(group)
+    return _pick(rng, _of(language, _REMAIN["en"], _REMAIN["zh"])).format(things)
+
+
+def arithmetic(group, change, language):
+    """So many of a group, and `change` more or, below zero, taken away: a wish to have the result drawn."""
+    forms, kind = _of(language, _SUM["en"], _SUM["zh"]), "more" if change > 0 else "less"
+    if language == "en":
+        named = _noun_phrase(group, True, None) if group.count > 1 else f"one {group.color} {group.shape}"
+        last = "" if change > 0 else ("is" if change == -1 else "are")
+        text = forms[kind].format(named, _NUMBERS[abs(change)], last)
+        return text.replace(" .", ".")
+    measure = _ZH_SHAPES[group.shape][0]
+    return forms[kind].format(_zh_noun_phrase(group), _ZH_NUMBERS[abs(change)], measure)
+
+
+def counted(group, language):
+    """Such as "three red circles"."""
+    if language == "zh":
+        return _zh_noun_phrase(group)
+    return (
+        f"{_NUMBERS[group.count]} {group.color} {group.shape if group.count == 1 else _PLURALS[group.shape]}"
+    )
+
+
+def fact(a, b, language):
+    """A sentence of plain text about two Groups and how many they are together (4 at most)."""
+    total = a.count + b.count
+    if language == "zh":
+        return f"{_zh_noun_phrase(a)}和{_zh_noun_phrase(b)}一共是{_ZH_NUMBERS[total]}个东西。"
+    return f"{counted(a, language)} and {counted(b, language)} are {_NUMBERS[total]} things."
+
+
+_DETAIL = {
+    "en": ("describe everything in detail", "what is where, exactly?", "describe the picture in full"),
+    "zh": ("详细描述这张图", "图里什么在哪里？", "完整地描述图片"),
+}
+
+
+def first(language, rng):
+    """A wish to have the first picture back."""
+    return _pick(rng, _of(language, _FIRST["en"], _FIRST["zh"]))
+
+
+def correct(edit, language, rng):
+    """A wish to have the last change otherwise: what was to become `edit.value` before."""
+    new = edit.value if language == "en" else _ZH_COLORS[edit.value]
+    return _pick(rng, _of(language, _CORRECTION["en"], _CORRECTION["zh"])).format(new)
+
+
+def ask_detail(language, rng):
+    """A wish for a description of all there is."""
+    return _pick(rng, _of(language, _DETAIL["en"], _DETAIL["zh"]))
+
+
+_ROWS, _COLUMNS = ("upper", "middle", "lower"), ("left", "center", "right")
+_ZH_PLACES = (("左上角", "上方", "右上角"), ("左边", "中间", "右边"), ("左下角", "下方", "右下角"))
+
+
+def describe(scene, language):
+    """All that a scene holds, in one sentence for each thing, from the top left on, and one each for background and style."""
+    lines = []
+    things = sorted(scene.objects, key=lambda o: (int(3 * min(o.y, 0.999)), o.x))
+    for thing in things:
+        pattern = None if thing.pattern == "solid" else thing.pattern
+        group = Group(thing.shape, thing.color, thing.size, 1, pattern)
+        row, column = int(3 * min(thing.y, 0.999)), int(3 * min(thing.x, 0.999))
+        if language == "en":
+            where = "center" if row == column == 1 else f"{_ROWS[row]} {_COLUMNS[column]}"
+            lines.append(f"{_the(group)[4:]} in the {where}.")
+        else:
+            lines.append(f"{_ZH_PLACES[row][column]}：{_zh_the(group)}。")
+    if language == "en":
+        ground = {"sky": "blue sky"}.get(scene.background, scene.background)
+        return " ".join([*lines, f"background: {ground}.", f"style: {scene.style}."])
+    return "".join(
+        [*lines, f"背景：{_ZH_BACKGROUNDS[scene.background]}。", f"风格：{_ZH_STYLES[scene.style]}。"]
+    )
 
 
 def ask_caption(language, rng):
@@ -167,17 +345,20 @@ def ask(question, language, rng):
 
 
 def answer(value, language):
-    """A number, a colour, a size, a background, "yes" or "no" as an answer."""
+    """A number, a colour, a size, a background, a pattern, a style, "yes", "no", "the first", "the second" or "neither" as an answer."""
     if language == "en":
         return {0: "none", **_NUMBERS}.get(value, value)
-    yes_no = {"yes": "是", "no": "否"}
-    words = yes_no | _ZH_COLORS | _ZH_BACKGROUNDS | _ZH_SIZES
+    words = {"yes": "是", "no": "否", "the first": "第一张", "the second": "第二张", "neither": "一样多"}
+    words |= _ZH_COLORS | _ZH_BACKGROUNDS | _ZH_SIZES | _ZH_PATTERNS | _ZH_STYLES
     return "零" if value == 0 else words.get(value) or _ZH_NUMBERS[value]
 
 
 def _the(group):
-    """Such as "the large red circle"."""
-    return " ".join(["the", *(word for word in (group.size, group.color, group.shape) if word)])
+    """Such as "the large red circle", "the child in blue"."""
+    words = (group.size, group.pattern, group.color, group.shape)
+    if group.shape in FIGURES and group.color:
+        words = (group.size, group.shape, "in", group.color)
+    return " ".join(["the", *(word for word in words if word)])
 
 
 def _english_wish(edit, rng, pronoun):
@@ -204,7 +385,15 @@ def _english_wish(edit, rng, pronoun):
             "change the background to {new}",
             "use a {new} background",
         ),
+        "pattern": ("make {what} {new}", "turn {what} {new}", "change {what} to {new}"),
+        "style": ("redraw everything {new}", "draw the same {new}", "turn this picture into the same {new}"),
     }[edit.kind]
+    if edit.kind == "style":
+        new = _pick(rng, _STYLE_WORDS[edit.value])
+    if edit.kind == "background" and edit.value in SKIES:
+        return _pick(rng, ("show everything {new}", "draw the same {new}")).format(
+            new=_pick(rng, _SKY_WORDS[edit.value])
+        )
     bigger = {"large": "bigger", "small": "smaller"}.get(edit.value if isinstance(edit.value, str) else None)
     color = "its color" if pronoun else f"the color of {what}"
     return _pick(rng, forms).format(what=what, color=color, new=new, where=where, bigger=bigger)
@@ -212,7 +401,7 @@ def _english_wish(edit, rng, pronoun):
 
 def _english_question(question, rng):
     thing = question.subject
-    plural = thing and " ".join(word for word in (thing.color, _PLURALS[thing.shape]) if word)
+    plural = thing and _plural(thing)
     if question.relation:
         plain, others = _RELATION_WORDS[question.relation]
         where = _mostly(rng, plain, others, 0.4)
@@ -229,14 +418,38 @@ def _english_question(question, rng):
             f"do you see any {plural}?",
         ),
         "ground": ("what color is the background?", "which color is behind?"),
+        "pattern": (
+            f"what pattern does the {thing and thing.shape} have?",
+            f"is the {thing and thing.shape} solid, striped, dotted or outlined?",
+        ),
+        "style": ("what style is the picture in?", "in which style is it drawn?"),
+        "more": (
+            f"which picture has more {plural}?",
+            f"are there more {plural} in the first picture or in the second?",
+        ),
+        "both": (f"do both pictures show {plural}?", f"are there {plural} in both pictures?"),
     }[question.kind]
     return _pick(rng, forms)
 
 
+def _plural(group):
+    """Such as "red circles", "children in blue"; "things" of any shape."""
+    name = _PLURALS[group.shape] if group.shape else "things"
+    if group.shape in FIGURES and group.color:
+        return f"{name} in {group.color}"
+    return " ".join(word for word in (group.color, name) if word)
+
+
 def _zh_the(group):
-    """Such as "红色的大圆形"."""
+    """Such as "红色的大圆形", "穿红色衣服的小孩"."""
     color = f"{_ZH_COLORS[group.color]}的" if group.color else ""
-    return f"{color}{_ZH_SIZES.get(group.size, '')}{_ZH_SHAPES[group.shape][1]}"
+    if group.color and group.shape in FIGURES:
+        color = f"穿{_ZH_COLORS[group.color]}衣服的"
+    size = _ZH_SIZES.get(group.size, "") + (
+        "大小的" if group.size == "medium" else "的" if group.size and group.shape in FIGURES else ""
+    )
+    name = _ZH_SHAPES[group.shape][1] if group.shape else "东西"
+    return f"{color}{size}{_ZH_PATTERNS.get(group.pattern, '')}{name}"
 
 
 def _chinese_wish(edit, rng, pronoun):
@@ -248,7 +461,7 @@ def _chinese_wish(edit, rng, pronoun):
     if edit.kind in ("add", "replace"):
         new = _zh_noun_phrase(edit.value)
     else:
-        new = _ZH_COLORS.get(edit.value) or _ZH_BACKGROUNDS.get(edit.value)
+        new = (_ZH_COLORS | _ZH_BACKGROUNDS | _ZH_PATTERNS | _ZH_STYLES).get(edit.value)
     bigger = {"large": "大", "small": "小"}.get(edit.value if isinstance(edit.value, str) else None)
     forms = {
         "recolor": ("把{what}变成{new}", "把{what}改成{new}", "把{what}涂成{new}"),
@@ -258,6 +471,8 @@ def _chinese_wish(edit, rng, pronoun):
         "add": ("在{side}加{new}", "在{side}画{new}") if side else ("加{new}", "再画{new}"),
         "move": ("把{what}移到{side}", "把{what}放到{side}"),
         "background": ("把背景换成{new}", "背景改成{new}", "用{new}背景"),
+        "pattern": ("把{what}变成{new}的", "把{what}改成{new}的"),
+        "style": ("改成{new}风格", "用{new}风格重画", "换成{new}风格"),
     }[edit.kind]
     return _pick(rng, forms).format(what=what, new=new, side=side, bigger=bigger)
 
@@ -268,12 +483,16 @@ def _chinese_question(question, rng):
     if question.relation:
         plain, others = _ZH_RELATIONS[question.relation]
         return f"{name}在{_zh_the(question.other)}的{_mostly(rng, plain, others, 0.4)}吗？"
-    measure = thing and _ZH_SHAPES[thing.shape][0]
+    measure = thing and thing.shape and _ZH_SHAPES[thing.shape][0]
     forms = {
         "count": (f"有几{measure}{name}？", f"图里有多少{measure}{name}？"),
         "color": (f"{name}是什么颜色？", f"{name}是哪种颜色的？"),
         "size": (f"{name}是大还是小？", f"{name}有多大？"),
         "exists": (f"有{name}吗？", f"图里有没有{name}？"),
         "ground": ("背景是什么颜色？", "背景是哪种颜色？"),
+        "pattern": (f"{name}是什么图案？", f"{name}是实心、条纹、圆点还是空心？"),
+        "style": ("这张图是什么风格？", "图是用什么风格画的？"),
+        "more": (f"哪张图的{name}更多？", f"第一张和第二张，哪张{name}多？"),
+        "both": (f"两张图里都有{name}吗？", f"两张图是不是都有{name}？"),
     }[question.kind]
     return _pick(rng, forms)

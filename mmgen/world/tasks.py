@@ -14,18 +14,24 @@ import numpy as np
 
 from mmgen.world import SPLITS
 from mmgen.world import language as words
-from mmgen.world.judge import parse
+from mmgen.world.judge import judge, parse
+from mmgen.world.rich import PATTERNED, RICH, patterns_of, random_rich
 from mmgen.world.scene import (
     BACKGROUNDS,
     COLORS,
     EDGE,
+    FIGURES,
     GAP,
+    GROUNDS,
     MOST,
     RELATIONS,
     SEEN,
     SHAPES,
     SIZES,
+    SKIES,
+    STYLES,
     UNSEEN,
+    Claim,
     Group,
     Object,
     Scene,
@@ -40,9 +46,13 @@ from mmgen.world.scene import (
 )
 
 EDITS = ("recolor", "resize", "replace", "remove", "add", "move", "background")
+RICH_EDITS = (*EDITS, "pattern")
 QUESTIONS = ("count", "color", "size", "relation", "exists", "ground")
-TASKS = ("caption", "question", "edit", "dialogue")
-SPEECH = ("say", "ask_caption", "ask", "wish", "undo")  # of language.py
+RICH_QUESTIONS = (*QUESTIONS, "pattern", "style")
+SPEECH = (  # of language.py
+    "say", "ask_caption", "ask_detail", "ask", "wish", "undo", "first", "correct", "mix", "remain",
+)  # fmt: skip
+RICH_FROM = 48  # pixels of the short side from which on what is rich is legible
 NEAR = 0.08  # a thing that stayed has its centre this close to where it was, in fractions of the image
 _TRIES, _PLACES = 8, 64  # of an edit of a kind, and places that a thing may move to
 
@@ -75,38 +85,52 @@ class Question:
 @dataclass(frozen=True)
 class Exchange:
     """A question or a wish with its answer: `asks` and `says` are a tuple of texts and Scenes each. `task` is the Edit or
-    the Question or the Claim that it is about (None for "undo"); `before` and `after` are the scene of the dialogue."""
+    the Question or the Claim that it is about (None for "undo" and others that name a scene); `before` and `after` are the
+    scene of the dialogue; `kind` says of what kind it is, as suites list them."""
 
     asks: tuple
     says: tuple
     task: object
     before: Scene | None
-    after: Scene
+    after: Scene | None
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Talk:
+    """Exchanges of a user and an assistant; those of a `page` (a story, plain text) ask nothing and have no speakers."""
+
     turns: tuple[Exchange, ...]
     category: str
 
+    @property
+    def page(self):
+        return self.category in PAGES
 
-def talk(seed, split, i, category, language="en", unseen=False) -> Talk:
+
+def talk(seed, split, i, category, language="en", unseen=False, rich=True) -> Talk:
     """Talk i of a split: a pure function of its arguments. category: one of TASKS. unseen: what a wish makes, or a
-    question asks for, is a colour-shape pair that is held out of training; otherwise none is in any picture."""
+    question asks for, is a colour-shape pair that is held out of training; otherwise none is in any picture. rich: with
+    what is legible from a short side of RICH_FROM pixels on only, see world/rich.py; styles are always."""
     if category not in TASKS:
         raise ValueError(f"category: expected one of {', '.join(TASKS)}; found {category!r}")
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}; found {split!r}")
     if split == "train" and unseen:
         raise ValueError("unseen: the train split never shows held-out pairs; use valid or test")
+    if unseen and category in PAGES:
+        raise ValueError(f"unseen: a {category} is not judged, and never shows held-out pairs")
+    if category == "style" and not rich:
+        raise ValueError(f"styles are legible from a short side of {RICH_FROM} pixels on: say a larger size")
     digest = blake2b(f"{seed} {split} {i} {category} {bool(unseen)}".encode(), digest_size=16).digest()
     # Scenes and words have a stream each, so that what happens does not depend on the language.
     rng, tongue = np.random.default_rng(int.from_bytes(digest, "little")).spawn(2)
     say = {name: functools.partial(getattr(words, name), language=language, rng=tongue) for name in SPEECH}
-    say = types.SimpleNamespace(**say, answer=functools.partial(words.answer, language=language))
-    make = {"caption": _caption, "question": _questions, "edit": _edit, "dialogue": _dialogue}[category]
+    fixed = ("answer", "describe", "counted", "arithmetic", "fact")
+    say |= {name: functools.partial(getattr(words, name), language=language) for name in fixed}
+    say = types.SimpleNamespace(**say)
     while True:
-        turns = make(rng, say, bool(unseen))
+        turns = TASKS[category](rng, say, bool(unseen), rich)
         if turns:
             return Talk(tuple(turns), category)
 
@@ -114,77 +138,246 @@ def talk(seed, split, i, category, language="en", unseen=False) -> Talk:
 # ---- talks ------------------------------------------------------------------------------------------
 
 
-def _some_scene(rng, unseen=False):
-    kinds = (
-        "single_object",
-        "two_object",
-        "two_object",
-        "position",
-        "color_attribution",
-        "counting",
-        "scene",
-    )
-    return random_item(rng, pick(rng, kinds), unseen, told=True)
+_PLAIN = ("single_object", "two_object", "two_object", "position", "color_attribution", "counting", "scene")
+_RICH_SHARE = 0.35  # of the scenes that are talked about
 
 
-def _caption(rng, say, unseen):
+def _some_scene(rng, rich, unseen=False):
+    if rich and rng.random() < _RICH_SHARE:
+        return random_rich(rng, pick(rng, RICH), unseen)
+    return random_item(rng, pick(rng, _PLAIN), unseen, told=True)
+
+
+def _draw(rng, say, unseen, rich):
+    """A wish for a picture with what a rich world has."""
+    kind = pick(rng, RICH if rich else _PLAIN)
+    claim, scene = random_rich(rng, kind, unseen) if rich else random_item(rng, kind, unseen, told=True)
+    return [Exchange((say.say(claim),), (scene,), claim, None, scene, kind)]
+
+
+def _caption(rng, say, unseen, rich):
     claim, scene = random_item(
         rng, pick(rng, ("colors", "two_object", "position", "scene")), unseen, told=True
     )
+    if rich and rng.random() < _RICH_SHARE:
+        claim, scene = random_rich(rng, pick(rng, RICH), unseen)
     asks = (scene, say.ask_caption())
-    return [Exchange(asks, (say.say(claim, bare=True),), claim, scene, scene)]
+    return [Exchange(asks, (say.say(claim, bare=True),), claim, scene, scene, "caption")]
 
 
-def _questions(rng, say, unseen):
+def _detail(rng, say, unseen, rich):
+    _, scene = _some_scene(rng, rich, unseen)
+    if any(thing.z for thing in scene.objects):
+        return None
+    return [Exchange((scene, say.ask_detail()), (say.describe(scene),), None, scene, scene, "detail")]
+
+
+def _questions(rng, say, unseen, rich):
     """One to three questions about one picture, which is shown with the first."""
-    _, scene = _some_scene(rng, unseen)
+    _, scene = _some_scene(rng, rich, unseen)
     turns = []
     for n in range(1 + int(rng.random() * 3)):
-        question = random_question(rng, scene)
+        question = random_question(rng, scene, rich)
         shown = () if n else (scene,)
         asks = (*shown, say.ask(question))
-        turns.append(Exchange(asks, (say.answer(question.answer),), question, scene, scene))
+        turns.append(Exchange(asks, (say.answer(question.answer),), question, scene, scene, question.kind))
     return turns
 
 
-def _edit(rng, say, unseen):
+def _compare(rng, say, unseen, rich):
+    """A question about two pictures."""
+    first, second = (_some_scene(rng, rich, flag)[1] for flag in (unseen, False))
+    thing = pick(rng, (*first.objects, *second.objects))
+    by = rng.random()
+    group = Group(thing.shape, thing.color if by < 0.2 else None) if by < 0.6 else Group(None, thing.color)
+    counts = [sum(_of_group(thing, group) for thing in scene.objects) for scene in (first, second)]
+    if rng.random() < 0.5:
+        answer = "neither" if counts[0] == counts[1] else ("the first", "the second")[counts[1] > counts[0]]
+        question = Question("more", group, answer)
+    else:
+        question = Question("both", group, "yes" if all(counts) else "no")
+    asks = (first, second, say.ask(question))
+    return [Exchange(asks, (say.answer(question.answer),), question, None, None, question.kind)]
+
+
+def _of_group(thing, group):
+    """As `fits`, where the group may leave the shape open."""
+    return fits(thing, group if group.shape else replace(group, shape=thing.shape))
+
+
+def _mix(rng, say, unseen, rich):
+    """Two pictures, and a third that has something of each."""
+    kinds = ("color", "background", "style") if rich else ("color", "background")
+    kind = pick(rng, ("color",) if unseen else kinds)
+    if kind == "color":
+        color, shape = pick(rng, UNSEEN if unseen else SEEN)
+        _, one = random_item(rng, "single_object", False)
+        _, two = random_item(rng, "single_object", False)
+        if not any(s == shape and c != color for c, s in SEEN) or one.objects[0].color == color:
+            return None
+        thing = replace(one.objects[0], shape=shape)
+        if held_out(thing.color, shape) or held_out(color, two.objects[0].shape) or not _apart(thing, ()):
+            return None
+        one = replace(one, objects=(thing,))
+        two = replace(two, objects=(replace(two.objects[0], color=color),))
+        after = replace(one, objects=(replace(thing, color=color),))
+    elif kind == "background":
+        one, two = (random_item(rng, pick(rng, _PLAIN[:5]), False)[1] for _ in range(2))
+        two = replace(two, background=pick(rng, GROUNDS if rich else BACKGROUNDS))
+        if one.background == two.background:
+            return None
+        after = replace(one, background=two.background)
+    else:
+        one, two = (random_item(rng, pick(rng, _PLAIN[:5]), False)[1] for _ in range(2))
+        two = replace(two, style=pick(rng, STYLES[1:]))
+        after = replace(one, style=two.style)
+    return [Exchange((one, two, say.mix(kind)), (after,), None, one, after, f"mix_{kind}")]
+
+
+def _reason(rng, say, unseen, rich):
+    """What has to be worked out before it is drawn; the result is said first."""
+    if rng.random() < 0.5:
+        color, shape = pick(rng, UNSEEN if unseen else SEEN)
+        begin = 1 + int(rng.random() * MOST)
+        end = pick(rng, [n for n in range(1, MOST + 1) if n != begin])
+        while True:
+            claim, scene = random_item(rng, "counting", False)
+            if len(scene.objects) == end and len(claim.groups) == 1:
+                break
+        objects = tuple(replace(thing, color=color, shape=shape) for thing in scene.objects)
+        if any(not _apart(thing, objects[:n]) for n, thing in enumerate(objects)):
+            return None
+        scene, group = replace(scene, objects=objects), Group(shape, color, None, end)
+        asks = (say.arithmetic(replace(group, count=begin), end - begin),)
+        return [Exchange(asks, (say.counted(group), scene), Claim((group,)), None, scene, "sum")]
+    _, scene = _some_scene(rng, rich, unseen)
+    thing = pick(rng, scene.objects)
+    group = Group(None, thing.color) if rng.random() < 0.6 else Group(thing.shape)
+    left = tuple(other for other in scene.objects if not _of_group(other, group))
+    held = any(held_out(thing.color, thing.shape) for thing in left)
+    if not left or any(thing.z for thing in scene.objects) or (unseen and not held):
+        return None
+    after = replace(scene, objects=left)
+    return [Exchange((scene, say.remain(group)), (after,), None, scene, after, "remain")]
+
+
+def _style(rng, say, unseen, rich):
+    """A picture of the user's to be drawn in another style, with all that is in it."""
+    style = pick(rng, STYLES)
+    before = (
+        pick(rng, [name for name in STYLES if name != style])
+        if rng.random() < 0.5 or style == "flat"
+        else "flat"
+    )
+    while True:
+        _, scene = _some_scene(rng, rich, unseen)
+        plain = all(thing.pattern == "solid" for thing in scene.objects)
+        if (plain or {style, before} <= set(PATTERNED)) and not any(thing.z for thing in scene.objects):
+            break
+    scene, edit = replace(scene, style=before), Edit("style", None, style)
+    after = replace(scene, style=style)
+    return [Exchange((scene, say.wish(edit)), (after,), edit, scene, after, style)]
+
+
+def _story(rng, say, unseen, rich):
+    """A page: pictures of a scene that changes, each after the words that say how."""
+    claim, scene = _some_scene(rng, rich, unseen)
+    turns = [Exchange((), (say.say(claim, bare=True), scene), claim, None, scene, "begin")]
+    for _ in range(1 + int(rng.random() * 3)):
+        found = random_edit(rng, scene, rich=rich)
+        if not found:
+            return None
+        edit, after = found
+        turns.append(Exchange((), (say.wish(edit), after), edit, scene, after, edit.kind))
+        scene = after
+    return turns
+
+
+def _text(rng, say, unseen, rich):
+    """A page of words alone, with sums that are right."""
+    lines = []
+    for _ in range(2 + int(rng.random() * 3)):
+        a, b = (Group(shape, color) for color, shape in (pick(rng, SEEN), pick(rng, SEEN)))
+        first = 1 + int(rng.random() * (MOST - 1))
+        second = 1 + int(rng.random() * (MOST - first))
+        lines.append(say.fact(replace(a, count=first), replace(b, count=second)))
+    return [Exchange((), (" ".join(lines),), None, None, None, "text")]
+
+
+def _edit(rng, say, unseen, rich):
     """A picture of the user's, and what to change in it; first the kind, then a scene that has room for it."""
-    kind = pick(rng, ("recolor", "replace", "add") if unseen else EDITS)
+    kind = pick(rng, ("recolor", "replace", "add") if unseen else (RICH_EDITS if rich else EDITS))
     found = None
     while not found:
-        _, scene = _some_scene(rng)
-        found = random_edit(rng, scene, kind, unseen)
+        _, scene = _some_scene(rng, rich)
+        found = random_edit(rng, scene, kind, unseen, rich)
     edit, after = found
-    return [Exchange((scene, say.wish(edit)), (after,), edit, scene, after)]
+    return [Exchange((scene, say.wish(edit)), (after,), edit, scene, after, kind)]
 
 
-def _dialogue(rng, say, unseen):
+def _dialogue(rng, say, unseen, rich):
     """Drawing, then one to five turns that change the picture or ask about it; what was changed last may be "it"."""
-    claim, scene = _some_scene(rng)
-    turns = [Exchange((say.say(claim),), (scene,), claim, None, scene)]
+    claim, scene = _some_scene(rng, rich)
+    turns = [Exchange((say.say(claim),), (scene,), claim, None, scene, "draw")]
     history, it, count = [], None, 1 + int(rng.random() * 5)
     for n in range(count):
         last = n == count - 1  # the turn that is judged for unseen pairs
         dice = rng.random()
         if history and dice < 0.15 and not (unseen and last):
             before, scene, it = scene, history.pop(), None
-            turns.append(Exchange((say.undo(),), (scene,), None, before, scene))
-        elif dice < 0.3 and not (unseen and last):
-            question = random_question(rng, scene)
+            turns.append(Exchange((say.undo(),), (scene,), None, before, scene, "undo"))
+        elif len(history) > 1 and dice < 0.22 and not (unseen and last):
+            before, scene, it = scene, history[0], None
+            history = []
+            turns.append(Exchange((say.first(),), (scene,), None, before, scene, "first"))
+        elif history and dice < 0.32 and turns[-1].kind == "recolor" and not (unseen and last):
+            # "no, blue": what was just recolored becomes something else.
+            last_edit, was = turns[-1].task, _only(turns[-1].task.target, history[-1])
+            thing = next(t for t in scene.objects if (t.x, t.y) == (was.x, was.y))
+            options = [
+                c for c in COLORS if c not in (thing.color, was.color) and not held_out(c, thing.shape)
+            ]
+            target = named(rng, scene, thing)
+            if target is None or not options:
+                return None
+            edit = replace(last_edit, target=target, value=pick(rng, options))
+            before, scene, it = scene, _replaced(scene, thing, replace(thing, color=edit.value)), None
+            turns.append(Exchange((say.correct(edit),), (scene,), edit, before, scene, "correct"))
+        elif dice < 0.45 and not (unseen and last):
+            question = random_question(rng, scene, rich)
             says = (say.answer(question.answer),)
-            turns.append(Exchange((say.ask(question),), says, question, scene, scene))
+            turns.append(Exchange((say.ask(question),), says, question, scene, scene, "question"))
         else:
-            found = random_edit(rng, scene, unseen=unseen and last)
+            found = random_edit(rng, scene, unseen=unseen and last, rich=rich)
             if not found:
                 return None
             edit, after = found
             same = it is not None and edit.target is not None and _only(edit.target, scene) == it
             pronoun = same and rng.random() < 0.7
-            turns.append(Exchange((say.wish(edit, pronoun=pronoun),), (after,), edit, scene, after))
+            turns.append(
+                Exchange((say.wish(edit, pronoun=pronoun),), (after,), edit, scene, after, edit.kind)
+            )
             history.append(scene)
             new = [thing for thing in after.objects if thing not in scene.objects]
             scene, it = after, new[0] if len(new) == 1 else None
     return turns
+
+
+PAGES = ("story", "text")
+TASKS = {
+    "draw": _draw,
+    "caption": _caption,
+    "detail": _detail,
+    "question": _questions,
+    "compare": _compare,
+    "edit": _edit,
+    "style": _style,
+    "mix": _mix,
+    "reason": _reason,
+    "dialogue": _dialogue,
+    "story": _story,
+    "text": _text,
+}
 
 
 # ---- edits ------------------------------------------------------------------------------------------
@@ -207,33 +400,35 @@ def _only(group, scene):
     return found[0] if len(found) == 1 else None
 
 
-def random_edit(rng, scene: Scene, kind=None, unseen=False):
+def random_edit(rng, scene: Scene, kind=None, unseen=False, rich=True):
     """An Edit that can be done in this scene, and the scene after it; None where there is none of the kind. unseen: the
     pair that it makes is held out of training, and otherwise no pair in the new scene is."""
-    kinds = [kind] if kind else rng.permutation(("recolor", "replace", "add") if unseen else EDITS)
+    every = RICH_EDITS if rich else EDITS
+    kinds = [kind] if kind else rng.permutation(("recolor", "replace", "add") if unseen else every)
     for chosen in kinds:
         for _ in range(_TRIES):
-            found = _try_edit(rng, scene, str(chosen), unseen)
+            found = _try_edit(rng, scene, str(chosen), unseen, rich)
             if found:
                 return found
     return None
 
 
-def _try_edit(rng, scene, kind, unseen):
+def _try_edit(rng, scene, kind, unseen, rich):
     if kind == "background":
-        value = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
+        options = SKIES if rich and rng.random() < _RICH_SHARE else BACKGROUNDS
+        value = pick(rng, [name for name in options if name != scene.background])
         return Edit(kind, value=value), replace(scene, background=value)
     if kind == "add":
         return _try_add(rng, scene, unseen)
-    if not scene.objects:
+    if not scene.objects or any(thing.z for thing in scene.objects):
         return None
     thing = pick(rng, scene.objects)
     target = named(rng, scene, thing)
-    if target is None:
+    if target is None or (thing.shape in FIGURES and kind == "recolor"):
         return None
     others = tuple(other for other in scene.objects if other is not thing)
     if kind == "remove":
-        return (Edit(kind, target), Scene(others, scene.background)) if others else None
+        return (Edit(kind, target), replace(scene, objects=others)) if others else None
     if kind == "recolor":
         options = [c for c in COLORS if c != thing.color and held_out(c, thing.shape) == unseen]
         if not options:
@@ -241,6 +436,8 @@ def _try_edit(rng, scene, kind, unseen):
         value = pick(rng, options)
         new = replace(thing, color=value)
     elif kind == "resize":
+        if thing.size not in SIZES:  # "bigger" would say neither medium nor large
+            return None
         value = pick(rng, [size for size in SIZES if size != thing.size])
         new = replace(thing, size=value)
     elif kind == "replace":
@@ -248,17 +445,27 @@ def _try_edit(rng, scene, kind, unseen):
         if shape == thing.shape:
             return None
         value = Group(shape, color)
-        new = replace(thing, shape=shape, color=color)
+        new = replace(thing, shape=shape, color=color, pattern="solid")
+    elif kind == "pattern":
+        options = [name for name in patterns_of(thing.shape) if name != thing.pattern]
+        if not options or scene.style not in PATTERNED:
+            return None
+        value = pick(rng, options)
+        new = replace(thing, pattern=value)
     else:
         return _try_move(rng, scene, thing, target, others)
     if not _apart(new, others):
         return None
-    objects = tuple(new if other is thing else other for other in scene.objects)
-    return Edit(kind, target, value), Scene(objects, scene.background)
+    return Edit(kind, target, value), _replaced(scene, thing, new)
+
+
+def _replaced(scene, thing, new):
+    """The scene with `new` in the place of a thing."""
+    return replace(scene, objects=tuple(new if other is thing else other for other in scene.objects))
 
 
 def _try_add(rng, scene, unseen):
-    if len(scene.objects) >= MOST:
+    if len(scene.objects) >= MOST or any(thing.z for thing in scene.objects):
         return None
     color, shape = pick(rng, UNSEEN if unseen else SEEN)
     size = "small" if len(scene.objects) > 1 else pick(rng, SIZES)
@@ -269,7 +476,7 @@ def _try_add(rng, scene, unseen):
     told = Group(shape, color, size if rng.random() < 0.4 else None)
     relation, anchor = _beside(rng, scene, new) if rng.random() < 0.6 else (None, None)
     edit = Edit("add", None, told, relation, anchor)
-    return edit, Scene((*scene.objects, new), scene.background)
+    return edit, replace(scene, objects=(*scene.objects, new))
 
 
 def _try_move(rng, scene, thing, target, others):
@@ -287,9 +494,8 @@ def _try_move(rng, scene, thing, target, others):
                 # What is asked must not be so already, or nothing would be the right answer.
                 new = anchor and not related(name, thing, other) and clearly(name, place, (other.x, other.y))
                 if new:
-                    moved = replace(thing, x=place[0], y=place[1])
-                    objects = tuple(moved if each is thing else each for each in scene.objects)
-                    return Edit("move", target, None, name, anchor), Scene(objects, scene.background)
+                    moved = _replaced(scene, thing, replace(thing, x=place[0], y=place[1]))
+                    return Edit("move", target, None, name, anchor), moved
     return None
 
 
@@ -323,10 +529,10 @@ def _apart(new, others):
 # ---- questions --------------------------------------------------------------------------------------
 
 
-def random_question(rng, scene: Scene) -> Question:
+def random_question(rng, scene: Scene, rich=True) -> Question:
     """A question that has one right answer in this scene."""
     while True:
-        found = _try_question(rng, scene, pick(rng, QUESTIONS))
+        found = _try_question(rng, scene, pick(rng, RICH_QUESTIONS if rich else QUESTIONS))
         if found:
             return found
 
@@ -334,7 +540,14 @@ def random_question(rng, scene: Scene) -> Question:
 def _try_question(rng, scene, kind):
     thing = pick(rng, scene.objects)
     if kind == "ground":
-        return Question(kind, None, scene.background)
+        return Question(kind, None, scene.background) if scene.background in BACKGROUNDS else None
+    if kind == "style":
+        return Question(kind, None, scene.style) if scene.style != "flat" or rng.random() < 0.1 else None
+    if kind == "pattern":
+        patterned = any(thing.pattern != "solid" for thing in scene.objects)
+        subject = Group(thing.shape)
+        ok = patterned and _only(subject, scene) and thing.shape not in FIGURES
+        return Question(kind, subject, thing.pattern) if ok else None
     if kind == "count":
         shape = thing.shape if rng.random() < 0.85 else pick(rng, SHAPES)
         color = thing.color if rng.random() < 0.4 else None
@@ -346,7 +559,7 @@ def _try_question(rng, scene, kind):
             if rng.random() < 0.5:
                 color = pick(rng, COLORS)
             else:
-                shape = pick(rng, SHAPES)
+                shape = pick(rng, FIGURES if shape in FIGURES else SHAPES)
         subject = Group(shape, color)
         there = any(fits(other, subject) for other in scene.objects)
         return Question(kind, subject, "yes" if there else "no")
@@ -354,6 +567,8 @@ def _try_question(rng, scene, kind):
         subject = Group(thing.shape)
         return Question(kind, subject, thing.color) if _only(subject, scene) else None
     if kind == "size":
+        if thing.size not in SIZES:
+            return None
         options = [Group(thing.shape, color) for color in (None, thing.color)]
         options = [group for group in options if _only(group, scene)]
         return Question(kind, pick(rng, options), thing.size) if options else None
@@ -399,11 +614,55 @@ def judge_edit(pixels, source, edit: Edit, before: Scene, after: Scene, true) ->
     if reading.faults:
         return EditVerdict(False, False, False, outside, "; ".join(reading.faults))
     changed, kept = done(edit, before, reading.scene)
-    copied = _matched(before.objects, reading.scene.objects) == [] and len(before.objects) == len(
-        reading.scene.objects
+    return EditVerdict(changed, kept, alike(before, reading.scene), outside)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Whether an answer is right, and why not; of edits the EditVerdict, of pictures the scene that was read."""
+
+    ok: bool
+    why: str = ""
+    edit: EditVerdict | None = None
+    scene: Scene | None = None
+
+
+def judge_answer(exchange: Exchange, answer, source=None, true=None) -> Found:
+    """Judges an answer to an exchange: a text is right if it is the very one, a picture (uint8 [H, W, 3]) if it shows
+    what is asked, by what is read in it. source, true: of edits, the picture that was to be changed and a rendering of
+    `after`, of the answer's size."""
+    if isinstance(answer, str):
+        expected = "".join(part for part in exchange.says if isinstance(part, str))
+        return Found(
+            answer.strip() == expected,
+            "" if answer.strip() == expected else f"{answer.strip()!r}, not {expected!r}",
+        )
+    if isinstance(exchange.task, Claim):
+        verdict = judge(answer, exchange.task)
+        return Found(verdict.ok, verdict.why, None, verdict.scene)
+    if isinstance(exchange.task, Edit):
+        verdict = judge_edit(answer, source, exchange.task, exchange.before, exchange.after, true)
+        parts = (
+            ("a copy", verdict.copied),
+            ("not done", not verdict.changed),
+            ("more changed", not verdict.kept),
+        )
+        why = "" if verdict.ok else verdict.why or ", ".join(text for text, there in parts if there)
+        return Found(verdict.ok, why, verdict)
+    reading = parse(answer)
+    if reading.faults:
+        return Found(False, "; ".join(reading.faults), None, reading.scene)
+    ok = alike(exchange.after, reading.scene)
+    return Found(ok, "" if ok else "another scene", None, reading.scene)
+
+
+def alike(a: Scene, b: Scene) -> bool:
+    """Whether two scenes show the same: things of the same kinds at about the same places, background and style."""
+    return (
+        len(a.objects) == len(b.objects)
+        and not _matched(a.objects, b.objects)
+        and (a.background, a.style) == (b.background, b.style)
     )
-    copied = copied and before.background == reading.scene.background
-    return EditVerdict(changed, kept, copied, outside)
 
 
 def done(edit: Edit, before: Scene, found: Scene) -> tuple[bool, bool]:
@@ -413,7 +672,10 @@ def done(edit: Edit, before: Scene, found: Scene) -> tuple[bool, bool]:
     missing = _matched(stay, found.objects)
     rest = _matched(found.objects, stay)  # what no thing that stays accounts for
     ground = found.background == (edit.value if edit.kind == "background" else before.background)
-    kept = not missing and (ground or edit.kind == "background")
+    styled = found.style == (edit.value if edit.kind == "style" else before.style)
+    kept = not missing and (ground or edit.kind == "background") and (styled or edit.kind == "style")
+    if edit.kind == "style":
+        return styled, kept and not rest
     if edit.kind == "background":
         return ground, kept and not rest
     if edit.kind == "remove":
@@ -427,6 +689,9 @@ def done(edit: Edit, before: Scene, found: Scene) -> tuple[bool, bool]:
             _near(thing, target) and fits(thing, replace(_group(target), size=edit.value))
         ),
         "replace": lambda thing: _near(thing, target) and fits(thing, edit.value),
+        "pattern": lambda thing: (
+            _near(thing, target) and fits(thing, replace(_group(target), pattern=edit.value))
+        ),
         "add": lambda thing: fits(thing, edit.value) and _stands(edit, thing, before),
         "move": lambda thing: fits(thing, _group(target)) and _stands(edit, thing, before),
     }[edit.kind]
@@ -439,7 +704,7 @@ def _stands(edit, thing, before):
 
 
 def _group(thing):
-    return Group(thing.shape, thing.color, thing.size)
+    return Group(thing.shape, thing.color, thing.size, 1, thing.pattern)
 
 
 def _near(a, b):
