@@ -8,7 +8,7 @@ import ml_collections
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
 VARIANTS = (
-    "quickstart", "tiny", "emoji", "photos", "emoji-f8", "photos-f8",
+    "quickstart", "tiny", "world", "emoji", "photos", "emoji-f8", "photos-f8",
     "64px-1k", "256px-f16-16k", "256px-f16-64k", "256px-f8", "vq-16k", "lfq-18bit",
 )  # fmt: skip
 
@@ -75,6 +75,12 @@ def get_config(variant):
     c.update(LOOP)
     c.keep_pages = True  # on CPU a third faster for large models: see runtime/memory.py
 
+    if variant == "world":  # rich scenes of 64 px, a code for 8 x 8 pixels
+        m.patch, q.levels = 8, (5, 5, 8, 8, 8)
+        m.width, m.encoder_layers, m.layers, m.cell_layers, m.cell_width = 96, 3, 4, 3, 48
+        d.source = dict(spec="world:train/draw+style", size=(64, 64), seed=0, documents=12_000)
+        c.held_out = dict(spec="world:valid/draw+style", size=(64, 64), seed=0, documents=256)
+        c.steps, l.weights.rate = 6000, 0.002
     folder = variant.removesuffix("-f8")
     if folder in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
         q.levels = (8, 5, 5, 5)

@@ -8,7 +8,7 @@ import ml_collections
 
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "tiny", "emoji", "350m", "1b", "7b")
+VARIANTS = ("quickstart", "tiny", "emoji", "dialogue", "350m", "1b", "7b")
 
 
 def get_config(variant):
@@ -25,6 +25,10 @@ def get_config(variant):
     m.around = True  # give each place the codes around it at the input, where they are factored
     m.vocab_multiple = 1  # round the tables' rows up to a multiple, which a tensor axis can share
     m.before = 3  # tokens before each one that are mixed into it at the input; 0 for none
+    # What tokens know of the images before them: their "codes", by "cross"-attention to features of a ViT over
+    # these, or "both"; one such attention before so many layers (docs/context.md)
+    m.context, m.cross_every = "codes", 1
+    m.encoder = dict(width=128, layers=2, heads=4, kv_heads=4, head_dim=32, mlp=384)
     m.dtype = "float32"  # of the computation; parameters are float32
     m.remat = "none"  # what the backward pass computes again instead of keeping: see models/layers.py: REMAT
     m.attention = "auto"  # or "xla", "splash" (TPU), "gpu": see models/attention.py
@@ -57,8 +61,14 @@ def get_config(variant):
         m.layers = 6
         d.batch_size, d.row_length, d.overlong = 16, 288, "drop"
         c.steps, c.optimizer.weight_decay = 1_000, 0.01
+    if variant == "dialogue":  # a quickstart run (config.init) goes on: docs/posttraining.md
+        d.mixture = (("draw", 0.3), ("edit", 0.3), ("dialogue", 0.3), ("question", 0.05), ("caption", 0.05))
+        d.batch_size, d.row_length, d.overlong = 3, 560, "drop"
+        d.image_drop = 0.05  # edits are guided by their images too
+        c.steps, c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 3_000, 4e-3, 1.2e-3
     if variant == "tiny":  # for tests: seconds
         m.width, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 32, 2, 2, 1, 16, 64
+        m.encoder = dict(width=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp=64)
         d.batch_size = 4
         c.steps, c.log_every, c.save_every = 20, 10, 10
         c.optimizer.warmup = 2
@@ -71,6 +81,8 @@ def get_config(variant):
         m.width, m.layers, m.heads, m.kv_heads, m.mlp = width, layers, heads, kv_heads, mlp
         m.head_dim, m.rope_base = width // heads, 100_000.0
         m.dtype, m.remat, m.unroll, m.vocab_multiple = "bfloat16", "attention", False, 256
+        m.cross_every = 4
+        m.encoder = dict(width=width, layers=4, heads=heads, kv_heads=kv_heads, head_dim=m.head_dim, mlp=mlp)
         c.loss.chunk = 2048
         d.batch_size, d.row_length = 256, 4096
         c.steps, c.optimizer.warmup, c.optimizer.weight_decay, c.optimizer.final = 100_000, 2_000, 0.1, 0.1

@@ -178,7 +178,7 @@ def test_quickstart_end_to_end(tmp_path, capsys):
     said = capsys.readouterr().out
     assert str(tmp_path / "run" / "report.html") in said.splitlines()[-1] and "counting" in said
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert set(report) == {"scores", "metrics", "seconds", "peak_rss_bytes", "config"}
+    assert set(report) == {"scores", "intervals", "cases", "metrics", "seconds", "peak_rss_bytes", "config"}
     assert set(report["scores"]) == set(CATEGORIES)
     for score in report["scores"].values():
         assert score["seen"][1] == 2 and score["unseen"][1] == 1

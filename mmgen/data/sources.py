@@ -375,16 +375,17 @@ class World:
 
     def _render(self, i, scene):
         """At self.size; of Buckets, at a shape drawn from (seed, i)."""
-        from mmgen.world import render
+        from mmgen.world import tasks
 
         size = self.size
         if isinstance(size, images.Buckets):
             size = size.shapes[np.random.default_rng([self.seed, i, 2]).integers(len(size.shapes))]
-        return render.render(scene, *size)
+        return tasks.picture(scene, *size)
 
 
 class Talks(World):
-    """Document i of a split of the world: a talk about pictures, of one of the tasks of mmgen/world/tasks.py."""
+    """Document i of a split of the world: a talk about pictures, of one of the tasks of mmgen/world/tasks.py; of several,
+    written a+b, they take turns."""
 
     KIND, several_images = "talks", True
 
@@ -405,9 +406,8 @@ class Talks(World):
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents} in {self.spec}")
         sizes = self.size.shapes if isinstance(self.size, images.Buckets) else [self.size]
-        return _world_talk(
-            self.seed, self.split, int(i), self.category, self.language(i), min(map(min, sizes))
-        )
+        task = self.category.split("+")[i % (self.category.count("+") + 1)]
+        return _world_talk(self.seed, self.split, int(i), task, self.language(i), min(map(min, sizes)))
 
     def _scenes(self, i):
         from mmgen.world import tasks
@@ -443,8 +443,12 @@ class Talks(World):
 
     def recolored(self, i):
         from mmgen.world import recolor
+        from mmgen.world.scene import Scene
 
-        return self._render(i, recolor(np.random.default_rng([self.seed, i, 1]), self._scenes(i)[0]))
+        shown = self._scenes(i)[0]
+        if isinstance(shown, Scene):  # a page's colours are part of what it says
+            shown = recolor(np.random.default_rng([self.seed, i, 1]), shown)
+        return self._render(i, shown)
 
 
 def _language(seed, i, languages):
@@ -467,7 +471,7 @@ def _world_item(seed, split, i, category, languages):
 def _world_talk(seed, split, i, task, language, short):
     from mmgen.world import tasks
 
-    return tasks.talk(seed, split, i, task, language, rich=short >= tasks.RICH_FROM)
+    return tasks.talk(seed, split, i, task, language, short=short)
 
 
 class Several:

@@ -11,59 +11,61 @@ import numpy as np
 from PIL import Image
 
 from mmgen.data.images import straight
+from mmgen.evals import compare, suites
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .2em .9em; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; }
 .grid { display: flex; flex-wrap: wrap; gap: 10px; }
-figure { margin: 0; width: 104px; font-size: 12px; } figure img { width: 100px; border: 3px solid #ccc; }
+figure { margin: 0; min-width: 104px; max-width: 640px; width: min-content; font-size: 12px; }
+figure img { height: 100px; border: 3px solid #ccc; } small { color: #777; }
 figure.ok img { border-color: #2a2; } figure.bad img { border-color: #c22; } img { image-rendering: pixelated; }
 svg { background: #fafafa; margin: 0 12px 12px 0; } pre { background: #f4f4f4; padding: 1em; overflow: auto; }
 """
 
 
 def write(
-    out, *, title, scores, metrics, seconds, config, curves=(), pictures=(), cases=(), examples=16,
-    precision_recall=None, worst=(),
+    out, *, title, scores, metrics, seconds, config, shares=None, curves=(), pictures=(), cases=(), examples=16,
+    comparison=(), precision_recall=None, worst=(),
 ):  # fmt: skip
     """Writes both reports to the folder `out` -> path of report.html.
 
-    scores: as `suites.scores`; metrics, seconds: name -> number; config: JSON-able;
-    curves: (title, records, names) with records as `runtime.metrics.read`; pictures: (title, path of
-    a PNG); cases: `suites.Case`s, of which `examples` a suite are shown, as they come; precision_recall:
-    {name: (precision, recall)}, arrays along falling thresholds; worst: (pixels, pixels, words), what it should
-    be beside what it is.
+    scores: as `suites.scores`; metrics, seconds: name -> number; config: JSON-able; shares: {name: [right, total]},
+    metrics too, with an interval; curves: (title, records, names) with records as `runtime.metrics.read`; pictures:
+    (title, path of a PNG); cases: `suites.Case`s, of which `examples` wrong ones a suite are shown, and as many right
+    ones; comparison: rows of `compare.compare`; precision_recall: {name: (precision, recall)}, arrays along falling
+    thresholds; worst: (pixels, pixels, words), what it should be beside what it is.
     """
-    out = Path(out)
+    out, shares = Path(out), shares or {}
     out.mkdir(parents=True, exist_ok=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    metrics = metrics | {name: right / max(total, 1) for name, (right, total) in shares.items()}
+    ranges = {name: list(compare.wilson(*share)) for name, share in shares.items()}
     summary = {
         "scores": scores,
         "metrics": metrics,
+        "intervals": {"scores": suites.intervals(scores), "metrics": ranges},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_rss_bytes": peak,
         "config": config,
     }
+    summary |= {"comparison": list(comparison)} if comparison else {}
+    summary |= {"cases": compare.outcomes(cases)} if cases else {}
     (out / "report.json").write_text(json.dumps(summary, indent=1))
-    body = [f"<h1>{html.escape(title)}</h1>"] + ([_score_table(scores)] if scores else [])
-    body.append(_number_table("Measured", metrics))
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    body += [_score_table(scores, summary["intervals"]["scores"])] if scores else []
+    body += [_comparison_table(comparison)] if comparison else []
+    body.append(_number_table("Measured", metrics, ranges))
     body.append(_number_table("Seconds", seconds))
     body.append(f"<p>Peak memory {peak / 2**30:.2f} GiB.</p>")
     for suite in scores:
-        chosen = [case for case in cases if case.suite == suite]
-        body.append(f"<h2>{html.escape(suite)}</h2>")
-        for label, flag in (("seen combinations", False), ("unseen combinations", True)):
-            shown = [_figure(case) for case in chosen if case.unseen == flag][:examples]
-            if shown:
-                body.append(f"<h3>{label}</h3><div class=grid>{''.join(shown)}</div>")
+        body += _figures(suite, [case for case in cases if case.suite == suite], examples)
     if worst:
         body.append("<h2>Worst</h2><div class=grid>")
         for *pair, words in worst:
             both = png(np.concatenate(pair, 1))
-            body.append(
-                f"<figure style='width:204px'><img style='width:200px' src='{both}'>{html.escape(words)}</figure>"
-            )
+            body.append(f"<figure><img src='{both}'>{html.escape(words)}</figure>")
         body.append("</div>")
     if precision_recall:
         body.append("<h2>Precision over recall</h2>")
@@ -80,29 +82,88 @@ def write(
     return out / "report.html"
 
 
-def _score_table(scores):
-    rows = "<tr><th>suite</th><th>seen</th><th>n</th><th>unseen</th><th>n</th><th>ceiling</th></tr>"
+def _table(header, rows):
+    line = lambda tag, cells: f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
+    return f"<table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
+
+
+def _between(interval):
+    return "<small>{:.3f} to {:.3f}</small>".format(*interval)
+
+
+def _score_table(scores, intervals):
+    rows = []
     for suite, row in scores.items():
-        cells = []
-        for right, total in (row["seen"], row["unseen"]):
-            cells += [f"{right / total:.3f}" if total else "-", total]
-        cells.append(f"{row['ceiling']:.3f}")
-        rows += f"<tr><td>{html.escape(suite)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    note = "One sample a prompt. The ceiling is the judge's score on the tokenizer's own reconstructions."
-    return f"<table>{rows}</table><p>{note}</p>"
-
-
-def _number_table(title, numbers):
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td></tr>" for name, value in numbers.items()
+        cells = [f"<a href='#{html.escape(suite)}'>{html.escape(suite)}</a>"]
+        for part in ("seen", "unseen"):
+            right, total = row[part]
+            cells += [f"{right / total:.3f} {_between(intervals[suite][part])}" if total else "-", total]
+        rows.append([*cells, f"{row['ceiling']:.3f}"])
+    note = (
+        "One sample a prompt; 95 % intervals (Wilson). The ceiling is the judge's score on the tokenizer's own "
+        "reconstructions of right answers."
     )
-    return f"<h3>{title}</h3><table>{rows}</table>"
+    return _table(("suite", "seen", "n", "unseen", "n", "ceiling"), rows) + f"<p>{note}</p>"
+
+
+def _comparison_table(rows):
+    cells = []
+    for row in rows:
+        sign = compare.mark(row)
+        delta = "{:+.3f} <small>{:+.3f} to {:+.3f}</small>".format(row["difference"], *row["interval"])
+        bold = f"<b>{delta} {'better' if sign == '+' else 'worse'}</b>" if sign else delta
+        was = [f"{row['baseline']:.3f}", f"{row['now']:.3f}"]
+        cells.append([html.escape(row["suite"]), row["part"], row["cases"], *was, bold, f"{row['p']:.3f}"])
+    note = (
+        "The same cases of both. Bold where the exact McNemar test gives p below .05: of twenty rows without any "
+        "difference one does."
+    )
+    header = ("suite", "part", "n", "baseline", "now", "difference (95 %)", "p")
+    return f"<h2>Against the baseline</h2>{_table(header, cells)}<p>{note}</p>"
+
+
+def _number_table(title, numbers, intervals={}):
+    rows = [
+        [html.escape(name), f"{value:.4g}", _between(intervals[name]) if name in intervals else ""]
+        for name, value in numbers.items()
+    ]
+    return f"<h3>{title}</h3>{_table((), rows)}" if rows else ""
+
+
+def _figures(suite, cases, examples):
+    """The pictures of a suite, those that are wrong first."""
+    cases = [case for case in cases if case.pixels is not None and case.ok is not None]
+    parts = [f"<h2 id='{html.escape(suite)}'>{html.escape(suite)}</h2>"]
+    for label, flag in (("wrong", False), ("right", True)):
+        found = [case for case in cases if bool(case.ok) == flag]
+        if found:
+            shown = "".join(map(_figure, found[:examples]))
+            head = f"{label}: {min(examples, len(found))} of {len(found)}"
+            parts.append(f"<h3>{head}</h3><div class=grid>{shown}</div>")
+    return parts if len(parts) > 1 else []
 
 
 def _figure(case):
-    kind = "ok" if case.ok else "bad"
+    """Source, answer and truth side by side, as far as there are."""
+    panels = {"source": case.source, "answer": case.pixels, "a right one": case.truth}
+    panels = {name: pixels for name, pixels in panels.items() if pixels is not None}
+    names = f"<br><small>{' | '.join(panels)}</small>" if len(panels) > 1 else ""
     why = "" if case.ok else f"<br><b>{html.escape(case.why)}</b>"
-    return f"<figure class={kind}><img src='{png(case.pixels)}'>{html.escape(case.item.prompt)}{why}</figure>"
+    unseen = " <small>(unseen)</small>" if case.unseen else ""
+    return (
+        f"<figure class={'ok' if case.ok else 'bad'}><img src='{png(_beside(list(panels.values())))}'>"
+        f"{html.escape(case.item.prompt)}{unseen}{why}{names}</figure>"
+    )
+
+
+def _beside(panels):
+    """Pictures as one, in a row with gaps; one alone keeps its alpha."""
+    if len(panels) == 1:
+        return panels[0]
+    panels = [pixels[..., :3] for pixels in panels]
+    height, gap = max(len(pixels) for pixels in panels), max(len(pixels) // 16 for pixels in panels)
+    grown = [np.pad(p, ((0, height - len(p)), (0, gap), (0, 0)), constant_values=255) for p in panels]
+    return np.concatenate(grown, 1)[:, : -gap or None]
 
 
 def png(pixels):

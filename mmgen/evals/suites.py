@@ -5,11 +5,16 @@ whose prompts state a colour-shape pair that training never shows.
 """
 
 import dataclasses
+import json
+import re
 
 import numpy as np
 
 from mmgen import world
+from mmgen.data import files
+from mmgen.data.images import BadImage
 from mmgen.document import Document, Text, Turn
+from mmgen.evals.compare import wilson
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.sampler import best_of as choose
 from mmgen.world.judge import judge
@@ -19,15 +24,18 @@ from mmgen.world.scene import CATEGORIES
 
 @dataclasses.dataclass
 class Case:
-    """One prompt of a suite, what was drawn for it, and what the judge says of it."""
+    """One thing asked of a model, what it answered, and what the judge says of that."""
 
-    suite: str
+    suite: str  # a kind of another suite is called "SUITE:KIND"
     unseen: bool
-    item: world.Item
-    pixels: np.ndarray | None = None
-    ok: bool = False
+    item: object  # what was asked, with its words as .prompt; a world.Item or a talks.Asked
+    pixels: np.ndarray | None = None  # the answer, or what is asked about
+    ok: bool | None = False  # None: not counted
     why: str = ""
     ceiling: bool = False  # the judge's verdict on the tokenizer's reconstruction of the true picture
+    source: np.ndarray | None = None  # the picture that was to be changed
+    truth: np.ndarray | None = None  # a right answer
+    measured: dict = dataclasses.field(default_factory=dict)  # more about it: flags and numbers
 
 
 def cases(seed, seen, unseen, language="en", split="test"):
@@ -64,35 +72,81 @@ def run(sampler, cases, *, size, seed, batch_size=32, score=None, best_of=1, **o
         case.pixels = turn.parts[0].pixels
         verdict = judge(case.pixels[..., :3], case.item.claim)
         case.ok, case.why = verdict.ok, verdict.why
-    truth = np.stack([render(case.item.scene, width, height) for case in cases])
-    for case, back in zip(cases, sampler.tokenizer.decode(sampler.tokenizer.encode(truth))):
+        case.truth = render(case.item.scene, width, height)
+    back = sampler.tokenizer.decode(sampler.tokenizer.encode(np.stack([case.truth for case in cases])))
+    for case, back in zip(cases, back):
         case.ceiling = judge(back[..., :3], case.item.claim).ok
     return cases
 
 
+def trained_on(config):
+    """The tasks of the world (mmgen/world/tasks.py; "draw" for prompts with their pictures) in the shards that a
+    transformer run's config names; None where these are not there any more, or hold nothing of the world."""
+    found = []
+    for folder in config["data"]["shards"].split(","):
+        try:
+            manifest = json.loads(files.read(files.join(folder, "manifest.json")))
+        except BadImage:
+            return None
+        found += re.findall(r"world:\w+(?:/([\w+]+))?", manifest["source"])
+    return {task or "draw" for tasks in found for task in tasks.split("+")} or None
+
+
 def scores(cases):
-    """{suite: {"seen": [right, total], "unseen": [right, total], "ceiling": share}}."""
-    table = {}
-    for suite in dict.fromkeys(case.suite for case in cases):
-        mine = [case for case in cases if case.suite == suite]
-        table[suite] = {
-            name: [
-                sum(case.ok for case in mine if case.unseen == flag),
-                sum(case.unseen == flag for case in mine),
-            ]
-            for name, flag in (("seen", False), ("unseen", True))
-        }
-        table[suite]["ceiling"] = float(np.mean([case.ceiling for case in mine]))
+    """{suite: {"seen": [right, total], "unseen": [right, total], "ceiling": share}}; before the kinds of a suite, which
+    are called "SUITE:KIND", comes that of all of them."""
+    table, names = {}, list(dict.fromkeys(case.suite for case in cases))
+    wholes = [name.partition(":")[0] for name in names]
+    for suite in sorted(names, key=lambda name: (wholes.index(name.partition(":")[0]), name)):
+        whole = suite.partition(":")[0]
+        if whole not in table and not any(case.suite == whole for case in cases):
+            table[whole] = _score([case for case in cases if case.suite.startswith(f"{whole}:")])
+        table[suite] = _score([case for case in cases if case.suite == suite])
     return table
 
 
-def show(table):
-    """The scores as lines of text."""
-    lines = [f"{'suite':<20}{'seen':>16}{'unseen':>16}{'ceiling':>10}"]
-    for suite, row in table.items():
-        parts = [
-            f"{right / total:.3f} ({total})" if total else "-"
-            for right, total in (row["seen"], row["unseen"])
+def _score(cases):
+    counted = [case for case in cases if case.ok is not None]
+    table = {
+        name: [
+            sum(bool(case.ok) for case in counted if case.unseen == flag),
+            sum(case.unseen == flag for case in counted),
         ]
-        lines.append(f"{suite:<20}{parts[0]:>16}{parts[1]:>16}{row['ceiling']:>10.3f}")
+        for name, flag in (("seen", False), ("unseen", True))
+    }
+    return table | {"ceiling": float(np.mean([case.ceiling for case in counted])) if counted else 0.0}
+
+
+def measures(cases):
+    """What cases measure beside being right -> ({"SUITE_NAME": mean}, of numbers; {"SUITE_NAME": [cases, all]}, of
+    flags)."""
+    values = {}
+    for case in cases:
+        for name, value in case.measured.items():
+            values.setdefault(f"{case.suite.partition(':')[0]}_{name}", []).append(value)
+    flags = {name for name, found in values.items() if isinstance(found[0], bool)}
+    means = {name: float(np.mean(found)) for name, found in values.items() if name not in flags}
+    return means, {name: [sum(values[name]), len(values[name])] for name in values if name in flags}
+
+
+def intervals(table):
+    """The 95 % intervals [low, high] of `scores`, of the same form."""
+    found = {}
+    for suite, row in table.items():
+        total = row["seen"][1] + row["unseen"][1]
+        parts = {name: row[name] for name in ("seen", "unseen")}
+        parts["ceiling"] = [round(row["ceiling"] * total), total]
+        found[suite] = {name: list(wilson(*part)) for name, part in parts.items()}
+    return found
+
+
+def show(table):
+    """The scores as lines of text, each share with its 95 % interval."""
+    lines = [f"{'suite':<24}{'seen':>27}{'unseen':>27}{'ceiling':>9}"]
+    for suite, row in table.items():
+        parts = []
+        for right, total in (row["seen"], row["unseen"]):
+            low, high = wilson(right, total)
+            parts.append(f"{right / total:.3f} [{low:.3f} {high:.3f}] ({total})" if total else "-")
+        lines.append(f"{suite:<24}{parts[0]:>27}{parts[1]:>27}{row['ceiling']:>9.3f}")
     return "\n".join(lines)

@@ -13,13 +13,50 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from mmgen.grammar import Grammar
 from mmgen.models import layers
+from mmgen.models.attention import bias_of
 from mmgen.models.cross_entropy import cross_entropy
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.mesh import constrain
 
 _OCTAVES = 6  # of the place features: periods of 4, 8, ... 128 patches
 AROUND = 5  # codes around the next one
+CONTEXTS = ("codes", "cross", "both")  # by what later tokens know of an image: see `Transformer`
+
+
+def crossings(config):
+    """How many layers of a model's config attend to image features. Without a `context`, as runs from before there
+    was one, it is "codes". ValueError for another, and for layers that do not divide."""
+    context = config.get("context", "codes")
+    if context not in CONTEXTS:
+        raise ValueError(f"config.model.context: expected one of {', '.join(CONTEXTS)}; found {context!r}")
+    if context == "codes":
+        return 0
+    if config.cross_every < 1 or config.layers % config.cross_every:
+        raise ValueError(
+            f"config.model.cross_every={config.cross_every} does not divide config.model.layers={config.layers}"
+        )
+    return config.layers // config.cross_every
+
+
+class ImageEncoder(nnx.Module):
+    """A ViT (arXiv:2010.11929) over the codes of images, in place among the tokens of packed rows.
+
+    Its patches are what the transformer itself reads of each code, whatever the tokenizer. In the causal rows a code
+    knows those before it; here it sees all of its image, and nothing else.
+    """
+
+    def __init__(self, config, source, rngs, *, dtype):
+        self.config = config
+        self.join = layers.Linear((source, config.width), ("embed", "joint"), rngs, dtype=dtype)
+        self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=dtype), config.layers, rngs)
+
+    def __call__(self, x, images, cos_sin, **how):
+        """x [B, T, D], images int32 [B, T] as `images_of` says -> features [B, T, E], which mean something where there
+        are images."""
+        see = bias_of(images[:, :, None] == images[:, None])
+        return layers.rms_norm(layers.scan(self.blocks, self.join(x), cos_sin, see, **how))
 
 
 class Transformer(nnx.Module):
@@ -29,10 +66,18 @@ class Transformer(nnx.Module):
     read and written as its digits together, plus a part of its own that starts at zero. Codes that
     are alike share what is learned of them, so that rare ones need not be learned alone. Where the first
     `color_digits` of them carry colours (see stages/tokenizer.py), these together are also read and written
-    as one, and so are the rest: an outline is the same in any colour. `max_side` is the grammar's.
+    as one, and so are the rest: an outline is the same in any colour. `max_side` and `depth` are the grammar's;
+    `code_start` is needed where there are no levels to tell it.
+
+    `config.context` says how an image's codes reach the tokens after it. With "codes" by attention to them. With
+    "both" also by gated cross-attention to the features that an `ImageEncoder` makes of every image that was
+    finished before, before every `config.cross_every` layers. With "cross" by that alone: codes are then seen
+    within their own image only.
     """
 
-    def __init__(self, config, vocab, rngs, levels=(), color_digits=0, max_side=0):
+    def __init__(
+        self, config, vocab, rngs, levels=(), color_digits=0, max_side=0, depth=1, code_start=None
+    ):  # fmt: skip
         # Frozen, so that the graph definition can be hashed (it is a static argument of jit).
         self.config, self.dtype = ml_collections.FrozenConfigDict(config), jnp.dtype(config.dtype)
         D = config.width
@@ -42,7 +87,7 @@ class Transformer(nnx.Module):
             parts += [range(color_digits), range(color_digits, len(levels))]
         self.levels, self.parts = tuple(levels), tuple(parts)
         # Tables may have more rows than tokens, so that a tensor axis can share them evenly.
-        self.vocab, self.code_start = vocab, vocab - codes
+        self.vocab, self.code_start = vocab, vocab - codes if code_start is None else code_start
         self.rows = -(-vocab // config.vocab_multiple) * config.vocab_multiple
         own = (jnp.arange(self.rows) < vocab - codes)[:, None]
         self.embedding = nnx.Param(own * layers.normal(rngs, (self.rows, D), 1.0), axes=("vocab", "embed"))
@@ -63,7 +108,7 @@ class Transformer(nnx.Module):
         self.place = layers.Linear((4 * _OCTAVES, D), ("place", "embed"), rngs, dtype=self.dtype)
 
         # What is drawn already around the next code decides most of it: given at once, no head has to find it.
-        self.max_side = max_side
+        self.max_side, self.most_codes = max_side, max_side**2 * depth
         self.around = (
             layers.Linear((AROUND * rows, D), ("place", "embed"), rngs, scale=D**-0.5, dtype=self.dtype)
             if config.around and levels
@@ -76,6 +121,12 @@ class Transformer(nnx.Module):
             if config.before
             else None
         )
+
+        # Last of all, so that the rest begins as it does without.
+        count, self.hidden_codes = crossings(config), config.get("context") == "cross"
+        self.encoder = ImageEncoder(self.config.encoder, D, rngs, dtype=self.dtype) if count else None
+        crossing = lambda r: layers.CrossBlock(config, config.encoder.width, r, dtype=self.dtype)
+        self.cross = layers.stack(crossing, count, rngs) if count else None
 
     def _digits(self):
         """float32 [codes, rows]: the rows of the digits' tables that make up each code."""
@@ -133,10 +184,12 @@ class Transformer(nnx.Module):
 
     def near(self, tokens, segments):
         """What `embed` needs of the tokens near each one: int32 [B, T, AROUND] and [B, T, N]."""
-        return (
-            around_next(tokens, segments, self.code_start, self.max_side),
-            tokens_before(tokens, segments, self.config.before),
-        )
+        before = tokens_before(tokens, segments, self.config.before)
+        if self.hidden_codes:
+            images, _ = images_of(tokens, segments, self.code_start)
+            theirs = tokens_before(images, segments, self.config.before)
+            before = jnp.where(of_other_images(images, theirs), -1, before)
+        return around_next(tokens, segments, self.code_start, self.max_side), before
 
     def near_at(self, tokens, places):
         """As `near`, of one document a row, for the tokens at `places` int32 [B, T] of tokens [B, S] alone."""
@@ -145,27 +198,80 @@ class Transformer(nnx.Module):
         seen = jnp.where((stated > 0)[:, None] & (at <= places[..., None]), at, -1).max(-1)
         width = jnp.take_along_axis(stated, jnp.maximum(seen, 0), 1)
         around = around_places(places, width)
-        of = lambda y: jnp.take_along_axis(tokens[:, None], jnp.clip(y, 0, tokens.shape[1] - 1), 2)
-        now = jnp.take_along_axis(tokens, jnp.minimum(places, tokens.shape[1] - 1), 1)
+        of = lambda y, x=tokens: jnp.take_along_axis(x[:, None], jnp.clip(y, 0, x.shape[1] - 1), 2)
+        at_places = lambda x: jnp.take_along_axis(x, jnp.minimum(places, x.shape[1] - 1), 1)
+        now = at_places(tokens)
         inside = ((now >= self.code_start) & (seen >= 0))[..., None]
         inside &= (seen[..., None] < around) & (around <= places[..., None])
         before = places[..., None] - np.arange(1, self.config.before + 1)
-        return jnp.where(inside, of(around) - self.code_start, -1), jnp.where(before >= 0, of(before), -1)
+        seen = before >= 0
+        if self.hidden_codes:
+            images, _ = images_of(tokens, jnp.zeros_like(tokens), self.code_start)
+            seen &= ~of_other_images(at_places(images), of(before, images))
+        return jnp.where(inside, of(around) - self.code_start, -1), jnp.where(seen, of(before), -1)
 
     def rope(self, positions):
         return layers.rope(positions, self.config.head_dim, self.config.rope_base)
 
+    def cross_rope(self, positions):
+        """As `rope`, for cross-attention: y and x are counted from the image's corner, so that the same place of
+        another image is at a distance of (t, 0, 0), whatever is said between."""
+        t = positions[..., :1]
+        return self.rope(jnp.concatenate([t, positions[..., 1:] - t], -1))
+
+    def features(self, x, images, positions, **how):
+        """The `ImageEncoder`'s of inputs x [B, T, D] (see `embed`)."""
+        e = self.config.encoder
+        return self.encoder(x, images, layers.rope(positions, e.head_dim, self.config.rope_base), **how)
+
     def __call__(self, tokens, segments, positions):
         """Tokens, segments int32 [B, T], positions int32 [B, T, 3] -> hidden [B, T, D] (see `logits`).
 
-        A token sees itself and the earlier tokens of its own segment.
+        A token sees itself and the earlier tokens of its own segment; by cross-attention, the features of its images
+        that are finished.
         """
         x = self.embed(tokens, positions, *self.near(tokens, segments))
         x = constrain(x, ("batch", "stream", None))
         c = self.config
-        return layers.scan(
-            self.blocks, x, self.rope(positions), segments, c.attention, remat=c.remat, unroll=c.unroll
-        )
+        how = dict(remat=c.remat, unroll=c.unroll)
+        if self.cross is None:
+            return layers.scan(self.blocks, x, self.rope(positions), segments, c.attention, **how)
+        images, finished = images_of(tokens, segments, self.code_start)
+        same = segments[:, :, None] == segments[:, None]
+        see = same & sees_features(finished, images)
+        sight = self.cross_rope(positions), self.features(x, images, positions, **how), see
+        codes = segments, c.attention
+        if self.hidden_codes:  # which no fused kernel can do
+            causal = jnp.tril(jnp.ones(same.shape[1:], bool))
+            codes = bias_of(causal & same & sees_codes(images, images)), "xla"
+        return layers.scan_crossed(self.cross, sight, self.blocks, x, self.rope(positions), *codes, **how)
+
+
+def images_of(tokens, segments, code_start):
+    """tokens, segments int32 [B, T] -> which image of its row each code belongs to, from 1 on, and 0 beside codes; how many
+    images of the row are finished at each token. int32 [B, T] each.
+
+    An image is a run of codes; the grammar has marks between any two.
+    """
+    code = tokens >= code_start
+    goes_on = code[:, :-1] & (segments[:, :-1] == segments[:, 1:])
+    begun = jnp.cumsum(code & ~jnp.pad(goes_on, ((0, 0), (1, 0))), 1, dtype=jnp.int32)
+    return jnp.where(code, begun, 0), begun - code
+
+
+def sees_features(finished, images):
+    """Of `images_of`, [B, T] of queries and [B, S] of keys -> bool [B, T, S], of one document a row."""
+    return (images > 0)[:, None] & (images[:, None] <= finished[..., None])
+
+
+def sees_codes(images, theirs):
+    """`images_of` queries [B, T] and of keys [B, S] -> bool [B, T, S]: all but the codes of other images."""
+    return (theirs == 0)[:, None] | (theirs[:, None] == images[..., None])
+
+
+def of_other_images(images, theirs):
+    """`images_of` tokens [B, T] and of some beside each [B, T, N] -> bool [B, T, N]: codes of another image."""
+    return (theirs > 0) & (theirs != images[..., None])
 
 
 def lookup(table, ids):
@@ -234,10 +340,11 @@ def tokens_before(tokens, segments, n):
 
 def of_codes(config, vocabulary, vocab, rngs):
     """The Transformer for the codes and the grammar that a dict (such as a shard's manifest) describes."""
-    levels = vocabulary["levels"] if config.factored else ()
+    levels, colors = (vocabulary["levels"], vocabulary["color_digits"]) if config.factored else ((), 0)
+    grammar = Grammar.from_dict(vocabulary["grammar"])
     return Transformer(
-        config, vocab, rngs, levels, vocabulary["color_digits"], vocabulary["grammar"]["max_side"]
-    )
+        config, vocab, rngs, levels, colors, grammar.max_side, grammar.depth, grammar.code_start
+    )  # fmt: skip
 
 
 def loss(model, batch, *, code_start, z, chunk):

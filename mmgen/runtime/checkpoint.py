@@ -602,14 +602,16 @@ def _nested(flat):
     return tree
 
 
-def read_config(workdir, stage=None):
-    """The config.json of a workdir as a dict; an error when it is of another stage."""
+def read_config(workdir, *stages):
+    """The config.json of a workdir as a dict; an error when it is of none of these stages, if any are named."""
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{workdir} is not a workdir: expected {path}, written by `mmgen train`")
     config = json.loads(path.read_text())
-    if stage and config["stage"] != stage:
-        raise CheckpointError(f"{workdir} holds a {config['stage']} run; expected a {stage} run")
+    if stages and config["stage"] not in stages:
+        raise CheckpointError(
+            f"{workdir} holds a {config['stage']} run; expected a {' or a '.join(stages)} run"
+        )
     return config
 
 

@@ -13,17 +13,19 @@ import jax.numpy as jnp
 
 from mmgen.models import layers
 from mmgen.models.attention import bias_of
+from mmgen.models.transformer import crossings, images_of, sees_codes, sees_features
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.mesh import constrain
 
 # What `prepare` lays out anew; the rest of the model's parameters stay as they are.
-LAID_OUT = ("embedding", "digit_embedding", "head", "digit_head", "blocks")
+LAID_OUT = ("embedding", "digit_embedding", "head", "digit_head", "blocks", "cross")
 # Where sampling runs on a mesh: rows are everywhere, and the axis "tensor" shares heads, hidden units and vocabulary.
-RULES = {"batch": None, "length": None, "vocab": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+RULES = {"batch": None, "length": None, "stream": None, "vocab": "tensor", "mlp": "tensor"}
+RULES |= {"heads": "tensor", "kv_heads": "tensor"}
 
 
 def prepare(model, dtype, int8=False):
-    """The weights of a `Transformer` for `step` and `logits`: {"layers", "embedding", "head"}.
+    """The weights of a `Transformer` for `step` and `logits`: {"layers", "cross", "embedding", "head"}.
 
     dtype is that of the weights. With int8 the matrices of the layers and the head are int8 and a float32 scale
     an output channel, (values, scale): the largest weight of a channel is 127. Activations are not quantized, so
@@ -49,8 +51,18 @@ def prepare(model, dtype, int8=False):
             "wo": matrix(m.wo.w[...], ("mlp", None)),
         }
 
+    def crossing(block):
+        a, gate = block.attention, jnp.tanh(block.gate[...])
+        return {
+            "q": matrix(a.q.w[...].reshape(-1, K, G, C), (None, "kv_heads", None, None)),
+            "kv": matrix(jnp.stack([a.k.w[...], a.v.w[...]], 2), (None, "kv_heads", None, None)),
+            "out": matrix(gate * a.out.w[...], ("kv_heads", None)),
+        }
+
+    count = crossings(c)
     return {
         "layers": [layer(block) for block in layers.unstack(model.blocks, c.layers)],
+        "cross": [crossing(block) for block in layers.unstack(model.cross, count)] if count else [],
         "embedding": constrain(model.embedding_table().astype(dtype), ("vocab", None)),
         "head": matrix(model.head_table().T, (None, "vocab")),
     }
@@ -67,7 +79,8 @@ def empty(config, rows, slots, dtype, int8=False):
     """A cache that holds nothing yet: tokens int32 [B, S], and for each layer keys and values [B, K, S, C].
 
     Zeros and not uninitialised memory: what no query sees is still multiplied with a weight of 0. With int8 keys
-    and values are pairs, int8 and a float32 scale for each of them [B, K, S].
+    and values are pairs, int8 and a float32 scale for each of them [B, K, S]. With cross-attention there are keys and
+    values of image features too, "cross", at the slots of their codes, and the positions int32 [B, 3, S].
     """
     shape = (rows, config.kv_heads, slots, config.head_dim)
 
@@ -77,8 +90,11 @@ def empty(config, rows, slots, dtype, int8=False):
         )
         return (whole(shape, jnp.int8), whole(shape[:3], jnp.float32)) if int8 else whole(shape, dtype)
 
-    pairs = [(buffer(), buffer()) for _ in range(config.layers)]
-    return {"layers": pairs, "tokens": jnp.zeros((rows, slots), jnp.int32)}
+    pairs = lambda count: [(buffer(), buffer()) for _ in range(count)]
+    ints = lambda *shape: jnp.zeros(shape, jnp.int32)
+    cache = {"layers": pairs(config.layers), "tokens": ints(rows, slots)}
+    count = crossings(config)
+    return cache | {"cross": pairs(count), "positions": ints(rows, 3, slots)} if count else cache
 
 
 def corner(buffer, row, slot):
@@ -93,6 +109,9 @@ def step(model, weights, cache, tokens, positions, start, row=None):
     [B]: token t of row b is written to slot start[b] + t, and sees the slots up to its own. Slots beyond S are
     dropped. With `row`, an index, B is 1 and these are tokens of that row of the cache alone; start + T must then
     be within S.
+
+    Where an image ends among these tokens, its features are computed, all at once, and their keys and values of
+    cross-attention take the slots of its codes: before that nothing sees them.
     """
     (B, T), S = tokens.shape, cache["tokens"].shape[1]
     c = model.config
@@ -122,17 +141,8 @@ def step(model, weights, cache, tokens, positions, start, row=None):
         values, scale = map(of_rows, buffer)
         return values.astype(x.dtype), scale[:, :, None, None]
 
-    written = put(cache["tokens"], tokens)
-    near = model.near_at(of_rows(written), slots)
-    x = model.embed(tokens, positions, *near, table=weights["embedding"])
-    cos_sin = model.rope(positions)
-    bias = bias_of(jnp.arange(S) <= slots[..., None])[:, None, None]
-    pairs = []
-    for w, (keys, values) in zip(weights["layers"], cache["layers"]):
-        qkv = _product(layers.rms_norm(x), w["qkv"])
-        q, k, v = qkv[..., :G, :].reshape(B, T, K * G, C), qkv[..., G, :], qkv[..., G + 1, :]
-        q, k = (layers.rotate(layers.rms_norm(y), cos_sin) for y in (q, k))
-        keys, values = remember(keys, k), remember(values, v)
+    def attend(q, keys, values, bias):
+        """q [B, T, N, C], normed and rotated, the cache's keys and values, bias [B, 1, 1, T, S] -> [B, T, N * C]."""
         # As in models/layers.py: queries of twice the length, over the square root of C.
         q = (q * (2 * C**-0.5)).reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
         k, k_scale = recall(keys)
@@ -143,12 +153,75 @@ def step(model, weights, cache, tokens, positions, start, row=None):
         total = p.sum(-1, keepdims=True)
         p = (p * v_scale).astype(v.dtype).reshape(B, K, G * T, S)
         y = jnp.einsum("bkqs,bksc->bkqc", p, v, preferred_element_type=jnp.float32)
-        y = (y.reshape(B, K, G, T, C) / total).astype(x.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
-        x = x + _product(y, w["out"])
+        return (y.reshape(B, K, G, T, C) / total).astype(x.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
+
+    def encode(cross, images, held, begin, new):
+        """`cross` with the keys and values of images that are `new` bool [B, W] in the slots from `begin` [B] on."""
+        places = begin[:, None] + jnp.arange(new.shape[1])
+        at = lambda y: jnp.take_along_axis(y, places, 1)
+        where = jnp.stack([at(y) for y in held.swapaxes(0, 1)], -1)
+        near = model.near_at(of_rows(written), places)
+        x = model.embed(at(of_rows(written)), where, *near, table=weights["embedding"])
+        features = model.features(x, at(images), where)
+        cos_sin = model.cross_rope(where)
+        rows = jnp.arange(B)[:, None] if row is None else jnp.full((1, 1), row)
+        index = rows, slice(None), jnp.where(new, places, S)
+
+        def put(buffer, new):
+            if not isinstance(buffer, tuple):
+                return buffer.at[index].set(new.astype(buffer.dtype), mode="drop")
+            return tuple(b.at[index].set(y, mode="drop") for b, y in zip(buffer, quantize(new, -1)))
+
+        found = []
+        for w, (keys, values) in zip(weights["cross"], cross):
+            kv = _product(features, w["kv"])
+            k = layers.rotate(layers.rms_norm(kv[:, :, :, 0]), cos_sin)
+            found.append((put(keys, k), put(values, kv[:, :, :, 1])))
+        return found
+
+    written = put(cache["tokens"], tokens)
+    near = model.near_at(of_rows(written), slots)
+    x = model.embed(tokens, positions, *near, table=weights["embedding"])
+    cos_sin = model.rope(positions)
+    see = jnp.arange(S) <= slots[..., None]
+    new_cache = {"tokens": written}
+    if weights["cross"]:
+        new_cache["positions"] = put(cache["positions"], positions)
+        history = of_rows(written)
+        images, finished = images_of(history, jnp.zeros_like(history), model.code_start)
+        at = lambda y, slots: jnp.take_along_axis(y, jnp.clip(slots, 0, S - 1), 1)
+        known, now = jnp.where(start > 0, at(finished, start[:, None] - 1)[:, 0], 0), at(finished, slots)
+        # An image that ends here has begun among so many slots.
+        W = min(S, T + model.most_codes)
+        begin = jnp.clip(start - model.most_codes, 0, S - W)
+        inside = at(images, begin[:, None] + jnp.arange(W))
+        new = (inside > known[:, None]) & (inside <= now[:, -1:])
+        cross = new_cache["cross"] = jax.lax.cond(
+            new.any(), encode, lambda cross, *_: cross,
+            cache["cross"], images, of_rows(new_cache["positions"]), begin, new,
+        )  # fmt: skip
+        seen = sees_features(now, images)
+        cross_bias, cross_cos_sin = bias_of(seen)[:, None, None], model.cross_rope(positions)
+        if model.hidden_codes:
+            see &= sees_codes(at(images, slots), images)
+    bias = bias_of(see)[:, None, None]
+    pairs = new_cache["layers"] = []
+    for n, (w, (keys, values)) in enumerate(zip(weights["layers"], cache["layers"])):
+        if weights["cross"] and n % c.cross_every == 0:
+            look = weights["cross"][n // c.cross_every]
+            q = _product(layers.rms_norm(x), look["q"]).reshape(B, T, K * G, C)
+            q = layers.rotate(layers.rms_norm(q), cross_cos_sin)
+            y = attend(q, *cross[n // c.cross_every], cross_bias)
+            x = x + _product(jnp.where(seen.any(-1, keepdims=True), y, 0), look["out"])
+        qkv = _product(layers.rms_norm(x), w["qkv"])
+        q, k, v = qkv[..., :G, :].reshape(B, T, K * G, C), qkv[..., G, :], qkv[..., G + 1, :]
+        q, k = (layers.rotate(layers.rms_norm(y), cos_sin) for y in (q, k))
+        keys, values = remember(keys, k), remember(values, v)
+        x = x + _product(attend(q, keys, values, bias), w["out"])
         y = _product(layers.rms_norm(x), w["wi"])
         x = x + _product(jax.nn.silu(y[..., 0, :]) * y[..., 1, :], w["wo"])
         pairs.append((keys, values))
-    return x, {"layers": pairs, "tokens": written}
+    return x, new_cache
 
 
 def logits(model, weights, x):

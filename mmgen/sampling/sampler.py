@@ -403,7 +403,7 @@ def load(workdir, *, int8=False, int8_cache=False, tensor=1):
     tokenizer or a text model other than those the transformer was trained with.
     """
     workdir = Path(workdir)
-    config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "transformer"))
+    config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "transformer", "reinforce"))
     if jax.default_backend() == "cpu":
         config.model.dtype = "float32"
     manifest = json.loads((workdir / "vocabulary.json").read_text())

@@ -33,7 +33,7 @@ from mmgen.runtime.preemption import Preempted, Preemption
 from mmgen.runtime.watchdog import Watchdog
 from mmgen.stages import program as programs
 
-STAGES = ("tokenizer", "contrastive", "classifier", "transformer")
+STAGES = ("tokenizer", "contrastive", "classifier", "transformer", "reinforce")
 
 # Settings that may differ between the runs that continue one another: they steer what is
 # written down and where it is computed, never what is learned.
@@ -87,6 +87,9 @@ class Stage(NamedTuple):
     only: Callable[[Path], str | None] = lambda workdir: None  # the pattern of what is taken from another run
     warnings: Callable[[dict], list[str]] = lambda measured: []  # what is wrong with a step, by its metrics
     complete: str = ""  # the pattern of parameters that config.init must give, all of them
+    # (Program, params, step, rows of the data, share) -> these rows of a batch, made with the weights of the step;
+    # share(rows of a batch) is the batch as global arrays
+    rollout: Callable | None = None
 
 
 def setup(config, workdir):
@@ -112,7 +115,10 @@ def train(config, workdir, *, stop_at=None):
         stage = setup(config, workdir)
         mesh = meshes.make_mesh(dict(config.mesh))
         layout = NamedSharding(mesh, meshes.spec(stage.axes, config.sharding))
+        updates = config.get("updates", 1)
         meshes.check_batch(layout, stage.shape, config.accumulate)
+        if updates > 1:  # each with its part of the rows
+            meshes.check_batch(layout, (stage.shape[0] // updates, *stage.shape[1:]), config.accumulate)
         rows = NamedSharding(mesh, meshes.spec(stage.axes[:1], config.sharding))
         mine = meshes.local_rows(rows, stage.shape[0])
         within.enter_context(meshes.use(mesh, config.sharding))
@@ -184,8 +190,9 @@ def train(config, workdir, *, stop_at=None):
         bar = tqdm(
             total=config.steps, initial=start, desc=config.name, disable=None if first else True, leave=False
         )
+        share = lambda batch: meshes.global_batch(batch, mine, stage.shape[0], layout)
         began, since, waited, bad, preempted, in_row = time.monotonic(), start, 0.0, 0, False, None
-        reached = start
+        reached, rolled = start, 0.0
         watchdog.arm(watchdog.allowance)  # until the first step is compiled and done
         for step in range(start, stop):
             batch = None
@@ -197,6 +204,12 @@ def train(config, workdir, *, stop_at=None):
                     index, batch, skipped = got
                     assert index == step, (index, step)
                 waited += time.monotonic() - wait
+            if batch is not None and stage.rollout:
+                jax.block_until_ready(state["params"])  # so that the step before does not count as drawing
+                wait = time.monotonic()
+                made = lambda: stage.rollout(program, state["params"], step, batch, share)
+                batch = preemption.attempt(made)
+                rolled += time.monotonic() - wait
             if batch is None:  # a signal came before the step or while it waited for data
                 preempted = True
                 if saved < step:
@@ -204,11 +217,11 @@ def train(config, workdir, *, stop_at=None):
                 break
             bad += skipped
             profile.at(step)
-            state, measured = program.step(state, meshes.global_batch(batch, mine, stage.shape[0], layout))
+            state, measured = program.step(state, share(batch))
             if step == start:  # compiling is no step: neither the watchdog nor throughput counts it
                 jax.block_until_ready(measured)
                 goodput.running()
-                began, since, waited = time.monotonic(), start + 1, 0.0
+                began, since, waited, rolled = time.monotonic(), start + 1, 0.0, 0.0
             watchdog.arm()
             bar.update()
             reached = done = step + 1
@@ -234,6 +247,10 @@ def train(config, workdir, *, stop_at=None):
                         f"{stage.unit}_per_second": rate * stage.units_a_step,
                         "data_wait": waited / steps,
                     }
+                    if rolled:
+                        units = steps * stage.units_a_step
+                        last[f"rollout_{stage.unit}_per_second"] = units / rolled
+                        last[f"update_{stage.unit}_per_second"] = units / (seconds - rolled - waited)
                     if flops:
                         last["tflops_per_device"] = flops * rate / mesh.size / 1e12
                     if flops and peak:
@@ -257,7 +274,7 @@ def train(config, workdir, *, stop_at=None):
                     last |= found
                 if first:
                     writer.write(done, last)
-                began, since, waited = time.monotonic(), done, 0.0
+                began, since, waited, rolled = time.monotonic(), done, 0.0, 0.0
             if to_save:  # last: what is on disk of a saved step is whole, and resuming cuts back the rest
                 save(done, last if log or measure else None)
                 saved = done
@@ -354,7 +371,7 @@ def _initial(state, stage, config):
     missing = [name for name in report["left"] if stage.complete and re.search(stage.complete, name)]
     if missing:
         raise ConfigError(
-            f"config.init={config.init}: expected a run with a tower that stays as it is; it has no {', '.join(missing)}"
+            f"config.init={config.init}: expected a run that has all that is taken from it; it has no {', '.join(missing)}"
         )
     counts = ", ".join(f"{len(names)} {what}" for what, names in report.items())
     print(

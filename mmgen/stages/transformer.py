@@ -58,7 +58,7 @@ def setup(config, workdir):
         unit="tokens",
         units_a_step=data.batch_size * data.row_length,
         evaluate=lambda graphdef, params, step: {},
-        adopt=functools.partial(_adopt, shards, vocabulary, workdir),
+        adopt=functools.partial(adopt, shards.folders[0], vocabulary, workdir),
         identity=vocabulary,
         flops=functools.partial(_flops, config),
         grow=functools.partial(_grow, vocabulary),
@@ -69,7 +69,8 @@ def _flops(config, params):
     """FLOPs of a step, see `hardware.flops_a_token`."""
     m, (rows, tokens) = config.model, (config.data.batch_size, config.data.row_length)
     _, multiplied = hardware.parameters(params, m.tied)
-    return rows * tokens * hardware.flops_a_token(multiplied, m.layers, tokens, m.heads * m.head_dim)
+    layers = m.layers + transformer.crossings(m)
+    return rows * tokens * hardware.flops_a_token(multiplied, layers, tokens, m.heads * m.head_dim)
 
 
 def _grow(vocabulary, workdir):
@@ -118,13 +119,13 @@ def _check(shards, vocabulary, workdir):
             )
 
 
-def _adopt(shards, vocabulary, workdir):
-    """Copies tokenizer and text model beside the checkpoints."""
+def adopt(folder, vocabulary, workdir):
+    """Copies the tokenizer and the text model of a folder beside the checkpoints, and writes the vocabulary."""
     path = workdir / "vocabulary.json"
     if path.exists():
         return
-    shutil.copytree(shards.folders[0] / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
-    shutil.copy2(shards.folders[0] / "text.model", workdir / "text.model")
+    shutil.copytree(folder / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
+    shutil.copy2(folder / "text.model", workdir / "text.model")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(vocabulary, indent=2))
     os.replace(temporary, path)

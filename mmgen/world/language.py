@@ -29,10 +29,10 @@ def _mostly(rng, plain, others, share=0.5):
 
 # English
 
-_NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-_PLURALS = {shape: shape + "s" for shape in (*SHAPES, "adult")} | {"cross": "crosses", "child": "children"}
-_SIZE_WORDS = {"small": ("little", "small"), "large": ("big", "large"), "medium": ("medium", "medium-sized")}
-_RELATION_WORDS = {
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+PLURALS = {shape: shape + "s" for shape in (*SHAPES, "adult")} | {"cross": "crosses", "child": "children"}
+SIZE_WORDS = {"small": ("little", "small"), "large": ("big", "large"), "medium": ("medium", "medium-sized")}
+RELATION_WORDS = {
     "left of": ("left of", ("to the left of", "on the left of")),
     "right of": ("right of", ("to the right of", "on the right of")),
     "above": ("above", ("over", "higher than")),
@@ -41,12 +41,12 @@ _RELATION_WORDS = {
     "behind": ("behind", ("partly hidden by", "behind")),
 }
 _SIDES = ("left of", "right of", "above", "below")
-_SKY_WORDS = {
+SKY_WORDS = {
     "sky": ("under a blue sky", "with a blue sky behind"),
     "sunset": ("at sunset", "with a sunset behind"),
     "meadow": ("on a meadow", "with a meadow behind"),
 }
-_STYLE_WORDS = {
+STYLE_WORDS = {
     "flat": ("in flat style", "as flat shapes"),
     "ink": ("with ink outlines", "as an ink drawing"),
     "pixel": ("as pixel art", "in pixel art style"),
@@ -62,12 +62,12 @@ def _english(claim, rng, bare=False):
     names = [_noun_phrase(group, counted, rng) for group in claim.groups]
     if claim.relation:
         subject, other = names[claim.relation.subject], names[claim.relation.object]
-        plain, others = _RELATION_WORDS[claim.relation.name]
+        plain, others = RELATION_WORDS[claim.relation.name]
         where = _mostly(rng, plain, others, 0.4)
         verb = "are" if claim.groups[claim.relation.subject].count > 1 else "is"
         if rng.random() < 0.08 and claim.relation.name in _SIDES:
             front = f"to the {where}" if where in ("left of", "right of") else where
-            styled = " " + _pick(rng, _STYLE_WORDS[claim.style]) if claim.style else ""
+            styled = " " + _pick(rng, STYLE_WORDS[claim.style]) if claim.style else ""
             return f"{front} {other} there {verb} {subject}" + _backdrop(claim, rng) + styled
         body = f"{subject} {where} {other}"
     else:
@@ -75,7 +75,7 @@ def _english(claim, rng, bare=False):
         body = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     body += _backdrop(claim, rng)
     if claim.style:
-        body += " " + _pick(rng, _STYLE_WORDS[claim.style])
+        body += " " + _pick(rng, STYLE_WORDS[claim.style])
     if bare:
         return body
     return _mostly(rng, body, (*_OPENINGS, f"there {verb} {{}}")).format(body)
@@ -83,15 +83,15 @@ def _english(claim, rng, bare=False):
 
 def _noun_phrase(group, counted, rng):
     """Such as "a large red circle", "three blue stars"; a lone one among counts is "one blue star"."""
-    name = group.shape if group.count == 1 else _PLURALS[group.shape]
+    name = group.shape if group.count == 1 else PLURALS[group.shape]
     if group.shape in FIGURES:  # of people the colour is that of their clothes
         words = [name, "in", group.color] if group.color else [name]
     else:
         words = [w for w in (group.pattern, group.color, name) if w]
     if group.size:
-        words.insert(0, _mostly(rng, group.size, _SIZE_WORDS[group.size], 0.25))
+        words.insert(0, _mostly(rng, group.size, SIZE_WORDS[group.size], 0.25))
     if group.count > 1 or (counted and rng.random() < 0.7):
-        return " ".join([_NUMBERS[group.count], *words])
+        return " ".join([NUMBERS[group.count], *words])
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
@@ -99,7 +99,7 @@ def _backdrop(claim, rng):
     if claim.background is None:
         return ""
     if claim.background in SKIES:
-        return " " + _pick(rng, _SKY_WORDS[claim.background])
+        return " " + _pick(rng, SKY_WORDS[claim.background])
     preposition = _mostly(rng, "on", ("against", "with"), 0.3)
     article = "an" if claim.background[0] in "aeiou" else "a"
     return f" {preposition} {article} {claim.background} background"
@@ -107,9 +107,9 @@ def _backdrop(claim, rng):
 
 # Chinese
 
-_ZH_NUMBERS = {1: "一", 2: "两", 3: "三", 4: "四"}
-_ZH_COLORS = dict(zip(COLORS, ("红色", "橙色", "黄色", "绿色", "青色", "蓝色", "紫色", "粉色"), strict=True))
-_ZH_BACKGROUNDS = {
+ZH_NUMBERS = {1: "一", 2: "两", 3: "三", 4: "四"}
+ZH_COLORS = dict(zip(COLORS, ("红色", "橙色", "黄色", "绿色", "青色", "蓝色", "紫色", "粉色"), strict=True))
+ZH_BACKGROUNDS = {
     "white": "白色",
     "black": "黑色",
     "gray": "灰色",
@@ -118,9 +118,9 @@ _ZH_BACKGROUNDS = {
     "sunset": "晚霞",
     "meadow": "草地",
 }
-_ZH_SIZES = {"small": "小", "large": "大", "medium": "中等"}
-_ZH_PATTERNS = {"solid": "实心", "striped": "条纹", "dotted": "圆点", "outlined": "空心"}
-_ZH_STYLES = {
+ZH_SIZES = {"small": "小", "large": "大", "medium": "中等"}
+ZH_PATTERNS = {"solid": "实心", "striped": "条纹", "dotted": "圆点", "outlined": "空心"}
+ZH_STYLES = {
     "flat": "扁平",
     "ink": "墨线",
     "pixel": "像素画",
@@ -128,7 +128,7 @@ _ZH_STYLES = {
     "anime": "柔光动画",
     "night": "夜景",
 }
-_ZH_SHAPES = {  # measure word and name
+ZH_SHAPES = {  # measure word and name
     "circle": ("个", "圆形"),
     "square": ("个", "正方形"),
     "triangle": ("个", "三角形"),
@@ -140,7 +140,7 @@ _ZH_SHAPES = {  # measure word and name
     "adult": ("个", "大人"),
     "child": ("个", "小孩"),
 }
-_ZH_RELATIONS = {
+ZH_RELATIONS = {
     "left of": ("左边", ("左侧", "左面")),
     "right of": ("右边", ("右侧", "右面")),
     "above": ("上方", ("上面", "上边")),
@@ -155,7 +155,7 @@ def _chinese(claim, rng, bare=False):
     names = [_zh_noun_phrase(group) for group in claim.groups]
     if claim.relation:
         subject, other = names[claim.relation.subject], names[claim.relation.object]
-        plain, others = _ZH_RELATIONS[claim.relation.name]
+        plain, others = ZH_RELATIONS[claim.relation.name]
         side = _mostly(rng, plain, others, 0.4)
         others = (f"{subject}位于{other}{side}", f"{other}的{side}有{subject}")
         body = _mostly(rng, f"{subject}在{other}的{side}", others)
@@ -163,11 +163,11 @@ def _chinese(claim, rng, bare=False):
     else:
         body = names[0] if len(names) == 1 else "、".join(names[:-1]) + "和" + names[-1]
         openings = _ZH_OPENINGS
-    style = f"，{_ZH_STYLES[claim.style]}风格" if claim.style else ""
+    style = f"，{ZH_STYLES[claim.style]}风格" if claim.style else ""
     if bare:
-        return (f"{_ZH_BACKGROUNDS[claim.background]}背景上的{body}" if claim.background else body) + style
+        return (f"{ZH_BACKGROUNDS[claim.background]}背景上的{body}" if claim.background else body) + style
     if claim.background:
-        ground = _ZH_BACKGROUNDS[claim.background]
+        ground = ZH_BACKGROUNDS[claim.background]
         others = (f"{body}，{ground}背景", f"画{body}，背景是{ground}")
         return _mostly(rng, f"{ground}背景上的{body}", others) + style
     return _mostly(rng, body, openings).format(body) + style
@@ -175,7 +175,7 @@ def _chinese(claim, rng, bare=False):
 
 def _zh_noun_phrase(group):
     """Such as "一个红色的大圆形", "三颗蓝色的星星": the size after the colour, since 大红 is itself a colour."""
-    return f"{_ZH_NUMBERS[group.count]}{_ZH_SHAPES[group.shape][0]}{_zh_the(group)}"
+    return f"{ZH_NUMBERS[group.count]}{ZH_SHAPES[group.shape][0]}{_zh_the(group)}"
 
 
 # What is said about a picture: of tasks.py's Edits and Questions.
@@ -254,27 +254,25 @@ def arithmetic(group, change, language):
     if language == "en":
         named = _noun_phrase(group, True, None) if group.count > 1 else f"one {group.color} {group.shape}"
         last = "" if change > 0 else ("is" if change == -1 else "are")
-        text = forms[kind].format(named, _NUMBERS[abs(change)], last)
+        text = forms[kind].format(named, NUMBERS[abs(change)], last)
         return text.replace(" .", ".")
-    measure = _ZH_SHAPES[group.shape][0]
-    return forms[kind].format(_zh_noun_phrase(group), _ZH_NUMBERS[abs(change)], measure)
+    measure = ZH_SHAPES[group.shape][0]
+    return forms[kind].format(_zh_noun_phrase(group), ZH_NUMBERS[abs(change)], measure)
 
 
 def counted(group, language):
     """Such as "three red circles"."""
     if language == "zh":
         return _zh_noun_phrase(group)
-    return (
-        f"{_NUMBERS[group.count]} {group.color} {group.shape if group.count == 1 else _PLURALS[group.shape]}"
-    )
+    return f"{NUMBERS[group.count]} {group.color} {group.shape if group.count == 1 else PLURALS[group.shape]}"
 
 
 def fact(a, b, language):
     """A sentence of plain text about two Groups and how many they are together (4 at most)."""
     total = a.count + b.count
     if language == "zh":
-        return f"{_zh_noun_phrase(a)}和{_zh_noun_phrase(b)}一共是{_ZH_NUMBERS[total]}个东西。"
-    return f"{counted(a, language)} and {counted(b, language)} are {_NUMBERS[total]} things."
+        return f"{_zh_noun_phrase(a)}和{_zh_noun_phrase(b)}一共是{ZH_NUMBERS[total]}个东西。"
+    return f"{counted(a, language)} and {counted(b, language)} are {NUMBERS[total]} things."
 
 
 _DETAIL = {
@@ -290,7 +288,7 @@ def first(language, rng):
 
 def correct(edit, language, rng):
     """A wish to have the last change otherwise: what was to become `edit.value` before."""
-    new = edit.value if language == "en" else _ZH_COLORS[edit.value]
+    new = edit.value if language == "en" else ZH_COLORS[edit.value]
     return _pick(rng, _of(language, _CORRECTION["en"], _CORRECTION["zh"])).format(new)
 
 
@@ -320,7 +318,7 @@ def describe(scene, language):
         ground = {"sky": "blue sky"}.get(scene.background, scene.background)
         return " ".join([*lines, f"background: {ground}.", f"style: {scene.style}."])
     return "".join(
-        [*lines, f"背景：{_ZH_BACKGROUNDS[scene.background]}。", f"风格：{_ZH_STYLES[scene.style]}。"]
+        [*lines, f"背景：{ZH_BACKGROUNDS[scene.background]}。", f"风格：{ZH_STYLES[scene.style]}。"]
     )
 
 
@@ -347,10 +345,10 @@ def ask(question, language, rng):
 def answer(value, language):
     """A number, a colour, a size, a background, a pattern, a style, "yes", "no", "the first", "the second" or "neither" as an answer."""
     if language == "en":
-        return {0: "none", **_NUMBERS}.get(value, value)
+        return {0: "none", **NUMBERS}.get(value, value)
     words = {"yes": "是", "no": "否", "the first": "第一张", "the second": "第二张", "neither": "一样多"}
-    words |= _ZH_COLORS | _ZH_BACKGROUNDS | _ZH_SIZES | _ZH_PATTERNS | _ZH_STYLES
-    return "零" if value == 0 else words.get(value) or _ZH_NUMBERS[value]
+    words |= ZH_COLORS | ZH_BACKGROUNDS | ZH_SIZES | ZH_PATTERNS | ZH_STYLES
+    return "零" if value == 0 else words.get(value) or ZH_NUMBERS[value]
 
 
 def _the(group):
@@ -365,7 +363,7 @@ def _english_wish(edit, rng, pronoun):
     what = "it" if pronoun else edit.target and _the(edit.target)
     where = ""
     if edit.relation:
-        plain, others = _RELATION_WORDS[edit.relation]
+        plain, others = RELATION_WORDS[edit.relation]
         where = f" {_mostly(rng, plain, others, 0.4)} {_the(edit.anchor)}"
     new = _noun_phrase(edit.value, False, rng) if edit.kind in ("add", "replace") else edit.value
     forms = {
@@ -389,10 +387,10 @@ def _english_wish(edit, rng, pronoun):
         "style": ("redraw everything {new}", "draw the same {new}", "turn this picture into the same {new}"),
     }[edit.kind]
     if edit.kind == "style":
-        new = _pick(rng, _STYLE_WORDS[edit.value])
+        new = _pick(rng, STYLE_WORDS[edit.value])
     if edit.kind == "background" and edit.value in SKIES:
         return _pick(rng, ("show everything {new}", "draw the same {new}")).format(
-            new=_pick(rng, _SKY_WORDS[edit.value])
+            new=_pick(rng, SKY_WORDS[edit.value])
         )
     bigger = {"large": "bigger", "small": "smaller"}.get(edit.value if isinstance(edit.value, str) else None)
     color = "its color" if pronoun else f"the color of {what}"
@@ -403,7 +401,7 @@ def _english_question(question, rng):
     thing = question.subject
     plural = thing and _plural(thing)
     if question.relation:
-        plain, others = _RELATION_WORDS[question.relation]
+        plain, others = RELATION_WORDS[question.relation]
         where = _mostly(rng, plain, others, 0.4)
         return f"is {_the(thing)} {where} {_the(question.other)}?"
     forms = {
@@ -434,7 +432,7 @@ def _english_question(question, rng):
 
 def _plural(group):
     """Such as "red circles", "children in blue"; "things" of any shape."""
-    name = _PLURALS[group.shape] if group.shape else "things"
+    name = PLURALS[group.shape] if group.shape else "things"
     if group.shape in FIGURES and group.color:
         return f"{name} in {group.color}"
     return " ".join(word for word in (group.color, name) if word)
@@ -442,26 +440,26 @@ def _plural(group):
 
 def _zh_the(group):
     """Such as "红色的大圆形", "穿红色衣服的小孩"."""
-    color = f"{_ZH_COLORS[group.color]}的" if group.color else ""
+    color = f"{ZH_COLORS[group.color]}的" if group.color else ""
     if group.color and group.shape in FIGURES:
-        color = f"穿{_ZH_COLORS[group.color]}衣服的"
-    size = _ZH_SIZES.get(group.size, "") + (
+        color = f"穿{ZH_COLORS[group.color]}衣服的"
+    size = ZH_SIZES.get(group.size, "") + (
         "大小的" if group.size == "medium" else "的" if group.size and group.shape in FIGURES else ""
     )
-    name = _ZH_SHAPES[group.shape][1] if group.shape else "东西"
-    return f"{color}{size}{_ZH_PATTERNS.get(group.pattern, '')}{name}"
+    name = ZH_SHAPES[group.shape][1] if group.shape else "东西"
+    return f"{color}{size}{ZH_PATTERNS.get(group.pattern, '')}{name}"
 
 
 def _chinese_wish(edit, rng, pronoun):
     what = "它" if pronoun else edit.target and _zh_the(edit.target)
     side = ""
     if edit.relation:
-        plain, others = _ZH_RELATIONS[edit.relation]
+        plain, others = ZH_RELATIONS[edit.relation]
         side = f"{_zh_the(edit.anchor)}的{_mostly(rng, plain, others, 0.4)}"
     if edit.kind in ("add", "replace"):
         new = _zh_noun_phrase(edit.value)
     else:
-        new = (_ZH_COLORS | _ZH_BACKGROUNDS | _ZH_PATTERNS | _ZH_STYLES).get(edit.value)
+        new = (ZH_COLORS | ZH_BACKGROUNDS | ZH_PATTERNS | ZH_STYLES).get(edit.value)
     bigger = {"large": "大", "small": "小"}.get(edit.value if isinstance(edit.value, str) else None)
     forms = {
         "recolor": ("把{what}变成{new}", "把{what}改成{new}", "把{what}涂成{new}"),
@@ -481,9 +479,9 @@ def _chinese_question(question, rng):
     thing = question.subject
     name = thing and _zh_the(thing)
     if question.relation:
-        plain, others = _ZH_RELATIONS[question.relation]
+        plain, others = ZH_RELATIONS[question.relation]
         return f"{name}在{_zh_the(question.other)}的{_mostly(rng, plain, others, 0.4)}吗？"
-    measure = thing and thing.shape and _ZH_SHAPES[thing.shape][0]
+    measure = thing and thing.shape and ZH_SHAPES[thing.shape][0]
     forms = {
         "count": (f"有几{measure}{name}？", f"图里有多少{measure}{name}？"),
         "color": (f"{name}是什么颜色？", f"{name}是哪种颜色的？"),

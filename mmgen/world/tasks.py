@@ -12,9 +12,11 @@ from hashlib import blake2b
 
 import numpy as np
 
-from mmgen.world import SPLITS
+from mmgen.world import SPLITS, pages
 from mmgen.world import language as words
+from mmgen.world import pages_language as page_words
 from mmgen.world.judge import judge, parse
+from mmgen.world.render import render
 from mmgen.world.rich import PATTERNED, RICH, patterns_of, random_rich
 from mmgen.world.scene import (
     BACKGROUNDS,
@@ -52,7 +54,6 @@ RICH_QUESTIONS = (*QUESTIONS, "pattern", "style")
 SPEECH = (  # of language.py
     "say", "ask_caption", "ask_detail", "ask", "wish", "undo", "first", "correct", "mix", "remain",
 )  # fmt: skip
-RICH_FROM = 48  # pixels of the short side from which on what is rich is legible
 NEAR = 0.08  # a thing that stayed has its centre this close to where it was, in fractions of the image
 _TRIES, _PLACES = 8, 64  # of an edit of a kind, and places that a thing may move to
 
@@ -108,10 +109,11 @@ class Talk:
         return self.category in PAGES
 
 
-def talk(seed, split, i, category, language="en", unseen=False, rich=True) -> Talk:
+def talk(seed, split, i, category, language="en", unseen=False, short=None) -> Talk:
     """Talk i of a split: a pure function of its arguments. category: one of TASKS. unseen: what a wish makes, or a
-    question asks for, is a colour-shape pair that is held out of training; otherwise none is in any picture. rich: with
-    what is legible from a short side of RICH_FROM pixels on only, see world/rich.py; styles are always."""
+    question asks for, is a colour-shape pair that is held out of training; otherwise none is in any picture. short: pixels of the
+    pictures' short side: of less than RICH_FROM they show the plain world alone. Words on pages are, but in training, of those that are
+    held out of it."""
     if category not in TASKS:
         raise ValueError(f"category: expected one of {', '.join(TASKS)}; found {category!r}")
     if split not in SPLITS:
@@ -120,15 +122,19 @@ def talk(seed, split, i, category, language="en", unseen=False, rich=True) -> Ta
         raise ValueError("unseen: the train split never shows held-out pairs; use valid or test")
     if unseen and category in PAGES:
         raise ValueError(f"unseen: a {category} is not judged, and never shows held-out pairs")
-    if category == "style" and not rich:
-        raise ValueError(f"styles are legible from a short side of {RICH_FROM} pixels on: say a larger size")
+    least = LEAST.get(category, 0)
+    if short is not None and short < least:
+        raise ValueError(
+            f"{category}: legible from a short side of {least} pixels on, found {short}: say a larger size"
+        )
     digest = blake2b(f"{seed} {split} {i} {category} {bool(unseen)}".encode(), digest_size=16).digest()
     # Scenes and words have a stream each, so that what happens does not depend on the language.
     rng, tongue = np.random.default_rng(int.from_bytes(digest, "little")).spawn(2)
     say = {name: functools.partial(getattr(words, name), language=language, rng=tongue) for name in SPEECH}
     fixed = ("answer", "describe", "counted", "arithmetic", "fact")
     say |= {name: functools.partial(getattr(words, name), language=language) for name in fixed}
-    say = types.SimpleNamespace(**say)
+    say = types.SimpleNamespace(**say, language=language, rng=tongue, held_out=split != "train")
+    rich = short is None or short >= RICH_FROM
     while True:
         turns = TASKS[category](rng, say, bool(unseen), rich)
         if turns:
@@ -293,7 +299,7 @@ def _story(rng, say, unseen, rich):
     return turns
 
 
-def _text(rng, say, unseen, rich):
+def _prose(rng, say, unseen, rich):
     """A page of words alone, with sums that are right."""
     lines = []
     for _ in range(2 + int(rng.random() * 3)):
@@ -301,7 +307,25 @@ def _text(rng, say, unseen, rich):
         first = 1 + int(rng.random() * (MOST - 1))
         second = 1 + int(rng.random() * (MOST - first))
         lines.append(say.fact(replace(a, count=first), replace(b, count=second)))
-    return [Exchange((), (" ".join(lines),), None, None, None, "text")]
+    return [Exchange((), (" ".join(lines),), None, None, None, "prose")]
+
+
+def _page(kind, rng, say, unseen, rich):
+    """A sign, a poster, a chart, a diagram or a comic that is drawn, read, asked about or changed."""
+    page, dice = pages.random_page(rng, kind, say.held_out), rng.random()
+    tongue = say.language, say.rng
+    if dice < 0.55:
+        return [Exchange((page_words.say_page(page, *tongue),), (page,), page, None, page, f"{kind}_draw")]
+    if dice < 0.7:
+        asks = (page, say.ask_caption())
+        says = (page_words.describe_page(page, *tongue),)
+        return [Exchange(asks, says, page, page, page, f"{kind}_read")]
+    if dice < 0.85:
+        question, reply = page_words.ask_page(page, *tongue)
+        return [Exchange((page, question), (reply,), page, page, page, f"{kind}_ask")]
+    edit, after = pages.edit_page(rng, page, say.held_out)
+    asks = (page, page_words.say_edit(edit, *tongue))
+    return [Exchange(asks, (after,), edit, page, after, f"{kind}_edit")]
 
 
 def _edit(rng, say, unseen, rich):
@@ -363,7 +387,7 @@ def _dialogue(rng, say, unseen, rich):
     return turns
 
 
-PAGES = ("story", "text")
+PAGES = ("story", "prose")
 TASKS = {
     "draw": _draw,
     "caption": _caption,
@@ -376,8 +400,10 @@ TASKS = {
     "reason": _reason,
     "dialogue": _dialogue,
     "story": _story,
-    "text": _text,
-}
+    "prose": _prose,
+} | {kind: functools.partial(_page, kind) for kind in pages.KINDS}
+RICH_FROM = 48  # pixels of the short side from which on what is rich is legible
+LEAST = {"style": RICH_FROM} | pages.LEAST
 
 
 # ---- edits ------------------------------------------------------------------------------------------
@@ -628,15 +654,27 @@ class Found:
 
 
 def judge_answer(exchange: Exchange, answer, source=None, true=None) -> Found:
-    """Judges an answer to an exchange: a text is right if it is the very one, a picture (uint8 [H, W, 3]) if it shows
+    """Judges an answer to an exchange: a text is right if it is the very one (of a page that is read, if it has all of its
+    words in their order), a picture (uint8 [H, W, 3]) if it shows
     what is asked, by what is read in it. source, true: of edits, the picture that was to be changed and a rendering of
     `after`, of the answer's size."""
+    if isinstance(answer, str) and exchange.kind.endswith("_read"):
+        at = 0
+        for string in pages.strings(exchange.after):
+            at = answer.find(string, at) + len(string)
+            if at < len(string):
+                return Found(False, f"{string!r} is not in {answer!r}, or not in its place")
+        return Found(True)
     if isinstance(answer, str):
         expected = "".join(part for part in exchange.says if isinstance(part, str))
         return Found(
             answer.strip() == expected,
             "" if answer.strip() == expected else f"{answer.strip()!r}, not {expected!r}",
         )
+    if isinstance(exchange.after, pages.Page):
+        verdict = pages.judge_page(answer, exchange.after)
+        copied = exchange.before is not None and pages.judge_page(answer, exchange.before).ok
+        return Found(verdict.ok, "a copy" if copied else verdict.why, None, verdict.scene)
     if isinstance(exchange.task, Claim):
         verdict = judge(answer, exchange.task)
         return Found(verdict.ok, verdict.why, None, verdict.scene)
@@ -728,5 +766,11 @@ def _matched(things, among):
 
 
 def scenes(talk: Talk):
-    """All scenes of a talk, in the order in which they are seen."""
-    return [part for turn in talk.turns for part in (*turn.asks, *turn.says) if isinstance(part, Scene)]
+    """All scenes and pages of a talk, in the order in which they are seen."""
+    return [part for turn in talk.turns for part in (*turn.asks, *turn.says) if not isinstance(part, str)]
+
+
+def picture(shown, width: int, height: int) -> np.ndarray:
+    """The picture of a Scene or of a page: uint8 [height, width, 3]."""
+    draw = render if isinstance(shown, Scene) else pages.render_page
+    return draw(shown, width, height)

@@ -86,10 +86,10 @@ class Vocabulary:
 def _make(config, vocabulary):
     """rngs -> the model that the config's stage trains."""
     m = config.model
+    of_codes = lambda rngs: transformer.of_codes(m, vocabulary.manifest, vocabulary.grammar.vocab_size, rngs)
     makes = {
-        "transformer": lambda rngs: transformer.of_codes(
-            m, vocabulary.manifest, vocabulary.grammar.vocab_size, rngs
-        ),
+        "transformer": of_codes,
+        "reinforce": of_codes,
         "contrastive": lambda rngs: contrastive.Contrastive(m, vocabulary.grammar.pieces, rngs),
         "classifier": lambda rngs: classifier.Classifier(m, classifier.groups_of(config.labels), rngs),
         "tokenizer": lambda rngs: autoencoders.Autoencoder(m, rngs),

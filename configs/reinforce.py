@@ -1,0 +1,49 @@
+"""Stage `reinforce`: a trained transformer learns from rewards of the pictures that it draws (GRPO).
+
+mmgen train --config reinforce:quickstart --workdir runs/reinforce --config.init=runs/transformer
+"""
+
+import ml_collections
+
+from mmgen.runtime import config as configs
+from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
+
+VARIANTS = ("quickstart", "tiny")
+
+
+def get_config(variant):
+    base = configs.load(f"transformer:{variant}")  # whose run is in config.init
+    c = ml_collections.ConfigDict()
+    c.stage = "reinforce"
+    c.seed = 0
+    c.model = base.model
+
+    c.data = d = ml_collections.ConfigDict()
+    d.categories = ("counting",)  # of the world's prompts, in turns
+    d.languages = ("en",)
+    d.size = (32, 32)  # of the pictures, (width, height) in pixels
+    d.batch_size, d.group = 128, 8  # pictures a step; how many of them one prompt asks for
+    d.slots = 64  # pictures that are drawn at once
+    d.temperature = 1.0
+    d.longest = 104  # tokens of a row: a prompt and its picture
+    d.row_length = base.data.row_length  # of whoever samples from the run
+
+    # (NAME, WEIGHT), ...: functions of mmgen/world/rewards.py or "package.module:function"
+    c.rewards = (("judge", 1.0),)
+    c.updates = 1  # steps of the optimizer for what one step has drawn, each by another part of it
+    c.loss = dict(kl=0.02, clip=(0.2, 0.2), normalise=False)
+
+    c.steps = 100
+    c.optimizer = OPTIMIZER | dict(name="adamw", learning_rate=3e-4, warmup=5, final=1.0, beta2=0.95)
+    c.ema = 0.0
+    c.held_out = dict(prompts=128)  # of the world's valid split, one picture each, drawn as for training
+    c.log_every, c.evaluate_every, c.save_every, c.keep = 1, 25, 10, 2
+    c.mesh, c.sharding = MESH, SHARDING
+    c.update(LOOP)
+    c.keep_pages = True
+
+    if variant == "tiny":  # for tests: seconds
+        d.batch_size, d.group, d.slots = 4, 2, 4
+        c.steps, c.held_out.prompts = 4, 4
+        c.log_every, c.evaluate_every, c.save_every = 1, 2, 2
+    return c

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The preview model: one transformer for all that the world asks, from nothing, on two CPU cores (docs/preview.md).
+#
+#   launch/preview.sh runs/preview           # the model of docs/preview.md: hours
+#   launch/preview.sh runs/tiny tiny 200     # a minute or two, learns nothing: VARIANT and documents a task
+#
+# Run it again and it goes on where it was.
+set -euo pipefail
+dir=${1:?usage: launch/preview.sh FOLDER [VARIANT [DOCUMENTS]]}
+variant=${2:-preview}
+documents=${3:-}
+mkdir -p "$dir"
+
+# name, task (of mmgen/world/tasks.py), picture size, documents: shares of tokens are the config's data.mixture
+tasks="
+plain world:train 64x64 150000
+draw world:train/draw 64x64 60000
+edit world:train/edit 64x64 60000
+style world:train/style 64x64 30000
+ask world:train/question 64x64 30000
+caption world:train/caption 64x64 20000
+detail world:train/detail 64x64 10000
+compare world:train/compare 64x64 10000
+mix world:train/mix 64x64 8000
+reason world:train/reason 64x64 12000
+dialogue world:train/dialogue 64x64 12000
+story world:train/story 64x64 4000
+prose world:train/prose 64x64 4000
+sign world:train/sign 64x64 25000
+page world:train/poster+chart+diagram+comic 128x128 12000
+"
+
+if [ ! -e "$dir/text.model" ]; then
+  sources=()
+  while read -r name spec _; do
+    [ -z "$name" ] || sources+=(--source "$name=$spec")
+  done <<< "$tasks"
+  mmgen text "${sources[@]}" --documents 1500 --size 128x128 --languages en,zh --pieces 1200 --out "$dir/text.model"
+fi
+mmgen train --config "tokenizer:${variant/preview/world}" --workdir "$dir/tokenizer"
+shards=
+while read -r name spec size count; do
+  [ -n "$name" ] || continue
+  mmgen tokenize --source "$name=$spec" --size "$size" --documents "${documents:-$count}" --tokenizer "$dir/tokenizer" \
+    --text "$dir/text.model" --max-side 16 --longest 640 --out "$dir/shards/$name"
+  shards=$shards,$dir/shards/$name
+done <<< "$tasks"
+mmgen train --config "transformer:$variant" --workdir "$dir/transformer" --config.data.shards="${shards#,}"
+mmgen evaluate --checkpoint "$dir/transformer" --suite all --size 64x64 --out "$dir/report"

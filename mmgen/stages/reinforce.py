@@ -1,0 +1,453 @@
+"""Stage `reinforce`: a trained transformer learns from rewards of the pictures that it draws.
+
+Group-relative policy optimisation (GRPO, arXiv:2402.03300). A step draws a group of pictures for each of some prompts
+of the world, with the weights that it begins with; what is better than the mean of its group becomes likelier, what
+is worse less likely, and a penalty keeps the model near the one it began as. See docs/posttraining.md.
+
+Shapes: B pictures a step, G of them a group, T tokens of a row, n codes of a picture.
+"""
+
+import functools
+import importlib
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from mmgen import world
+from mmgen.document import Document, Turn
+from mmgen.document import Text as TextPart
+from mmgen.grammar import Grammar
+from mmgen.models import layers, transformer
+from mmgen.models.autoencoders import load_tokenizer
+from mmgen.runtime import checkpoint
+from mmgen.runtime import mesh as meshes
+from mmgen.runtime.config import ConfigError, nearest
+from mmgen.sampling import cache as caches
+from mmgen.sampling.sampler import Request, Sampler, draw_seed
+from mmgen.sampling.slots import Slots
+from mmgen.sampling.strategies import Strategy
+from mmgen.stages import program as programs
+from mmgen.stages.loop import Stage
+from mmgen.stages.transformer import adopt
+from mmgen.text import Text
+from mmgen.world import rewards as world_rewards
+from mmgen.world.scene import CATEGORIES
+
+REFERENCE = "reference"  # in the workdir: the weights that the run began with
+
+
+def setup(config, workdir):
+    """See `loop.Stage`. Begins with the transformer run in `config.init`, and copies all that its samples need."""
+    data = config.data
+    own = (workdir / "vocabulary.json").exists()
+    if not own and not config.init:
+        raise ConfigError("name the workdir of the transformer run to begin with: --config.init=DIR")
+    run = workdir if own else Path(config.init)
+    checkpoint.read_config(run, "transformer", "reinforce")
+    vocabulary = json.loads((run / "vocabulary.json").read_text())
+    grammar, text = Grammar.from_dict(vocabulary["grammar"]), Text(run / "text.model")
+    tokenizer = load_tokenizer(run / "tokenizer")
+    for name, found in (("text", text.hash), ("tokenizer", tokenizer.hash)):
+        if found != vocabulary[f"{name}_hash"]:
+            raise checkpoint.CheckpointError(
+                f"{run}: the {name} in it is not the one that this transformer was trained with (expected hash "
+                f"{vocabulary[f'{name}_hash']}, found {found})"
+            )
+    grid = _check(config, grammar, tokenizer)
+    codes = grid[0] * grid[1] * grammar.depth
+    functions = [(name, reward(name), float(weight)) for name, weight in _pairs(config.rewards)]
+    room = data.longest - codes - 3  # of a row, for a prompt
+    prompts = Prompts(data, config.seed, "train", text, room, data.group)
+    held_out = Prompts(data, config.seed, "valid", text, room, 1)
+    painter = _painter(config, grammar, text, tokenizer)
+    measure = functools.partial(log_probs, grammar=grammar, codes=codes, temperature=data.temperature)
+    scorer = functools.cache(lambda graphdef: _scorer(graphdef, measure, config.accumulate))
+    reference = []  # its parameters, once they are read
+
+    def draw(graphdef, params, items, seeds):
+        sampler = painter(graphdef, params)
+        with meshes.use(
+            _mesh(jax.local_devices()), config.sharding
+        ):  # which share the pictures out to decode them
+            return _draw(sampler, items, seeds, grid, data)
+
+    def rewarded(pixels, items):
+        """{name: float32 [B]}, and their weighted sum as "reward"."""
+        found = {
+            f"reward_{name}": np.array([one(*each) for each in zip(pixels, items)], np.float32)
+            for name, one, _ in functions
+        }
+        total = sum(weight * each for (*_, weight), each in zip(functions, found.values()))
+        return {"reward": total} | (found if len(functions) > 1 else {})
+
+    def rollout(program, params, step, drawn, share):
+        rows, items = drawn["rows"], drawn["items"]
+        seeds = [draw_seed(config.seed, step * data.batch_size + int(row)) for row in rows]
+        painted, pixels = draw(program.graphdef, params, items, seeds)
+        batch, at = _rows(painted, grammar, codes, data.longest)
+        found = rewarded(pixels, items)
+        for name, value in found.items():
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"{name} of step {step}: expected finite rewards, found {value[~np.isfinite(value)][0]}"
+                )
+        gains = advantages(found["reward"].reshape(-1, data.group), config.loss.normalise)
+        watched = found | {
+            "advantage": gains,
+            "flat": np.repeat((gains == 0).reshape(-1, data.group).all(1), data.group),
+        }
+        # Whole rows, as all of a batch is: the mesh may split them.
+        batch |= {name: np.repeat(np.float32(x)[:, None], data.longest, 1) for name, x in watched.items()}
+        if config.loss.kl and not reference:
+            reference.append(checkpoint.load_weights(workdir / REFERENCE, program.shapes["params"])[0])
+        models = {"reference": each for each in reference}
+        models |= {"old": params} if config.updates > 1 else {}
+        shared = share({name: batch[name] for name in _TOLD}) if models else None
+        for name, weights in models.items():
+            values = np.zeros(batch["weights"].shape, np.float32)
+            np.put_along_axis(values, at, _here(scorer(program.graphdef)(weights, shared)), 1)
+            batch[name] = values
+        return batch
+
+    def evaluate(graphdef, params, step):
+        count = config.held_out.prompts
+        if not count:
+            return {}
+        drawn, _ = held_out.rows_of(0, np.arange(count))
+        seeds = [draw_seed(config.seed, i) for i in range(count)]
+        _, pixels = draw(graphdef, params, drawn["items"], seeds)
+        return {f"held_out_{name}": float(x.mean()) for name, x in rewarded(pixels, drawn["items"]).items()}
+
+    def bring():
+        """What samples of the run need, and what its penalty is measured from."""
+        if not own:
+            if config.loss.kl:
+                checkpoint.export(config.init, workdir / REFERENCE)
+            adopt(run, vocabulary, workdir)
+
+    return Stage(
+        make=lambda rngs: transformer.of_codes(config.model, vocabulary, grammar.vocab_size, rngs),
+        loss=functools.partial(loss, measure=measure, clip=config.loss.clip, kl=config.loss.kl, codes=codes),
+        data=prompts,
+        shape=(data.batch_size, data.longest),
+        axes=("batch", "length"),
+        unit="codes",
+        units_a_step=data.batch_size * codes,
+        evaluate=evaluate,
+        adopt=bring,
+        identity=vocabulary,
+        complete=".",
+        rollout=rollout,
+    )
+
+
+_TOLD = ("tokens", "segments", "positions", "weights")  # of a batch: what is read, and where its codes are
+
+
+def _check(config, grammar, tokenizer):
+    """(height, width) of the pictures in patches; raises ConfigError for settings that make no sense."""
+    data, patch = config.data, tokenizer.patch
+    if data.group < 2 or data.batch_size % data.group:
+        raise ConfigError(
+            "config.data.group is at least 2 and divides config.data.batch_size; found "
+            f"{data.group} and {data.batch_size}"
+        )
+    if config.updates < 1 or data.batch_size % (config.updates * config.accumulate):
+        raise ConfigError(
+            f"config.updates={config.updates} times config.accumulate={config.accumulate} must divide "
+            f"config.data.batch_size={data.batch_size}"
+        )
+    if any(side % patch or not 0 < side <= patch * grammar.max_side for side in data.size):
+        raise ConfigError(
+            f"config.data.size={tuple(data.size)} must be multiples of {patch}, up to {patch * grammar.max_side}"
+        )
+    least = {"data.temperature": 1e-3, "data.slots": 1, "held_out.prompts": 0, "loss.kl": 0}
+    for name, value in least.items():
+        found = functools.reduce(lambda node, key: node[key], name.split("."), config)
+        if not found >= value:
+            raise ConfigError(f"config.{name} is at least {value}, not {found}")
+    if len(config.loss.clip) != 2 or not (0 < config.loss.clip[0] < 1 and config.loss.clip[1] > 0):
+        raise ConfigError(
+            "config.loss.clip is how far the ratio may go, (below 1, above 1), as in (0.2, 0.2); found "
+            f"{config.loss.clip}"
+        )
+    for category in data.categories:
+        if category not in (*CATEGORIES, "scene"):
+            raise ConfigError(f"no category {category!r}; {nearest(category, (*CATEGORIES, 'scene'))}")
+    for language in data.languages:
+        if language not in world.language.LANGUAGES:
+            raise ConfigError(f"no language {language!r}; {nearest(language, world.language.LANGUAGES)}")
+    if not data.categories or not data.languages:
+        raise ConfigError("config.data.categories and config.data.languages name one at least")
+    grid = data.size[1] // patch, data.size[0] // patch
+    if data.longest < grid[0] * grid[1] * grammar.depth + 8 or data.longest > data.row_length:
+        raise ConfigError(
+            f"config.data.longest={data.longest} must hold a prompt and a picture of {grid[0]} x {grid[1]} patches, "
+            f"and be at most config.data.row_length={data.row_length}"
+        )
+    return grid
+
+
+# ---- rewards ----------------------------------------------------------------------------------------
+
+
+def reward(name):
+    """The function of a reward's name: of mmgen/world/rewards.py, or "package.module:function".
+
+    It is called with a picture, uint8 [H, W, C], and the `world.Item` whose prompt asked for it, and returns a finite
+    number, the more the better.
+    """
+    place, colon, function = name.rpartition(":")
+    try:
+        module = importlib.import_module(place) if colon else world_rewards
+    except ImportError as error:
+        raise ConfigError(f"config.rewards: {place!r} of {name!r} cannot be imported: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        known = [
+            each for each in vars(module) if not each.startswith("_") and callable(getattr(module, each))
+        ]
+        raise ConfigError(
+            f"config.rewards: no function {function!r} in {module.__name__}; {nearest(function, known)}"
+        )
+    return found
+
+
+def _pairs(rewards):
+    """config.rewards as a list of (name, weight)."""
+    try:
+        pairs = [(str(name), float(weight)) for name, weight in rewards]
+    except (TypeError, ValueError):
+        pairs = []
+    if not pairs or len(dict(pairs)) < len(pairs):
+        raise ConfigError(
+            "config.rewards is written ((NAME, WEIGHT), ...), as in (('judge', 1.0),), each name once; found "
+            f"{rewards!r}"
+        )
+    return pairs
+
+
+def advantages(rewards, normalise=False):
+    """How much better each of a group is than the group: float [groups, G] -> float32 [groups * G].
+
+    GRPO also divides by the group's standard deviation (`normalise`). That weighs a prompt the more the nearer it is
+    to always right or always wrong, and is left out unless it is asked for, after Dr. GRPO (arXiv:2503.20783).
+    """
+    rewards = np.asarray(rewards, np.float64)
+    gains = rewards - rewards.mean(1, keepdims=True)
+    gains[np.ptp(rewards, 1) == 0] = 0  # what rounding leaves of equal ones is no difference
+    if normalise:
+        gains /= rewards.std(1, keepdims=True) + 1e-4
+    return gains.astype(np.float32).ravel()
+
+
+# ---- what is drawn ----------------------------------------------------------------------------------
+
+
+class Prompts:
+    """The prompts of each step, a function of the step: row r of step s asks for number s * (B // G) + r // G.
+
+    Categories and languages take turns. A prompt of more tokens than there is room for is replaced by another and
+    counted.
+    """
+
+    def __init__(self, data, seed, split, text, room, group):
+        self.data, self.seed, self.split, self.text, self.room, self.group = (
+            data,
+            seed,
+            split,
+            text,
+            room,
+            group,
+        )
+
+    def rows_of(self, step, rows):
+        """({"rows", "items": a world.Item for each}, how many prompts were replaced)."""
+        items, bad = {}, 0
+        for each in sorted({int(row) // self.group for row in rows}):
+            items[each], replaced = self._item(step * (self.data.batch_size // self.group) + each)
+            bad += replaced
+        return {"rows": rows, "items": [items[int(row) // self.group] for row in rows]}, bad
+
+    def prefetch(self, start, rows):
+        groups, counts = np.unique(np.asarray(rows) // self.group, return_counts=True)
+        if (counts != self.group).any():
+            raise ConfigError(
+                f"a group of {self.group} pictures is drawn by one process, but this one has {len(rows)} rows, with "
+                "parts of groups: make config.data.batch_size / config.data.group a multiple of the processes"
+            )
+        for step in itertools.count(start):
+            yield step, *self.rows_of(step, rows)
+
+    def _item(self, number):
+        kinds, languages = self.data.categories, self.data.languages
+        kind, language = kinds[number % len(kinds)], languages[number // len(kinds) % len(languages)]
+        for tried in range(1000):
+            item = world.item(self.seed, self.split, number + (tried << 40), category=kind, language=language)
+            if len(self.text.encode(item.prompt)) + 4 <= self.room:  # <bos> <user> ... <end> <assistant>
+                return item, tried > 0
+        raise ConfigError(
+            f"none of 1000 prompts of {kind!r} in {language!r} has at most {self.room - 4} tokens: "
+            "raise config.data.longest"
+        )
+
+
+def _mesh(devices):
+    """A mesh of some devices that share rows."""
+    shape = [len(devices) if axis == "data" else 1 for axis in meshes.AXES]
+    return Mesh(np.array(devices).reshape(shape), meshes.AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _painter(config, grammar, text, tokenizer):
+    """-> (graphdef, params) -> a `Sampler` of these weights: the same one each time, so that nothing compiles anew.
+
+    Each process draws its rows on its first device, which therefore holds the weights whole.
+    """
+    made, here = [], _mesh(jax.local_devices()[:1])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def lay_out(graphdef, params):
+        return caches.prepare(nnx.merge(graphdef, params), jnp.dtype(config.model.dtype))
+
+    def of(graphdef, params):
+        if meshes.current():
+            params = jax.jit(lambda params: params, out_shardings=meshes.whole())(params)
+        params = jax.tree.map(lambda x: x.addressable_data(0), params)
+        if not made:
+            made.append(Sampler(graphdef, params, config, grammar, text, tokenizer, mesh=here))
+        sampler = made[0]
+        with sampler.on_mesh():
+            sampler.weights = lay_out(graphdef, params)
+        sampler.params = {name: params[name] for name in sampler.params}
+        return sampler
+
+    return of
+
+
+def _draw(sampler, items, seeds, grid, data):
+    """A picture of each item's prompt -> [(tokens of the prompt, of the answer)], pixels.
+
+    Slots of its own: what others have read was read with other weights. No guidance, and nothing is cut off: the
+    policy that is improved must be the one that is drawn from (see `log_probs`).
+    """
+    requests = [
+        Request(
+            Document((Turn("user", (TextPart(item.prompt),)),)),
+            size=grid,
+            seed=seed,
+            image=Strategy(data.temperature),
+        )
+        for item, seed in zip(items, seeds)
+    ]
+    tokens, pixels = [None] * len(requests), [None] * len(requests)
+    slots = Slots(sampler, min(data.slots, data.batch_size), 1, data.longest + 3)  # <eoi> <end> <eos>
+    for i, turn, _, answer in sampler.answers(slots, requests, range(len(requests))):
+        tokens[i], pixels[i] = (sampler.prompts(requests[i])[0], answer), turn.parts[0].pixels
+    return tokens, pixels
+
+
+def _rows(drawn, grammar, codes, T):
+    """Prompts with their answers, up to the last code, as a batch of rows; where each row's codes are, int [B, n]."""
+    batch = {
+        "tokens": np.zeros((len(drawn), T), np.int32),
+        "segments": np.zeros((len(drawn), T), np.int32),
+        "positions": np.zeros((len(drawn), T, 3), np.int32),
+        "weights": np.zeros((len(drawn), T), np.float32),
+    }
+    at = np.array([len(prompt) + 3 for prompt, _ in drawn])[:, None] + np.arange(codes)  # after <boi> <h> <w>
+    for row, (prompt, answer) in enumerate(drawn):
+        tokens = np.concatenate([prompt, answer[: 3 + codes]])
+        batch["tokens"][row, : len(tokens)] = tokens
+        batch["segments"][row, : len(tokens)] = 1
+        batch["positions"][row, : len(tokens)] = grammar.positions(tokens)
+    np.put_along_axis(batch["weights"], at, 1.0, 1)
+    return batch, at
+
+
+# ---- the policy -------------------------------------------------------------------------------------
+
+
+def log_probs(model, batch, *, grammar, codes, temperature):
+    """Of a batch's codes, in their order: log-probability and entropy in nats, float32 [B, n] each.
+
+    They are those of the distribution that the sampler draws from: at a code the grammar allows the codes of its
+    depth alone, and the softmax is over these, of logits / temperature. What the grammar forces or the request
+    decides (<boi>, the size, <eoi>, <end>) has probability 1 there, and no part in the loss.
+    """
+    x = model(*(batch[name] for name in ("tokens", "segments", "positions")))
+    at = _places(batch, codes)
+    x = layers.rms_norm(jnp.take_along_axis(x, at[..., None] - 1, 1))
+    table = model.head_table()[grammar.code_start : grammar.vocab_size].astype(model.dtype)
+    table = table.reshape(grammar.depth, grammar.codes, -1)
+    x = x.reshape(len(x), -1, grammar.depth, x.shape[-1])
+    logits = jnp.einsum("bpkd,kvd->bpkv", x, table, preferred_element_type=jnp.float32) / temperature
+    logs = jax.nn.log_softmax(logits).reshape(len(x), codes, -1)
+    token = (jnp.take_along_axis(batch["tokens"], at, 1) - grammar.code_start) % grammar.codes
+    chosen = jnp.take_along_axis(logs, token[..., None], 2)[..., 0]
+    return chosen, -(jnp.exp(logs) * logs).sum(-1)
+
+
+def _places(batch, codes):
+    """Where the codes of each row are: int32 [B, n]."""
+    return jnp.argmax(batch["weights"] > 0, 1)[:, None] + jnp.arange(codes)
+
+
+def _scorer(graphdef, measure, parts):
+    """The jitted (params, batch) -> log-probabilities of its codes [B, n], each device those of its rows."""
+
+    def score(params, batch):
+        one = lambda part: measure(nnx.merge(graphdef, params), part)[0]
+        if parts == 1:
+            return one(batch)
+        found = jax.lax.map(one, programs.parts(batch, parts))
+        return jnp.swapaxes(found, 0, 1).reshape(-1, found.shape[-1])
+
+    if meshes.current() is None:
+        return jax.jit(score)
+    mesh, rules = meshes.current()
+    return jax.jit(score, out_shardings=NamedSharding(mesh, meshes.spec(("batch", None), rules)))
+
+
+def _here(x):
+    """The rows of a global array [B, n] that this process's devices hold, in order."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def loss(model, batch, key, *, measure, clip, kl, codes):
+    """GRPO's clipped surrogate and `kl` times the penalty, over codes; and what is watched: {name: (sum, weight)}.
+
+    batch: `_TOLD` as the transformer's; and in float32 [B, T] "advantage", "flat" (1 where the whole group has one
+    reward) and rewards, which are constant along a row, and log-probabilities at each code's place: "old", those of
+    the model that drew it, and "reference". Without "old" the model that draws is the one that learns: the ratio of
+    the two is 1, with a gradient. `clip` is how far the ratio may fall below 1 and rise above it before it earns
+    nothing more; unequal ones are DAPO's (arXiv:2503.14476). The penalty is the k3 estimator of the KL divergence
+    from the model to the reference, exp(d) - d - 1 with d = log(reference / model) (Schulman, "Approximating KL
+    Divergence").
+
+    GRPO's mean over the tokens of each answer is biased where answers differ in length (arXiv:2503.20783); pictures
+    of one size have equally many codes.
+    """
+    logs, entropy = measure(model, batch)
+    at = _places(batch, codes)
+    of = lambda name: jnp.take_along_axis(batch[name], at, 1)
+    old = of("old") if "old" in batch else jax.lax.stop_gradient(logs)
+    ratio, gain = jnp.exp(logs - old), of("advantage")
+    plain = ratio * gain
+    surrogate = jnp.minimum(plain, jnp.clip(ratio, 1 - clip[0], 1 + clip[1]) * gain)
+    terms = {"loss": -surrogate, "entropy": entropy}
+    if "old" in batch:
+        terms["clipped"] = surrogate < plain
+    if "reference" in batch:
+        d = of("reference") - logs
+        terms["kl"] = jnp.exp(d) - d - 1
+        terms["loss"] += kl * terms["kl"]
+    found = {name: (value.sum(), jnp.float32(value.size)) for name, value in terms.items()}
+    rows = [name for name in batch if name.startswith("reward") or name == "flat"]
+    return found | {name: (batch[name][:, 0].sum(), jnp.float32(len(batch[name]))) for name in rows}

@@ -1,0 +1,367 @@
+"""GRPO: probabilities of what was drawn, the loss by hand, and runs that learn and resume exactly."""
+
+import functools
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmgen import world
+from mmgen.document import Document, Text, Turn
+from mmgen.runtime import checkpoint
+from mmgen.runtime import mesh as meshes
+from mmgen.runtime.config import ConfigError
+from mmgen.sampling import sampler as samplers
+from mmgen.sampling.sampler import Request
+from mmgen.sampling.strategies import Strategy
+from mmgen.stages import loop, program, reinforce
+from mmgen.world.render import render
+from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records, run_python, whole_model
+
+STEPS = 6
+
+# Dies when the prompts of step `sys.argv[1]` are asked for.
+KILLED = """
+import os, signal, sys
+from mmgen.__main__ import main
+from mmgen.stages.reinforce import Prompts
+
+def rows_of(self, step, rows, rows_of=Prompts.rows_of):
+    if self.split == "train" and step == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rows_of(self, step, rows)
+Prompts.rows_of = rows_of
+main(sys.argv[2:])
+"""
+
+
+def bright(pixels, item):
+    """A reward that every picture has some of."""
+    return float(pixels.mean()) / 255
+
+
+def flags_of(space, *more):
+    return [
+        "--config", "reinforce:tiny", f"--config.init={space.transformer}", f"--config.steps={STEPS}",
+        "--config.updates=2", "--config.rewards=(('tests.test_reinforce:bright',1.0),('legible',0.1))", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(space, tmp_path_factory):
+    """A run of STEPS steps, never stopped."""
+    workdir = tmp_path_factory.mktemp("reinforce") / "run"
+    assert mmgen("train", *flags_of(space), "--workdir", workdir) == 0
+    return workdir
+
+
+# ---- the policy
+
+
+TEMPERATURE = 0.6
+
+
+@pytest.fixture(scope="module")
+def drawn(sampler):
+    """Sixteen pictures for two prompts, as the rows of a batch."""
+    items = [world.item(0, "train", i, category="counting") for i in np.repeat([0, 1], 8)]
+    data = config_of(["--config", "reinforce:tiny", f"--config.data.temperature={TEMPERATURE}"]).data
+    tokens, pixels = reinforce._draw(sampler, items, [*range(8)] * 2, (8, 8), data)
+    batch, at = reinforce._rows(tokens, sampler.grammar, 64, data.longest)
+    return items, tokens, pixels, batch, at
+
+
+@pytest.fixture(scope="module")
+def measured(space, sampler, drawn):
+    """temperature -> log-probabilities and entropies of what was drawn; and all logits of its rows."""
+    model, batch = nnx.merge(*whole_model(space.transformer)), drawn[3]
+    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, codes=64)
+    jitted = jax.jit(lambda temperature: measure(model, batch, temperature=temperature))
+    rows = (batch[name] for name in ("tokens", "segments", "positions"))
+    logits = jax.jit(lambda *rows: model.logits(model(*rows)))(*rows)
+    return jitted, np.asarray(logits, np.float64)
+
+
+def test_rows_are_what_was_drawn(sampler, drawn):
+    items, tokens, pixels, batch, at = drawn
+    assert len({answer.tobytes() for _, answer in tokens}) == 16  # other seeds, other prompts
+    decoded = []
+    for row, (item, (prompt, answer)) in enumerate(zip(items, tokens)):
+        whole = np.concatenate([prompt, answer, [sampler.grammar.eos]])
+        document = sampler.grammar.decode(whole, sampler.text)
+        assert document.text() == item.prompt
+        n = int(batch["segments"][row].sum())
+        np.testing.assert_array_equal(batch["tokens"][row, :n], whole[:n])
+        np.testing.assert_array_equal(batch["positions"][row, :n], sampler.grammar.positions(whole)[:n])
+        assert batch["weights"][row].sum() == 64 and at[row, -1] == n - 1
+        codes = batch["tokens"][row, at[row]] - sampler.grammar.code_start
+        np.testing.assert_array_equal(codes.reshape(8, 8), document.turns[-1].parts[0].codes)
+        decoded.append(codes.reshape(8, 8))
+    np.testing.assert_array_equal(sampler.tokenizer.decode(np.stack(decoded), batch=4), pixels)
+
+
+@pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
+def test_log_probs_are_of_what_the_grammar_allows(sampler, drawn, measured, temperature):
+    """Beside all logits of the model, masked by the machine token by token, and a softmax in numpy."""
+    (*_, batch, at), (jitted, logits), grammar = drawn, measured, sampler.grammar
+    found, entropy = jitted(temperature)
+    for row in (0, 9):
+        for k in (0, 1, 31, 63):
+            tokens = batch["tokens"][row, : at[row, k]]
+            legal = grammar.allowed(grammar.feed(tokens), np.array([1000]), (8, 8), np.array([True]))[0]
+            x = np.where(legal, logits[row, at[row, k] - 1] / temperature, -np.inf)
+            p = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+            assert found[row, k] == pytest.approx(np.log(p[batch["tokens"][row, at[row, k]]]), abs=1e-4)
+            assert entropy[row, k] == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), abs=1e-4)
+    assert legal.sum() == grammar.codes < grammar.vocab_size
+
+
+def test_draws_follow_the_log_probs(measured):
+    """-log p of what is drawn has the entropy as its mean, at the temperature of the draw and at no other."""
+    spread = lambda t: np.asarray(-measured[0](t)[0] - measured[0](t)[1]).ravel()
+    error = lambda x: abs(x.mean()) / (x.std() / len(x) ** 0.5)
+    assert error(spread(TEMPERATURE)) < 4 < error(spread(1.0))
+
+
+def test_the_same_sampler_with_other_weights_compiles_nothing(space, sampler):
+    graphdef, params = whole_model(space.transformer)
+    other = jax.tree.map(lambda x: x * 0.9, params)
+    painter = reinforce._painter(sampler.config, sampler.grammar, sampler.text, sampler.tokenizer)
+    items, data = [world.item(0, "train", 0)] * 2, config_of(["--config", "reinforce:tiny"]).data
+    draw = lambda weights: reinforce._draw(painter(graphdef, weights), items, [0, 1], (8, 8), data)[0]
+    compiled = []
+    note = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(note)
+    first, count = draw(params), len(compiled)
+    second, again = draw(other), draw(params)
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert count and len(compiled) == count
+    same = lambda a, b: all(np.array_equal(x[1], y[1]) for x, y in zip(a, b))
+    assert same(first, again) and not same(first, second)
+    made = samplers.Sampler(graphdef, other, sampler.config, sampler.grammar, sampler.text, sampler.tokenizer)
+    assert same(second, reinforce._draw(made, items, [0, 1], (8, 8), data)[0])
+
+
+# ---- advantages and the loss
+
+
+def test_advantages():
+    rewards = np.array([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [5, 1, 1, 1]])
+    plain, normed = (reinforce.advantages(rewards, n).reshape(3, 4) for n in (False, True))
+    np.testing.assert_allclose(plain, [[0.5, -0.5, -0.5, 0.5], [0] * 4, [3, -1, -1, -1]])
+    np.testing.assert_allclose(normed.std(1), [1, 0, 1], atol=1e-3)
+    assert (plain[1] == 0).all() and (normed[1] == 0).all()  # to the last bit: no gradient
+    np.testing.assert_allclose(reinforce.advantages(rewards + 7).reshape(3, 4), plain, atol=1e-6)
+
+
+def test_the_loss_by_hand():
+    """Against loops over rows and codes; and what is beyond the clip has no gradient."""
+    rng = np.random.default_rng(0)
+    B, T, n, at, clip, kl = 4, 9, 5, 3, (0.1, 0.3), 0.5
+    logs, old, reference = (rng.normal(-2, 0.4, (B, n)).astype(np.float32) for _ in range(3))
+    gains = np.array([1.0, -1.0, 2.0, 0.0], np.float32)
+    place = lambda x: np.pad(x, ((0, 0), (at, T - at - n)))
+    row = lambda x: np.repeat(np.float32(x)[:, None], T, 1)
+    batch = {
+        "weights": place(np.ones((B, n), np.float32)), "old": place(old), "reference": place(reference),
+        "advantage": row(gains), "flat": row([0, 0, 0, 1]), "reward": row([3, 1, 4, 1]),
+    }  # fmt: skip
+    run = functools.partial(
+        reinforce.loss, key=None, measure=lambda model, batch: (model, -model), clip=clip, kl=kl, codes=n
+    )
+    expected, outside = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}, np.zeros((B, n), bool)
+    for b in range(B):
+        for k in range(n):
+            ratio = np.exp(logs[b, k] - old[b, k])
+            held = min(max(ratio, 1 - clip[0]), 1 + clip[1])
+            outside[b, k] = ratio * gains[b] > held * gains[b]
+            d = reference[b, k] - logs[b, k]
+            expected["kl"] += np.exp(d) - d - 1
+            expected["clipped"] += outside[b, k]
+            expected["loss"] += -min(ratio * gains[b], held * gains[b]) + kl * (np.exp(d) - d - 1)
+    found = run(jnp.asarray(logs), batch)
+    for name, value in expected.items():
+        assert float(found[name][0]) == pytest.approx(value, rel=1e-5) and float(found[name][1]) == B * n
+    assert [float(x) for x in found["reward"]] == [9, 4] and [float(x) for x in found["flat"]] == [1, 4]
+    assert 0 < outside.sum() < B * n
+    slope = lambda batch, kl: jax.grad(lambda x: run(x, batch, kl=kl)["loss"][0])(jnp.asarray(logs))
+    assert ((np.asarray(slope(batch, 0.0)) == 0) == (outside | (gains == 0)[:, None])).all()
+    # Where the model that drew is the one that learns: the plain policy gradient.
+    del batch["old"]
+    np.testing.assert_allclose(slope(batch, 0.0), -np.repeat(gains[:, None], n, 1), rtol=1e-6)
+    # The penalty draws towards the reference, and is nothing there.
+    assert (
+        np.sign(np.asarray(slope(batch | {"advantage": row([0] * B)}, 1.0))) == np.sign(logs - reference)
+    ).all()
+
+
+def test_updates_are_steps_one_after_the_other():
+    config = config_of(["--config", "reinforce:tiny", "--config.optimizer.warmup=0"])
+    more = config_of(["--config", "reinforce:tiny", "--config.optimizer.warmup=0", "--config.updates=2"])
+    with config.unlocked(), more.unlocked():
+        config.steps, more.steps = 4, 2
+
+    class Line(nnx.Module):
+        def __init__(self, rngs):
+            self.w = nnx.Param(jnp.ones(3), axes=("embed",))
+
+    loss = lambda line, batch, key: {
+        "loss": (jnp.square(batch["x"] @ line.w[...] - 1).sum(), jnp.float32(len(batch["x"])))
+    }
+    batch = {"x": np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)}
+    mesh = meshes.make_mesh({"data": -1})
+    with meshes.use(mesh, dict(config.sharding)):
+        one, two = (program.build(each, Line, loss, mesh) for each in (config, more))
+        state = one.init(jax.random.key(0))
+        for i in (0, 1):
+            state, measured = one.step(state, {"x": batch["x"][i::2]})
+        both, found = two.step(two.init(jax.random.key(0)), batch)
+    np.testing.assert_allclose(both["params"]["w"], state["params"]["w"], rtol=1e-6)
+    assert (
+        int(both["optimizer"]["step"]) == 2
+        and np.isfinite(found["loss"])
+        and found["loss"] > measured["loss"]
+    )
+    assert not np.allclose(both["params"]["w"], 1)
+
+
+def test_rewards_of_the_world():
+    item = world.item(3, "test", 0, category="counting")
+    picture, other = (
+        render(each.scene, 32, 32) for each in (item, world.item(3, "test", 1, category="counting"))
+    )
+    judge, legible = (reinforce.reward(name) for name in ("judge", "legible"))
+    noise = np.random.default_rng(0).integers(0, 256, picture.shape, dtype=np.uint8)
+    assert [judge(x, item) for x in (picture, other, noise)] == [1, 0, 0]
+    assert [legible(x, item) for x in (picture, other, noise)] == [1, 1, 0]
+
+
+# ---- runs
+
+
+def test_prompts_are_a_function_of_the_step_and_fit(sampler):
+    data = config_of(["--config", "reinforce:tiny", "--config.data.categories=('counting','position')"]).data
+    prompts = lambda room: reinforce.Prompts(data, 5, "train", sampler.text, room, 2)
+    everything, replaced = prompts(100).rows_of(7, range(4))
+    kinds = [item.category for item in everything["items"]]
+    assert kinds == ["counting"] * 2 + ["position"] * 2 and not replaced
+    assert everything["items"][0] is everything["items"][1]  # a group has one prompt
+    step, part, _ = next(prompts(100).prefetch(7, np.array([2, 3])))
+    assert step == 7 and part["items"] == everything["items"][2:]
+    lengths = [len(sampler.text.encode(item.prompt)) for item in everything["items"]]
+    most = max(lengths) - 1
+    short, replaced = prompts(4 + most).rows_of(7, range(4))
+    assert replaced and all(len(sampler.text.encode(item.prompt)) <= most for item in short["items"])
+    with pytest.raises(ConfigError, match="parts of groups"):
+        next(prompts(100).prefetch(0, np.array([0, 1, 2])))
+    with pytest.raises(ConfigError, match="config.data.longest"):
+        prompts(4).rows_of(0, range(4))
+
+
+def test_killed_and_resumed_is_bit_identical(space, run, tmp_path):
+    command = ["train", *flags_of(space), "--workdir", tmp_path]
+    killed = run_python(KILLED, 5, *command, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.latest(tmp_path) in (2, 4)  # the last may not be whole yet
+    assert (
+        mmgen(
+            "train", *flags_of(space)[:2], *flags_of(space, "--config.init=/gone")[3:], "--workdir", tmp_path
+        )
+        == 0
+    )
+    assert records(tmp_path) == records(run)
+    assert_same_arrays(arrays(tmp_path, STEPS), arrays(run, STEPS))
+
+
+def test_what_a_run_leaves_is_opened_as_a_transformer_run(space, run, tmp_path):
+    found = records(run)
+    first, last = found[0], found[-1]
+    assert {
+        "reward",
+        "reward_legible",
+        "reward_tests.test_reinforce:bright",
+        "flat",
+        "entropy",
+        "clipped",
+    } <= set(last)
+    assert first["kl"] < last["kl"] and "held_out_reward" in last
+    before, after = arrays(space.transformer, 8), arrays(run, STEPS)
+    assert any(not np.array_equal(before[name], after[name]) for name in before if name.startswith("params"))
+    moved = run.rename(tmp_path / "moved")
+    try:
+        request = Request(
+            Document((Turn("user", (Text("a red circle"),)),)), size=(8, 8), image=Strategy(0.5)
+        )
+        ours = samplers.load(moved)
+        assert ours.step == STEPS and ours.generate([request])[0].parts[0].pixels.shape == (32, 32, 3)
+        picture = tmp_path / "picture.png"
+        assert (
+            mmgen(
+                "sample",
+                "--checkpoint",
+                moved,
+                "--prompt",
+                "a red circle",
+                "--size",
+                "32x32",
+                "--out",
+                picture,
+            )
+            == 0
+        )
+        assert picture.exists()
+    finally:
+        moved.rename(run)
+
+
+def test_rewards_rise(space, tmp_path):
+    flags = flags_of(space, "--config.data.batch_size=16", "--config.data.group=8", "--config.updates=1")
+    flags += [
+        "--config.rewards=(('tests.test_reinforce:bright',1.0),)",
+        "--config.held_out.prompts=0",
+        "--config.steps=8",
+    ]
+    flags += ["--config.optimizer.learning_rate=0.03", "--config.loss.kl=0.0", "--config.loss.normalise=True"]
+    loop.train(config_of(flags), tmp_path)
+    rewards = [line["reward"] for line in records(tmp_path)]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.05
+    assert not (tmp_path / reinforce.REFERENCE).exists() and "kl" not in records(tmp_path)[-1]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "mesh", [["mesh.data=4"], ["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "sharding.kv_heads="]]
+)
+def test_four_devices_learn_what_one_does(space, tmp_path, mesh):
+    code = "import sys; from mmgen.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    more = ["--config.data.batch_size=8", "--config.data.slots=8"]
+    flags = flags_of(space, *more, *(f"--config.{setting}" for setting in mesh))
+    run_python(code, "train", *flags, "--workdir", tmp_path / "four", devices=4)
+    loop.train(config_of(flags_of(space, *more)), tmp_path / "one")
+    for ours, alone in zip(records(tmp_path / "four"), records(tmp_path / "one"), strict=True):
+        assert ours.keys() == alone.keys()
+        for name in ("reward", "entropy", "kl", "grad_norm"):
+            assert ours[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("init=", "--config.init=DIR"), ("data.group=3", "divides"), ("data.group=1", "at least 2"),
+        ("updates=3", "must divide"), ("data.size=(30,32)", "multiples of"), ("data.longest=60", "must hold"),
+        ("data.temperature=0.0", "at least 0.001"), ("loss.clip=(0.2,)", "clip"), ("data.categories=('count',)", "counting"),
+        ("data.languages=('fr',)", "language"), ("rewards=('judge',)", "NAME, WEIGHT"), ("rewards=(('jugde',1),)", "'judge'"),
+        ("rewards=(('nowhere:judge',1),)", "imported"), ("model.width=64", "config.model"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(space, tmp_path, mistake, words):
+    with pytest.raises(ValueError if "model" not in mistake else checkpoint.CheckpointError, match=words):
+        loop.train(config_of(flags_of(space, f"--config.{mistake}")), tmp_path)
+
+
+def test_only_a_transformer_run_can_be_begun_with(space, tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="expected a transformer or a reinforce run"):
+        loop.train(config_of(flags_of(space, f"--config.init={space.tokenizer}")), tmp_path)
