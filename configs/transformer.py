@@ -25,6 +25,11 @@ def get_config(variant):
     m.around = True  # give each place the codes around it at the input, where they are factored
     m.vocab_multiple = 1  # round the tables' rows up to a multiple, which a tensor axis can share
     m.before = 3  # tokens before each one that are mixed into it at the input; 0 for none
+    # Tell a code in two steps, its colour and then its outline, by a hidden layer of so many units; 0: at once. Large
+    # codebooks are then as cheap as small ones
+    m.outline = 0
+    # Give each place the codes that so many images before have there, and beside: where images are changed or compared
+    m.beneath = 0
     # What tokens know of the images before them: their "codes", by "cross"-attention to features of a ViT over
     # these, or "both"; one such attention before so many layers (docs/context.md)
     m.context, m.cross_every = "codes", 1

@@ -109,7 +109,9 @@ def test_around_next_are_the_codes_beside_the_next_place():
             expected += np.where(known, codes[places.clip(0, H * W - 1)], -1).tolist() + [
                 [-1] * transformer.AROUND
             ]
-    found = transformer.around_next(np.array([tokens]), np.array([segments]), start, side)
+    tokens = np.array([tokens])
+    begin = transformer.began(tokens, start, side)
+    found = transformer.around_next(tokens, np.array([segments]), *begin, start)
     np.testing.assert_array_equal(found[0], expected)
 
 

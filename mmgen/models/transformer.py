@@ -22,6 +22,7 @@ from mmgen.runtime.mesh import constrain
 
 _OCTAVES = 6  # of the place features: periods of 4, 8, ... 128 patches
 AROUND = 5  # codes around the next one
+BENEATH = 5  # codes of an earlier image: at the next place, and left, right, above and below
 CONTEXTS = ("codes", "cross", "both")  # by what later tokens know of an image: see `Transformer`
 
 
@@ -88,20 +89,38 @@ class Transformer(nnx.Module):
         self.levels, self.parts = tuple(levels), tuple(parts)
         # Tables may have more rows than tokens, so that a tensor axis can share them evenly.
         self.vocab, self.code_start = vocab, vocab - codes if code_start is None else code_start
-        self.rows = -(-vocab // config.vocab_multiple) * config.vocab_multiple
+        padded = lambda n: -(-n // config.vocab_multiple) * config.vocab_multiple
+        self.rows = padded(vocab)
         own = (jnp.arange(self.rows) < vocab - codes)[:, None]
         self.embedding = nnx.Param(own * layers.normal(rngs, (self.rows, D), 1.0), axes=("vocab", "embed"))
         self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=self.dtype), config.layers, rngs)
+        # Where codes are told in two steps, first the colour and then the outline, the head has a row for each colour.
+        self.colors = math.prod(levels[:color_digits]) if config.get("outline", 0) else 0
+        if config.get("outline", 0) and (self.colors < 2 or config.tied or depth > 1):
+            raise ValueError(
+                "model.outline needs an FSQ tokenizer with color digits, one code a patch, model.factored=True and "
+                "model.tied=False; set it to 0"
+            )
+        self.first = self.code_start + self.colors if self.colors else vocab
+        own_head = jnp.ones((padded(self.first), 1)) if self.colors else own
         self.head = (
             None
             if config.tied
-            else nnx.Param(own * layers.normal(rngs, (self.rows, D), D**-0.5), axes=("vocab", "embed"))
+            else nnx.Param(
+                own_head * layers.normal(rngs, (padded(self.first), D), D**-0.5), axes=("vocab", "embed")
+            )
+        )
+        outlines = codes // max(self.colors, 1)
+        self.outline = (
+            OutlineHead(D, config.outline, self.colors, outlines, padded(outlines), rngs, self.dtype)
+            if self.colors
+            else None
         )
         scale = max(len(parts), 1) ** -0.5
         rows = sum(math.prod(levels[i] for i in part) for part in parts)
         digits = lambda scale: nnx.Param(layers.normal(rngs, (rows, D), scale), axes=("code", "embed"))
         self.digit_embedding = digits(scale) if levels else None
-        self.digit_head = digits(scale * D**-0.5) if levels and not config.tied else None
+        self.digit_head = digits(scale * D**-0.5) if levels and not config.tied and not self.colors else None
 
         # Rotary embedding tells how far apart two tokens are; where in its image a code stands would have
         # to be inferred. These features of (y - t, x - t) say it outright, for any size; 0 for text.
@@ -116,14 +135,17 @@ class Transformer(nnx.Module):
         )
 
         # Whose colour "red" is, the next word says: words that stand together are bound before any head looks for them.
-        self.before = (
-            layers.Linear((config.before * D, D), ("mlp", "embed"), rngs, dtype=self.dtype)
-            if config.before
-            else None
-        )
+        # And what an edit leaves alone is what the image before has at the same place.
+        self.beneath = config.get("beneath", 0)
+        near = config.before + BENEATH * self.beneath
+        self.before = layers.Linear((near * D, D), ("mlp", "embed"), rngs, dtype=self.dtype) if near else None
 
         # Last of all, so that the rest begins as it does without.
         count, self.hidden_codes = crossings(config), config.get("context") == "cross"
+        if self.hidden_codes and self.beneath:
+            raise ValueError(
+                'model.beneath shows codes of other images, which model.context="cross" hides: set it to 0'
+            )
         self.encoder = ImageEncoder(self.config.encoder, D, rngs, dtype=self.dtype) if count else None
         crossing = lambda r: layers.CrossBlock(config, config.encoder.width, r, dtype=self.dtype)
         self.cross = layers.stack(crossing, count, rngs) if count else None
@@ -153,8 +175,8 @@ class Transformer(nnx.Module):
     def embed(self, tokens, positions, around, before, table=None):
         """tokens int32 [B, T], positions int32 [B, T, 3], around int32 [B, T, AROUND], before int32 [B, T, N] -> [B, T, D].
 
-        `around` is as `around_next` says, `before` as `tokens_before` does, with N = `config.before`. `table` is
-        the `embedding_table` where it is at hand already.
+        `around` is as `around_next` says, `before` as `tokens_before` does and then `beneath_next`. `table` is the
+        `embedding_table` where it is at hand already.
         """
         offset = (positions[..., 1:] - positions[..., :1]).astype(jnp.float32)
         angles = offset[..., None] * (np.pi / 2 ** np.arange(1, _OCTAVES + 1, dtype=np.float32))
@@ -180,7 +202,16 @@ class Transformer(nnx.Module):
         """x [..., D] -> float32 logits [..., V]."""
         x = layers.rms_norm(x)
         y = jnp.einsum("nd,vd->nv", x.reshape(-1, x.shape[-1]), self.head_table().astype(self.dtype))
-        return layers.high(y).reshape(x.shape[:-1] + (-1,))[..., : self.vocab]
+        return self.whole(x, layers.high(y).reshape(x.shape[:-1] + (-1,)))
+
+    def whole(self, x, y):
+        """The logits [..., V] of normed hidden states x, of which y is the product with the `head_table`."""
+        if not self.colors:
+            return y[..., : self.vocab]
+        y, colors = y[..., : self.code_start], y[..., self.code_start : self.first]
+        # The colours' digits are the fastest in a code.
+        codes = jnp.swapaxes(colors[..., None] + self.outline(x), -1, -2)
+        return jnp.concatenate([y, codes.reshape(*y.shape[:-1], -1)], -1)
 
     def near(self, tokens, segments):
         """What `embed` needs of the tokens near each one: int32 [B, T, AROUND] and [B, T, N]."""
@@ -189,7 +220,10 @@ class Transformer(nnx.Module):
             images, _ = images_of(tokens, segments, self.code_start)
             theirs = tokens_before(images, segments, self.config.before)
             before = jnp.where(of_other_images(images, theirs), -1, before)
-        return around_next(tokens, segments, self.code_start, self.max_side), before
+        begin, width = began(tokens, self.code_start, self.max_side)
+        around = around_next(tokens, segments, begin, width, self.code_start)
+        beneath = beneath_next(tokens, segments, begin, width, self.code_start, self.beneath)
+        return around, jnp.concatenate([before, beneath], -1)
 
     def near_at(self, tokens, places):
         """As `near`, of one document a row, for the tokens at `places` int32 [B, T] of tokens [B, S] alone."""
@@ -208,7 +242,20 @@ class Transformer(nnx.Module):
         if self.hidden_codes:
             images, _ = images_of(tokens, jnp.zeros_like(tokens), self.code_start)
             seen &= ~of_other_images(at_places(images), of(before, images))
-        return jnp.where(inside, of(around) - self.code_start, -1), jnp.where(seen, of(before), -1)
+        before = jnp.where(seen, of(before), -1)
+        if self.beneath:
+            sizes = (stated > 0)[:, None]
+            last = lambda y: jnp.where(sizes & (at < y[..., None]), at, -1).max(-1)
+            pick = lambda x, y: of(y[..., None], x)[..., 0]
+            begins, widths = [last(places + 1)], [width]
+            for _ in range(self.beneath):
+                begins.append(last(begins[-1]))
+                widths.append(pick(stated, begins[-1]))
+            drawn = (now >= self.code_start) | (pick(stated, places) > 0)
+            before = jnp.concatenate(
+                [before, _beneath(pick, tokens, places, drawn, begins, widths, self.code_start)], -1
+            )
+        return jnp.where(inside, of(around) - self.code_start, -1), before
 
     def rope(self, positions):
         return layers.rope(positions, self.config.head_dim, self.config.rope_base)
@@ -247,6 +294,30 @@ class Transformer(nnx.Module):
         return layers.scan_crossed(self.cross, sight, self.blocks, x, self.rope(positions), *codes, **how)
 
 
+class OutlineHead(nnx.Module):
+    """The second of the two steps in which a code is told: what is drawn, where its colour is known.
+
+    A code's logit is its colour's plus the log-probability that this gives. So the loss of a code is a softmax over the
+    colours and one over the outlines, instead of one over all pairs, and yet any two may depend on each other.
+    """
+
+    def __init__(self, width, hidden, colors, outlines, rows, rngs, dtype):
+        self.outlines, self.dtype = outlines, dtype
+        self.wi = layers.Linear((width, hidden), ("embed", "joint"), rngs, dtype=dtype)
+        self.color_embedding = nnx.Param(layers.normal(rngs, (colors, hidden), 1.0), axes=("code", "joint"))
+        self.table = nnx.Param(layers.normal(rngs, (rows, hidden), hidden**-0.5), axes=("vocab", "joint"))
+
+    def hidden(self, x, color):
+        """Of normed hidden states [..., D] and colours' rows that broadcast against them, [..., hidden]."""
+        return nnx.silu(self.wi(x) + color.astype(self.dtype))
+
+    def __call__(self, x):
+        """x [..., D] -> log-probabilities of the outlines with each colour, float32 [..., colors, outlines]."""
+        h = self.hidden(x[..., None, :], self.color_embedding[...])
+        y = jnp.einsum("...h,oh->...o", h, self.table[...].astype(self.dtype))
+        return jax.nn.log_softmax(layers.high(y)[..., : self.outlines])
+
+
 def images_of(tokens, segments, code_start):
     """tokens, segments int32 [B, T] -> which image of its row each code belongs to, from 1 on, and 0 beside codes; how many
     images of the row are finished at each token. int32 [B, T] each.
@@ -274,8 +345,8 @@ def of_other_images(images, theirs):
     return (theirs > 0) & (theirs != images[..., None])
 
 
-def lookup(table, ids):
-    """Rows of table [V, D] for int ids [B, T, ...] -> [B, T, ..., D]; zeros where an id is negative.
+def lookup(table, ids, axis="vocab"):
+    """Rows of table [V, D], the first axis named as `axis` says, for int ids [B, T, ...] -> [B, T, ..., D]; zeros where an id is negative.
 
     Under a mesh each device looks up what lies in its own part of the vocabulary, and the parts are summed: the
     compiler by itself would gather the whole table, or what was looked up, on every device.
@@ -290,7 +361,7 @@ def lookup(table, ids):
     if meshes.current() is None:
         return local(table, ids)
     mesh, rules = meshes.current()
-    rows, tokens = meshes.spec(("vocab", None), rules), meshes.spec(("batch", "length"), rules)
+    rows, tokens = meshes.spec((axis, None), rules), meshes.spec(("batch", "length"), rules)
     return jax.shard_map(
         functools.partial(local, over=meshes.mesh_axes(rows[0])),
         mesh=mesh, in_specs=(rows, tokens), out_specs=tokens, check_vma=False,
@@ -309,17 +380,55 @@ def around_places(at, width):
     return jnp.stack([above - 1, above, above + 1, above - width, jnp.broadcast_to(at - 1, above.shape)], -1)
 
 
-def around_next(tokens, segments, code_start, max_side):
+def began(tokens, code_start, max_side):
+    """Where the image that a token is in, or the last one before it, states its width, and that width: int32 [B, T]
+    each; 0 and 0 before the first."""
+    at = jnp.arange(tokens.shape[1])
+    stated = stated_width(tokens, code_start, max_side)
+    latest = jax.lax.cummax(jnp.where(stated > 0, at * (max_side + 1) + stated, 0), axis=1)
+    return jnp.divmod(latest, max_side + 1)
+
+
+def beneath_next(tokens, segments, begin, width, code_start, images):
+    """The codes that each of the last `images` images before has at the place that comes next, and left and right of it,
+    above and below: int32 [B, T] and `began` -> int32 [B, T, BENEATH * images].
+
+    -1 where there is no such code, the image before is of another size or another document's, and beside images.
+    """
+    at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    pick = lambda x, y: jnp.take_along_axis(x, jnp.clip(y, 0, x.shape[1] - 1), 1)
+    mine = lambda y: (y > 0) & (pick(segments, y) == segments)
+    begins, widths = [jnp.where(mine(begin), begin, -1)], [width]
+    for _ in range(images):
+        earlier = pick(begin, begins[-1] - 1)
+        begins.append(jnp.where(mine(earlier) & (earlier < begins[-1]), earlier, -1))
+        widths.append(pick(width, begins[-1]))
+    drawn = (tokens >= code_start) | (at == begin)
+    return _beneath(pick, tokens, at, drawn, begins, widths, code_start)
+
+
+def _beneath(pick, tokens, at, drawn, begins, widths, code_start):
+    """Of tokens at places `at`: `begins` and `widths` are those of their own image and of those before, the latest
+    first, -1 where there is none; pick(x, y) takes from x [B, S] at y [B, T]."""
+    begin, width, found = begins[0], widths[0], []
+    height = pick(tokens, begin - 1)
+    for earlier, their_width in zip(begins[1:], widths[1:], strict=True):
+        alike = drawn & (earlier > 0) & (their_width == width) & (pick(tokens, earlier - 1) == height)
+        place = earlier + 1 + at - begin
+        for y in (place, place - 1, place + 1, place - width, place + width):
+            code = pick(tokens, y)
+            found.append(jnp.where(alike & (earlier < y) & (y < begin) & (code >= code_start), code, -1))
+    return jnp.stack(found, -1) if found else jnp.zeros((*at.shape, 0), jnp.int32)
+
+
+def around_next(tokens, segments, begin, width, code_start):
     """The codes above left, above, above right, two above and two left of the place that comes after each code.
 
-    tokens, segments int32 [B, T] -> int32 [B, T, AROUND]; -1 where the image has no such code, or not yet, and
+    tokens, segments and `began` int32 [B, T] -> int32 [B, T, AROUND]; -1 where the image has no such code, or not yet, and
     beside text. The width of an image is said by the token before its first code; <w:1..max_side> precede the
     codes in the vocabulary. At an image's sides "left" and "right" are the ends of the rows beside.
     """
     at = jnp.arange(tokens.shape[1])
-    stated = stated_width(tokens, code_start, max_side)
-    latest = jax.lax.cummax(jnp.where(stated > 0, at * (max_side + 1) + stated, 0), axis=1)
-    begin, width = jnp.divmod(latest, max_side + 1)
     places = around_places(at, width)
     of = lambda x: jnp.take_along_axis(x[..., None], jnp.clip(places, 0, x.shape[1] - 1), 1)
     inside = ((tokens >= code_start) & (width > 0))[..., None] & (begin[..., None] < places)
@@ -361,11 +470,21 @@ def loss(model, batch, *, code_start, z, chunk):
     after = lambda y: jnp.pad(y[:, 1:], ((0, 0), (0, 1)))
     targets, weights = after(batch["tokens"]), after(batch["weights"])
     normed = constrain(layers.rms_norm(x), ("batch", "length", None))
-    total, entropy, log_z = cross_entropy(
-        normed, model.head_table(), targets, weights, model.vocab, z, chunk, model.dtype
-    )
+    images, first = targets >= code_start, targets
+    if model.colors:
+        outlines, colors = jnp.divmod(jnp.where(images, targets - code_start, 0), model.colors)
+        first = jnp.where(images, code_start + colors, targets)
+    how = z, chunk, model.dtype
+    total, entropy, log_z = cross_entropy(normed, model.head_table(), first, weights, model.first, *how)
+    if model.colors:
+        head = model.outline
+        hidden = head.hidden(normed, lookup(head.color_embedding[...], colors, "code"))
+        hidden = constrain(hidden, ("batch", "length", None))
+        more, theirs, _ = cross_entropy(
+            hidden, head.table[...], outlines, weights * images, head.outlines, *how
+        )
+        total, entropy = total + more, entropy + images * theirs
     of = lambda value, weight: ((value * weight).sum(), weight.sum())
-    images = targets >= code_start
     square = jnp.mean(jnp.square(jax.lax.stop_gradient(layers.high(x))), -1)
     return {
         "loss": (total, weights.sum()),

@@ -226,7 +226,8 @@ def step(model, weights, cache, tokens, positions, start, row=None):
 
 def logits(model, weights, x):
     """Hidden states [..., D] -> float32 logits [..., V]."""
-    return _product(layers.rms_norm(x), weights["head"], jnp.float32)[..., : model.vocab]
+    x = layers.rms_norm(x)
+    return model.whole(x, _product(x, weights["head"], jnp.float32))
 
 
 def _product(x, w, out=None):

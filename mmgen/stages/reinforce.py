@@ -383,10 +383,16 @@ def log_probs(model, batch, *, grammar, codes, temperature):
     x = model(*(batch[name] for name in ("tokens", "segments", "positions")))
     at = _places(batch, codes)
     x = layers.rms_norm(jnp.take_along_axis(x, at[..., None] - 1, 1))
-    table = model.head_table()[grammar.code_start : grammar.vocab_size].astype(model.dtype)
-    table = table.reshape(grammar.depth, grammar.codes, -1)
-    x = x.reshape(len(x), -1, grammar.depth, x.shape[-1])
-    logits = jnp.einsum("bpkd,kvd->bpkv", x, table, preferred_element_type=jnp.float32) / temperature
+    if model.colors:
+        y = jnp.einsum(
+            "bnd,vd->bnv", x, model.head_table().astype(model.dtype), preferred_element_type=jnp.float32
+        )
+        logits = model.whole(x, y)[..., grammar.code_start :] / temperature
+    else:
+        table = model.head_table()[grammar.code_start : grammar.vocab_size].astype(model.dtype)
+        table = table.reshape(grammar.depth, grammar.codes, -1)
+        x = x.reshape(len(x), -1, grammar.depth, x.shape[-1])
+        logits = jnp.einsum("bpkd,kvd->bpkv", x, table, preferred_element_type=jnp.float32) / temperature
     logs = jax.nn.log_softmax(logits).reshape(len(x), codes, -1)
     token = (jnp.take_along_axis(batch["tokens"], at, 1) - grammar.code_start) % grammar.codes
     chosen = jnp.take_along_axis(logs, token[..., None], 2)[..., 0]

@@ -1,0 +1,112 @@
+"""Codes told in two steps (`model.outline`), and what the images before have at a place (`model.beneath`)."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmgen.models import transformer
+from tests import test_cross_attention as crossed
+from tests.test_cross_attention import around, built, logits, packed  # noqa: F401 (a fixture)
+from tests.test_slots import documents
+
+
+@pytest.fixture(scope="module")
+def told(sampler, around):  # noqa: F811
+    return built(sampler, around, "codes", seed=5, outline=16, beneath=2)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_logits(sampler, around, told):  # noqa: F811
+    """A softmax over colours and one over outlines are one over all tokens, in value and in gradient."""
+    tokens, segments, positions = packed(sampler, around, 2, seed=3)
+    rng = np.random.default_rng(0)
+    batch = {"tokens": tokens, "segments": segments, "positions": positions}
+    batch["weights"] = rng.random(tokens.shape).astype(np.float32) * (segments > 0)
+    start = around[1].code_start
+
+    def stepwise(params, z=0.0):
+        found = transformer.loss(nnx.merge(told[0], params), batch, code_start=start, z=z, chunk=0)
+        return found["loss"][0], found
+
+    def whole(params):
+        model = nnx.merge(told[0], params)
+        logs = jax.nn.log_softmax(model.logits(model(tokens, segments, positions)))
+        picked = np.take_along_axis if isinstance(logs, np.ndarray) else jax.numpy.take_along_axis
+        return -(picked(logs[:, :-1], tokens[:, 1:, None], 2)[..., 0] * batch["weights"][:, 1:]).sum()
+
+    expected, wanted = jax.jit(jax.value_and_grad(whole))(told[1])
+    (value, parts), found = jax.jit(jax.value_and_grad(stepwise, has_aux=True))(told[1])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    images, words = parts["image_loss"], parts["text_loss"]
+    np.testing.assert_allclose(images[0] + words[0], expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, wanted)
+    assert stepwise(told[1], z=0.1)[0] > value
+
+
+def test_a_code_has_the_logits_of_its_color_and_its_outline(sampler, around, told):  # noqa: F811
+    model, (manifest, grammar) = nnx.merge(*told[:2]), around
+    colors = int(np.prod(manifest["levels"][: manifest["color_digits"]]))
+    assert model.colors == colors > 1
+    row = packed(sampler, around, 1, seed=4)
+    logs = np.asarray(jax.nn.log_softmax(logits(told, *row)), np.float64)
+    codes = np.exp(logs[:, grammar.code_start :]).reshape(len(logs), -1, colors)
+    # Each colour's share is what the head gives it, whatever the outlines.
+    x = transformer.layers.rms_norm(model(*row))[0]
+    head = np.asarray(jax.nn.log_softmax(x @ model.head_table()[: model.first].T))
+    np.testing.assert_allclose(np.log(codes.sum(1)), head[:, grammar.code_start :], atol=1e-3)
+
+
+def test_codes_beneath_by_hand(sampler, around):  # noqa: F811
+    """Of images of one size those at the next place and beside it, the latest image first; of others nothing."""
+    grammar = around[1]
+    start, rng = grammar.code_start, np.random.default_rng(1)
+    sizes = [(1, (2, 3)), (1, (2, 3)), (1, (3, 2)), (1, (2, 3)), (2, (2, 3)), (2, (2, 3))]
+    tokens, segments, expected, before = [], [], [], []
+    for segment, (H, W) in sizes:
+        codes = start + rng.integers(0, grammar.codes, H * W)
+        tokens += [3, grammar.h(H), grammar.w(W), *codes, 4]
+        segments += [segment] * (H * W + 4)
+        rows = np.full((H * W + 4, 2, 5), -1)
+        for k in range(2):
+            if len(before) > k and before[-1 - k][:2] == (segment, (H, W)):
+                theirs = before[-1 - k][2]
+                for i in range(H * W):
+                    for j, at in enumerate((i, i - 1, i + 1, i - W, i + W)):
+                        if 0 <= at < H * W:
+                            rows[2 + i, k, j] = theirs[at]
+                rows[2 + H * W, k, 1] = theirs[
+                    -1
+                ]  # after the last code only what is left of it and above is there
+                rows[2 + H * W, k, 3] = theirs[H * W - W]
+        before.append((segment, (H, W), codes))
+        expected.append(rows.reshape(-1, 10))
+    tokens, segments = np.array([tokens]), np.array([segments])
+    begin = transformer.began(tokens, start, grammar.max_side)
+    found = transformer.beneath_next(tokens, segments, *begin, start, 2)
+    np.testing.assert_array_equal(found[0], np.concatenate(expected))
+
+
+def test_near_is_the_same_wherever_it_is_asked(sampler, around, told):  # noqa: F811
+    model, (_, grammar) = nnx.merge(*told[:2]), around
+    place = type("Place", (), {"grammar": grammar})
+    for document in documents(place, 8, seed=6):
+        row = grammar.encode(document, sampler.text)[None]
+        whole = model.near(row, np.ones_like(row))
+        at = np.arange(row.shape[1])[None]
+        some = model.near_at(row, at)
+        for a, b in zip(whole, some, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_cached_decoding_is_the_full_pass(sampler, around, told):  # noqa: F811
+    crossed.test_cached_decoding_is_the_full_pass(sampler, around, told)
+
+
+def test_what_does_not_fit_is_refused(sampler, around):  # noqa: F811
+    for changes, words in (
+        (dict(outline=16, tied=True), "model.tied=False"),
+        (dict(outline=16, factored=False), "model.factored=True"),
+        (dict(beneath=1, context="cross"), 'context="cross"'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            built(sampler, around, changes.pop("context", "codes"), **changes)
