@@ -8,7 +8,7 @@ import ml_collections
 
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "tiny", "emoji", "dialogue", "350m", "1b", "7b")
+VARIANTS = ("quickstart", "tiny", "preview", "emoji", "dialogue", "350m", "1b", "7b")
 
 
 def get_config(variant):
@@ -66,6 +66,16 @@ def get_config(variant):
         m.layers = 6
         d.batch_size, d.row_length, d.overlong = 16, 288, "drop"
         c.steps, c.optimizer.weight_decay = 1_000, 0.01
+    if variant == "preview":  # all tasks of the world at 64 px: launch/preview.sh, docs/preview.md
+        m.layers, m.outline, m.beneath = 4, 128, 2
+        d.mixture = (
+            ("plain", 0.25), ("draw", 0.12), ("edit", 0.19), ("style", 0.10), ("ask", 0.06), ("caption", 0.05),
+            ("detail", 0.02), ("compare", 0.02), ("mix", 0.02), ("reason", 0.02), ("dialogue", 0.06),
+            ("story", 0.01), ("prose", 0.01), ("sign", 0.03), ("page", 0.04),
+        )  # fmt: skip
+        d.batch_size, d.row_length, d.overlong = 3, 640, "drop"
+        d.image_drop = 0.05  # edits are guided by their images too
+        c.steps, c.save_every, c.ema = 16_000, 1000, 0.999
     if variant == "dialogue":  # a quickstart run (config.init) goes on: docs/posttraining.md
         d.mixture = (("draw", 0.3), ("edit", 0.3), ("dialogue", 0.3), ("question", 0.05), ("caption", 0.05))
         d.batch_size, d.row_length, d.overlong = 3, 560, "drop"

@@ -560,7 +560,7 @@ def test_all_suites(space, tmp_path, capsys):
 def test_all_is_what_was_trained_for(space, tmp_path, capsys):
     """Of the tiny run: prompts and their pictures, and the tokenizer."""
     out = tmp_path / "all"
-    assert suites.trained_on(json.loads((space.transformer / "config.json").read_text())) == {"draw"}
+    assert suites.trained_on(json.loads((space.transformer / "config.json").read_text())) == {"world"}
     assert suites.trained_on({"data": {"shards": f"{space.shards},{tmp_path}"}}) is None
     assert mmgen(*flags_of(space.transformer, "all", out), "--seen", 1, "--unseen", 0) == 0
     assert "left out: edit, dialogue, understanding" in capsys.readouterr().out

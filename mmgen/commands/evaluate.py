@@ -173,9 +173,9 @@ def _measure(args, suite, workdir, inside):
 def _covered(workdir, size):
     """The suites that a transformer's training covers (of an unknown one all whose pictures may have `size`), and that
     of its tokenizer."""
-    trained = suites.trained_on(checkpoint.read_config(workdir, "transformer"))
+    trained = suites.trained_on(checkpoint.read_config(workdir, "transformer", "reinforce"))
     # The suite question is a part of understanding.
-    tasks = {"world": ("draw", "dialogue")} | {k: v for k, v in talks.SUITES.items() if k != "question"}
+    tasks = {"world": ("world", "dialogue")} | {k: v for k, v in talks.SUITES.items() if k != "question"}
     if trained is None:  # what needs larger pictures may need longer rows than the model has
         trained = {task for names in tasks.values() for task in names if LEAST.get(task, 0) <= min(size)}
     names = [name for name in tasks if trained & set(tasks[name])]

@@ -80,16 +80,16 @@ def run(sampler, cases, *, size, seed, batch_size=32, score=None, best_of=1, **o
 
 
 def trained_on(config):
-    """The tasks of the world (mmgen/world/tasks.py; "draw" for prompts with their pictures) in the shards that a
+    """The tasks of the world (mmgen/world/tasks.py; "world" for plain prompts with their pictures) in the shards that a
     transformer run's config names; None where these are not there any more, or hold nothing of the world."""
     found = []
-    for folder in config["data"]["shards"].split(","):
+    for folder in config["data"].get("shards", "").split(","):
         try:
             manifest = json.loads(files.read(files.join(folder, "manifest.json")))
         except BadImage:
             return None
         found += re.findall(r"world:\w+(?:/([\w+]+))?", manifest["source"])
-    return {task or "draw" for tasks in found for task in tasks.split("+")} or None
+    return {task or "world" for tasks in found for task in tasks.split("+")} or None
 
 
 def scores(cases):

@@ -22,9 +22,12 @@ from mmgen.world.scene import EDGE, GAP, MOST, Claim, Object, fits, half_extent,
 SUITES = {
     "edit": ("edit",),
     "dialogue": ("dialogue",),
-    "understanding": ("caption", "question"),
+    "understanding": ("caption", "detail", "question", "compare"),
     "question": ("question",),
     "style": ("style",),
+    "draw": ("draw",),
+    "reference": ("mix",),
+    "reason": ("reason",),
     "text": ("sign", "poster"),
     "infographic": ("chart", "diagram"),
     "comic": ("comic",),
@@ -106,11 +109,11 @@ def converse(sampler, talks, *, size, seed, batch_size=32, **options):
         grown = [Document((*documents[i].turns, _user(talks[i].turns[n], size))) for i in going]
         requests = {}
         for i, document in zip(going, sampler.encode(grown, batch_size)):
-            drawn = draws(talks[i].turns[n])
+            drawn, both = draws(talks[i].turns[n]), len(talks[i].turns[n].says) > 1
             how = options | ({} if drawn else plain)
             request = Request(
                 document=document,
-                output="image" if drawn else "text",
+                output="any" if both else "image" if drawn else "text",
                 size=grid if drawn else None,
                 seed=draw_seed(draw_seed(seed, i), n),
                 **how,
@@ -122,7 +125,7 @@ def converse(sampler, talks, *, size, seed, batch_size=32, **options):
         turns = sampler.generate(list(requests.values()), batch_size) if requests else []
         said = dict(zip(requests, turns, strict=True))
         for i in asked:
-            answers[i].append(_answer(said[i], draws(talks[i].turns[n])) if i in said else None)
+            answers[i].append(_answer(said[i], draws(talks[i].turns[n]), size) if i in said else None)
         for i, turn in said.items():
             documents[i] = Document((*documents[i].turns, turn))
     return answers
@@ -141,9 +144,10 @@ def _fits(sampler, request):
         return False
 
 
-def _answer(turn, drawn):
+def _answer(turn, drawn, size):
     if drawn:
-        return turn.parts[0].pixels[..., :3]
+        pictures = [part.pixels[..., :3] for part in turn.parts if isinstance(part, Image)]
+        return pictures[-1] if pictures else np.zeros((*size[::-1], 3), np.uint8)  # a black one is never right
     return "".join(part.text for part in turn.parts if isinstance(part, Text)).strip()
 
 
