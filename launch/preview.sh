@@ -2,13 +2,14 @@
 # The preview model: one transformer for all that the world asks, from nothing, on two CPU cores (docs/preview.md).
 #
 #   launch/preview.sh runs/preview           # the model of docs/preview.md: hours
-#   launch/preview.sh runs/tiny tiny 200     # a minute or two, learns nothing: VARIANT and documents a task
+#   launch/preview.sh runs/try 60 20         # minutes, learns nothing: documents a task, and steps
 #
 # Run it again and it goes on where it was.
 set -euo pipefail
-dir=${1:?usage: launch/preview.sh FOLDER [VARIANT [DOCUMENTS]]}
-variant=${2:-preview}
-documents=${3:-}
+dir=${1:?usage: launch/preview.sh FOLDER [DOCUMENTS [STEPS]]}
+documents=${2:-}
+steps=${3:+--config.steps=$3}
+cases=${2:+--seen 2 --unseen 1 --probe 2}
 mkdir -p "$dir"
 
 # name, task (of mmgen/world/tasks.py), picture size, documents: shares of tokens are the config's data.mixture
@@ -35,9 +36,9 @@ if [ ! -e "$dir/text.model" ]; then
   while read -r name spec _; do
     [ -z "$name" ] || sources+=(--source "$name=$spec")
   done <<< "$tasks"
-  mmgen text "${sources[@]}" --documents 1500 --size 128x128 --languages en,zh --pieces 1200 --out "$dir/text.model"
+  mmgen text "${sources[@]}" --documents "${documents:-1500}" --size 128x128 --languages en,zh --pieces 1200 --out "$dir/text.model"
 fi
-mmgen train --config "tokenizer:${variant/preview/world}" --workdir "$dir/tokenizer"
+mmgen train --config tokenizer:world --workdir "$dir/tokenizer" $steps
 shards=
 while read -r name spec size count; do
   [ -n "$name" ] || continue
@@ -45,5 +46,6 @@ while read -r name spec size count; do
     --text "$dir/text.model" --max-side 16 --longest 640 --out "$dir/shards/$name"
   shards=$shards,$dir/shards/$name
 done <<< "$tasks"
-mmgen train --config "transformer:$variant" --workdir "$dir/transformer" --config.data.shards="${shards#,}"
-mmgen evaluate --checkpoint "$dir/transformer" --suite all --size 64x64 --out "$dir/report"
+mmgen train --config transformer:preview --workdir "$dir/transformer" --config.data.shards="${shards#,}" $steps
+mmgen evaluate --checkpoint "$dir/transformer" --suite all --size 64x64 \
+  --out "$dir/report" $cases

@@ -62,7 +62,7 @@ def setup(config, workdir):
         adopt=functools.partial(adopt, shards.folders[0], vocabulary, workdir),
         identity=vocabulary,
         flops=functools.partial(_flops, config),
-        grow=functools.partial(_grow, vocabulary, config.model.outline),
+        grow=functools.partial(_grow, vocabulary, config.model),
     )
 
 
@@ -74,7 +74,7 @@ def _flops(config, params):
     return rows * tokens * hardware.flops_a_token(multiplied, layers, tokens, m.heads * m.head_dim)
 
 
-def _grow(vocabulary, outline, workdir):
+def _grow(vocabulary, model, workdir):
     """Which rows of the tables of the run in `workdir` mean what in ours: {pattern: [(theirs, ours, how many)]}.
 
     A vocabulary is pieces, control tokens, heights, widths and codes: where one part has grown, the next begin later.
@@ -93,10 +93,13 @@ def _grow(vocabulary, outline, workdir):
     spans, parts = [], lambda g: (0, g.pieces, g.h(1), g.w(1), g.code_start, g.vocab_size)
     for (a, a_end), (b, b_end) in zip(*(itertools.pairwise(parts(g)) for g in (old, new))):
         spans.append((a, b, min(a_end - a, b_end - b)))
-    if outline:  # the head's rows for codes are those of their colours
+    # Images beneath each place come after the tokens before it: more of them may be read than were.
+    found = {"^(embedding|head)$": spans, "^before/w$": None}
+    if model.outline:  # the head's rows for codes are those of their colours
         colors = math.prod(vocabulary["levels"][: vocabulary["color_digits"]])
-        return {"^embedding$": spans, "^head$": [*spans[:-1], (*spans[-1][:2], colors)]}
-    return {"^(embedding|head)$": spans}
+        found |= {"^embedding$": spans, "^head$": [*spans[:-1], (*spans[-1][:2], colors)]}
+        del found["^(embedding|head)$"]
+    return found
 
 
 def _mixture(pairs):

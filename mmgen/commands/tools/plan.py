@@ -206,8 +206,9 @@ def estimate(config, topology, vocabulary, mfu=0.5):
         "loss": table * (2 * width + 4) + 3 * chunk * table / model.width * 4,
     }
     needed, usable = sum(memory.values()), _USABLE * topology.chip.memory
+    attentions = model.layers + transformer.crossings(model)
     rate = hardware.flops_a_token(
-        multiplied, model.layers, config.data.row_length, model.heads * model.head_dim
+        multiplied, attentions, config.data.row_length, model.heads * model.head_dim
     )
     all_tokens = batch["tokens"].size
     seconds = rate * all_tokens / (topology.devices * topology.chip.flops * mfu)
