@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from mmgen.data.sources import open_source
-from mmgen.evals import talks
+from mmgen.evals import suites, talks
 from mmgen.grammar import Grammar
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.models.transformer import CONTEXTS
@@ -65,9 +65,12 @@ def main():
     for run in runs.values():
         sampler = Sampler(run.program.graphdef, run.state["params"], run.config, *around)
         run.nats = held_out(args, sampler)
-        cases, run.shares = talks.run(
+        cases = talks.run(
             sampler, "edit", seen=args.edits, unseen=0, size=(args.size, args.size), seed=args.seed
         )
+        means, flags = suites.measures(cases)
+        run.shares = means | {name: count / total for name, (count, total) in flags.items()}
+        run.shares["edit_ok"] = statistics.mean(case.ok for case in cases)
         run.ok = [case.ok for case in cases]
         run.ceiling = statistics.mean(case.ceiling for case in cases)
         show(args, runs, report)

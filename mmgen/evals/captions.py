@@ -134,7 +134,7 @@ ZH_STYLES = _phrases(words.ZH_STYLES)
 _ZH_SIDES = _phrases(words.ZH_RELATIONS)
 _ZH_NOUN_PHRASE = (
     f"({_any(_ZH_COUNTS)})({_any(measure for measure, _ in words.ZH_SHAPES.values())})"
-    f"(?:(穿?)({_any(ZH_COLORS)})(?:衣服)?的)?(?:({_any(ZH_SIZES)})(?:大小的|的)?)?({_any(ZH_PATTERNS)})?"
+    f"(?:(穿?)({_any(ZH_COLORS)})((?:衣服)?)的)?(?:({_any(ZH_SIZES)})(?:大小的|的)?)?({_any(ZH_PATTERNS)})?"
     f"({_any(name for _, name in words.ZH_SHAPES.values())})"
 )
 _ZH_THING = _bare(_ZH_NOUN_PHRASE)
@@ -164,9 +164,9 @@ def _chinese(text):
 
 
 def _zh_group(found):
-    count, measure, worn, color, size, pattern, name = found.groups()
+    count, measure, worn, color, clothes, size, pattern, name = found.groups()
     shape = _ZH_NOUNS.get(measure + name)
-    if shape is None or (color and bool(worn) != (shape in FIGURES)):
+    if shape is None or (color and {bool(worn), bool(clothes)} != {shape in FIGURES}):
         return None
     return Group(
         shape,

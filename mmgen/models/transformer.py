@@ -91,12 +91,14 @@ class Transformer(nnx.Module):
         self.vocab, self.code_start = vocab, vocab - codes if code_start is None else code_start
         padded = lambda n: -(-n // config.vocab_multiple) * config.vocab_multiple
         self.rows = padded(vocab)
-        own = (jnp.arange(self.rows) < vocab - codes)[:, None]
-        self.embedding = nnx.Param(own * layers.normal(rngs, (self.rows, D), 1.0), axes=("vocab", "embed"))
+        outline = config.get("outline", 0)
+        # Where colours and outlines are told apart they are all that a code is: it has no row of its own.
+        own = (jnp.arange(padded(vocab - codes) if outline else self.rows) < vocab - codes)[:, None]
+        self.embedding = nnx.Param(own * layers.normal(rngs, (len(own), D), 1.0), axes=("vocab", "embed"))
         self.blocks = layers.stack(lambda r: layers.Block(config, r, dtype=self.dtype), config.layers, rngs)
         # Where codes are told in two steps, first the colour and then the outline, the head has a row for each colour.
-        self.colors = math.prod(levels[:color_digits]) if config.get("outline", 0) else 0
-        if config.get("outline", 0) and (self.colors < 2 or config.tied or depth > 1):
+        self.colors = math.prod(levels[:color_digits]) if outline else 0
+        if outline and (self.colors < 2 or config.tied or depth > 1):
             raise ValueError(
                 "model.outline needs an FSQ tokenizer with color digits, one code a patch, model.factored=True and "
                 "model.tied=False; set it to 0"
@@ -112,7 +114,7 @@ class Transformer(nnx.Module):
         )
         outlines = codes // max(self.colors, 1)
         self.outline = (
-            OutlineHead(D, config.outline, self.colors, outlines, padded(outlines), rngs, self.dtype)
+            OutlineHead(D, outline, self.colors, outlines, padded(outlines), rngs, self.dtype)
             if self.colors
             else None
         )
@@ -150,23 +152,33 @@ class Transformer(nnx.Module):
         crossing = lambda r: layers.CrossBlock(config, config.encoder.width, r, dtype=self.dtype)
         self.cross = layers.stack(crossing, count, rngs) if count else None
 
-    def _digits(self):
-        """float32 [codes, rows]: the rows of the digits' tables that make up each code."""
-        codes = np.arange(math.prod(self.levels))
-        digit = codes[:, None] // np.cumprod([1, *self.levels[:-1]]) % self.levels
-        values = [
-            np.ravel_multi_index([digit[:, i] for i in p], [self.levels[i] for i in p]) for p in self.parts
-        ]
-        return np.concatenate([np.eye(v.max() + 1, dtype=np.float32)[v] for v in values], 1)
+    def _digits(self, codes):
+        """[..., rows]: ones at the rows of the digits' tables that make up each code; zeros where it is negative."""
+        digit = lambda i: codes // math.prod(self.levels[:i]) % self.levels[i]
+        found = []
+        for part in self.parts:
+            row = functools.reduce(lambda row, i: row * self.levels[i] + digit(i), part, 0)
+            size = math.prod(self.levels[i] for i in part)
+            found.append(jax.nn.one_hot(jnp.where(codes < 0, -1, row), size, dtype=self.dtype))
+        return jnp.concatenate(found, -1)
 
     def _table(self, own, digits):
         """[rows, D]: each token's own row, and for a code those of its digits added."""
+        own = own[...]
         if digits is None:
-            return own[...]
+            return own
+        # A sum over a grid with an axis for each digit, of parts that vary along some: codes may be many.
+        table, at, grid = 0.0, 0, self.levels[::-1]  # the first digit is the fastest
+        for part in self.parts:
+            sizes = [self.levels[i] for i in part]
+            rows = digits[...][at : at + math.prod(sizes)].reshape(*sizes, -1)
+            rows = jnp.moveaxis(rows, -1, 0).T  # from the part's last digit to its first
+            shape = [n if len(grid) - 1 - i in part else 1 for i, n in enumerate(grid)]
+            table, at = table + rows.reshape(*shape, -1), at + math.prod(sizes)
+        table = table.reshape(-1, own.shape[1])
         # Padded and added rather than written into a slice: a table that is split over its rows stays so.
-        return own[...] + jnp.pad(
-            self._digits() @ digits[...], ((self.code_start, self.rows - self.vocab), (0, 0))
-        )
+        table = jnp.pad(table, ((self.code_start, self.rows - self.vocab), (0, 0)))
+        return jnp.pad(own, ((0, self.rows - len(own)), (0, 0))) + table
 
     def embedding_table(self):
         """[rows, D]: what a token becomes at the input, before its place and its neighbours are added."""
@@ -188,7 +200,7 @@ class Transformer(nnx.Module):
             x = x + self.before(earlier.reshape(earlier.shape[:-2] + (-1,)))
         if self.around is None:
             return x
-        digits = jnp.pad(self._digits(), ((0, 1), (0, 0)))[around]  # the last row, 0, is that of -1
+        digits = self._digits(around)
         return x + self.around(digits.reshape(digits.shape[:-2] + (-1,)))
 
     def head_table(self):

@@ -97,7 +97,7 @@ def _grow(vocabulary, model, workdir):
     found = {"^(embedding|head)$": spans, "^before/w$": None}
     if model.outline:  # the head's rows for codes are those of their colours
         colors = math.prod(vocabulary["levels"][: vocabulary["color_digits"]])
-        found |= {"^embedding$": spans, "^head$": [*spans[:-1], (*spans[-1][:2], colors)]}
+        found |= {"^embedding$": spans[:-1], "^head$": [*spans[:-1], (*spans[-1][:2], colors)]}
         del found["^(embedding|head)$"]
     return found
 

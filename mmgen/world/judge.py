@@ -35,7 +35,7 @@ from mmgen.world.scene import (
 ENOUGH = 48  # pixels of the short side; larger images are reduced to this ...
 STYLED = 64  # ... and where they have a style, whose contours and soft edges are fine, to this
 GROUND_NEAR = 48.0  # a pixel that close is background
-GROUND_LEAST = 0.55  # the share of such pixels; four objects leave more than 0.7
+GROUND_LEAST = 0.47  # the share of such pixels; four medium squares with ink contours leave 0.48
 CONTRAST = 45.0  # what stands out less from the background is no object
 EDGE_SHARE = 0.42  # a pixel belongs to a piece from this share of its brightest neighbour's contrast
 COLOR_NEAR = 78.0  # a piece's colour is at most so far from the named one ...

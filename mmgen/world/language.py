@@ -230,8 +230,8 @@ _REMAIN = {
 }
 _SUM = {
     "en": {
-        "more": "there are {} and {} more {}. draw them all",
-        "less": "there are {} and {} {} taken away. draw what is left",
+        "more": "there {} {} and {} more. draw them all",
+        "less": "there {} {} and {} {} taken away. draw what is left",
     },
     "zh": {"more": "有{}，又来了{}{}，都画出来", "less": "有{}，拿走了{}{}，画出剩下的"},
 }
@@ -252,10 +252,8 @@ def arithmetic(group, change, language):
     """So many of a group, and `change` more or, below zero, taken away: a wish to have the result drawn."""
     forms, kind = _of(language, _SUM["en"], _SUM["zh"]), "more" if change > 0 else "less"
     if language == "en":
-        named = _noun_phrase(group, True, None) if group.count > 1 else f"one {group.color} {group.shape}"
-        last = "" if change > 0 else ("is" if change == -1 else "are")
-        text = forms[kind].format(named, NUMBERS[abs(change)], last)
-        return text.replace(" .", ".")
+        verbs = ["is" if count == 1 else "are" for count in (group.count, abs(change))]
+        return forms[kind].format(verbs[0], counted(group, language), NUMBERS[abs(change)], verbs[1])
     measure = ZH_SHAPES[group.shape][0]
     return forms[kind].format(_zh_noun_phrase(group), ZH_NUMBERS[abs(change)], measure)
 
@@ -384,7 +382,7 @@ def _english_wish(edit, rng, pronoun):
             "use a {new} background",
         ),
         "pattern": ("make {what} {new}", "turn {what} {new}", "change {what} to {new}"),
-        "style": ("redraw everything {new}", "draw the same {new}", "turn this picture into the same {new}"),
+        "style": ("redraw everything {new}", "draw the same {new}", "redraw this picture {new}"),
     }[edit.kind]
     if edit.kind == "style":
         new = _pick(rng, STYLE_WORDS[edit.value])
@@ -415,7 +413,7 @@ def _english_question(question, rng):
             f"is there {_noun_phrase(thing, False, rng) if thing else ''}?",
             f"do you see any {plural}?",
         ),
-        "ground": ("what color is the background?", "which color is behind?"),
+        "ground": ("what color is the background?", "which color does the background have?"),
         "pattern": (
             f"what pattern does the {thing and thing.shape} have?",
             f"is the {thing and thing.shape} solid, striped, dotted or outlined?",

@@ -1,7 +1,7 @@
 """Tasks in the world beside drawing: pictures that are changed and talked about, each turn's truth known.
 
 A `Talk` is a dialogue about scenes: prompts, edits, questions, "undo". It says what is asked and what is right, in
-scenes and words; `data.sources.World` makes documents of it, and the judges below look at pixels.
+scenes and words; `data.sources.Talks` makes documents of it, and the judges below look at pixels.
 """
 
 import functools
@@ -25,6 +25,7 @@ from mmgen.world.scene import (
     FIGURES,
     GAP,
     GROUNDS,
+    MARGIN,
     MOST,
     RELATIONS,
     SEEN,
@@ -60,9 +61,9 @@ _TRIES, _PLACES = 8, 64  # of an edit of a kind, and places that a thing may mov
 
 @dataclass(frozen=True)
 class Edit:
-    """One change. `target` names the thing that changes, as only it is called (None for "add" and "background"); `value` is
-    what it becomes: a colour, a size, a background, or for "replace" and "add" a Group. "add" and "move" put it to the
-    `relation` side of what `anchor` names; an "add" may leave the place open."""
+    """One change. `target` names the thing that changes, as only it is called (None for "add", "background" and
+    "style"); `value` is what it becomes: a colour, a size, a background, a pattern, a style, or for "replace" and "add" a
+    Group. "add" and "move" put it to the `relation` side of what `anchor` names; an "add" may leave the place open."""
 
     kind: str
     target: Group | None = None
@@ -73,8 +74,8 @@ class Edit:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a scene, and the answer, a word of `words.answer`: a number, a colour, a size, a background, "yes"
-    or "no"."""
+    """What is asked of a scene, and the answer, a word of `words.answer`: a number, a colour, a size, a background, a
+    pattern, a style, "yes" or "no", "the first", "the second" or "neither"."""
 
     kind: str
     subject: Group | None
@@ -219,7 +220,7 @@ def _mix(rng, say, unseen, rich):
         color, shape = pick(rng, UNSEEN if unseen else SEEN)
         _, one = random_item(rng, "single_object", False)
         _, two = random_item(rng, "single_object", False)
-        if not any(s == shape and c != color for c, s in SEEN) or one.objects[0].color == color:
+        if one.objects[0].color == color:
             return None
         thing = replace(one.objects[0], shape=shape)
         if held_out(thing.color, shape) or held_out(color, two.objects[0].shape) or not _apart(thing, ()):
@@ -347,7 +348,10 @@ def _dialogue(rng, say, unseen, rich):
     for n in range(count):
         last = n == count - 1  # the turn that is judged for unseen pairs
         dice = rng.random()
-        if history and dice < 0.15 and not (unseen and last):
+        changes = [turn.kind for turn in turns if turn.kind != "question"]
+        # After "undo" or "no, blue" one step back could be two things.
+        plain = changes[-1] not in ("undo", "correct")
+        if history and plain and dice < 0.15 and not (unseen and last):
             before, scene, it = scene, history.pop(), None
             turns.append(Exchange((say.undo(),), (scene,), None, before, scene, "undo"))
         elif len(history) > 1 and dice < 0.22 and not (unseen and last):
@@ -371,13 +375,15 @@ def _dialogue(rng, say, unseen, rich):
             question = random_question(rng, scene, rich)
             says = (say.answer(question.answer),)
             turns.append(Exchange((say.ask(question),), says, question, scene, scene, "question"))
+            if question.subject is None or _only(question.subject, scene) is not it:
+                it = None  # "it" could be what was asked about
         else:
             found = random_edit(rng, scene, unseen=unseen and last, rich=rich)
             if not found:
                 return None
             edit, after = found
             same = it is not None and edit.target is not None and _only(edit.target, scene) == it
-            pronoun = same and rng.random() < 0.7
+            pronoun = same and rng.random() < 0.9
             turns.append(
                 Exchange((say.wish(edit, pronoun=pronoun),), (after,), edit, scene, after, edit.kind)
             )
@@ -578,7 +584,8 @@ def _try_question(rng, scene, kind):
         shape = thing.shape if rng.random() < 0.85 else pick(rng, SHAPES)
         color = thing.color if rng.random() < 0.4 else None
         subject = Group(shape, color)
-        return Question(kind, subject, sum(fits(other, subject) for other in scene.objects))
+        count = sum(fits(other, subject) for other in scene.objects)
+        return Question(kind, subject, count) if count or not _hidden(subject) else None
     if kind == "exists":
         color, shape = thing.color, thing.shape
         if rng.random() < 0.5:  # one word is wrong, as a picture that has neither would be too easy
@@ -588,7 +595,7 @@ def _try_question(rng, scene, kind):
                 shape = pick(rng, FIGURES if shape in FIGURES else SHAPES)
         subject = Group(shape, color)
         there = any(fits(other, subject) for other in scene.objects)
-        return Question(kind, subject, "yes" if there else "no")
+        return Question(kind, subject, "yes" if there else "no") if there or not _hidden(subject) else None
     if kind == "color":
         subject = Group(thing.shape)
         return Question(kind, subject, thing.color) if _only(subject, scene) else None
@@ -608,7 +615,15 @@ def _try_question(rng, scene, kind):
     if not clear:
         return None
     asked = clear[0] if rng.random() < 0.5 else pick(rng, RELATIONS)
+    ax, ay = RELATIONS[asked]
+    if asked not in clear and ax * (a.x - b.x) + ay * (a.y - b.y) >= MARGIN:
+        return None  # to that side too, but less than to another
     return Question("relation", subject, "yes" if asked in clear else "no", asked, other)
+
+
+def _hidden(group):
+    """Whether a group names a held-out pair: training must not say that there is none, either."""
+    return group.color is not None and held_out(group.color, group.shape)
 
 
 # ---- judges -----------------------------------------------------------------------------------------
