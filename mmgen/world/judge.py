@@ -42,8 +42,10 @@ COLOR_NEAR = 78.0  # a piece's colour is at most so far from the named one ...
 COLOR_RATIO = 0.75  # ... and at most this share of the distance to the next
 MISFIT = 0.32  # root of squared coverage error over squared coverage: above, it is not the shape
 UNEVEN = 22.0  # a half of another colour pulls by a quarter of the distance between the two
+MOTTLED = 0.305  # root of squared error over squared colour: above, there are two. Small pictures are too blurred for it
 CORE = 55.0  # the inside's colour is so near to the named one and the whole's: after JPEG too, but 1 in 6,000
 CLOSE = 30.0  # mean squared error of a picture below which no other style is tried
+OTHER = 0.5  # a thing is in another style if that is so much closer, in squared error
 EXACT = 0.08  # no other kind will be closer
 CLEAN = 0.15  # below, the first look is enough
 SPECK = 0.18  # pieces below this share of a small object's area are dirt, which is forgiven ...
@@ -116,13 +118,36 @@ def parse(pixels: np.ndarray) -> Reading:
         if style == "flat" and reading.faults and min(shape) >= PLAIN:
             layered = _parse(_reduced(pixels, style), background, style, field, layers=True)
             reading = min(reading, layered, key=lambda r: len(r.faults))
-        if len(grounds) == 1:
+        if min(shape) < PLAIN:
             return reading
-        if style == "flat" and not reading.faults and away(reading.scene) < CLOSE:
-            return reading
+        close = style == "flat" and not reading.faults and away(reading.scene) < CLOSE
+        if close or len(grounds) == 1:
+            return _one_style(reading, pixels)
         readings.append(reading)
     # Which style it is, the whole picture says: that in which the scene as read comes closest.
-    return min(readings, key=lambda reading: (len(reading.faults), away(reading.scene)))
+    return _one_style(min(readings, key=lambda r: (len(r.faults), away(r.scene))), pixels)
+
+
+def _one_style(reading, pixels):
+    """The reading, with a fault for each thing that is in another style than its ground: painted in that, it is closer."""
+    scene, faults = reading.scene, []
+    if reading.faults or any(thing.z for thing in scene.objects):
+        return reading
+    height, width = pixels.shape[:2]
+    field, found = ground(scene.background, scene.style, width, height), {}
+    for thing in (thing for thing in scene.objects if thing.pattern != "outlined"):  # a thin line is never quite in place
+        x, y, reach = thing.x * width, thing.y * height, 0.36 * min(height, width)
+        rows, cols = (slice(max(int(at - reach), 0), int(at + reach) + 1) for at in (y, x))
+        near = np.hypot(*np.ogrid[rows.start - y : rows.stop - y, cols.start - x : cols.stop - x])
+        for style in STYLES:
+            canvas = field.copy()
+            paint(canvas, thing.shape, thing.size, thing.pattern, thing.color, style, x, y)
+            error = np.square(canvas[rows, cols] - pixels[rows, cols]).sum(-1)
+            found[style] = float(error[near[: error.shape[0], : error.shape[1]] < 0.26 * min(height, width)].mean())
+        closest = min(found, key=found.get)
+        if found[closest] < OTHER * found[scene.style] and found[scene.style] > CLOSE:
+            faults.append(f"in style {closest} on {scene.style} at ({x:.0f}, {y:.0f})")
+    return replace(reading, faults=tuple(faults))
 
 
 def _reduced(pixels, style="flat"):
@@ -274,6 +299,8 @@ def _read(offset, seen, labels, label, box, field, short):
     if max(np.linalg.norm(core - c) for c in (color, COLORS[name] - ground)) > CORE / depth:
         fault = f"the inside is of another colour {where}"
     error = there - alpha[..., None] * color
+    if short >= PLAIN and np.vdot(error, error) > MOTTLED**2 * np.vdot(color, color) * np.vdot(alpha, alpha):
+        fault = f"a mottled color {where}"
     # The sums of the error's four sides: a side of another colour shows, a blurred edge does not.
     rows, cols = error.sum(1), error.sum(0)
     i, j = round(y - top), round(x - left)
