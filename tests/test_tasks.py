@@ -86,7 +86,7 @@ def test_every_kind_comes_up():
     assert set(edits) == set(tasks.RICH_EDITS) and min(edits.values()) > 12
     for category in tasks.TASKS:
         plain = (
-            [tasks.talk(5, "valid", i, category, short=32) for i in range(30)]
+            [tasks.talk(5, "valid", i, category, size=(32, 32)) for i in range(30)]
             if category not in tasks.LEAST
             else []
         )
@@ -94,7 +94,7 @@ def test_every_kind_comes_up():
             assert scene.style == "flat" and scene.background in BACKGROUNDS
             assert all(t.pattern == "solid" and t.size in SIZES and t.shape in SHAPES for t in scene.objects)
     with pytest.raises(ValueError, match="48 pixels"):
-        tasks.talk(0, "train", 0, "style", short=32)
+        tasks.talk(0, "train", 0, "style", size=(32, 32))
     with pytest.raises(ValueError, match="not judged"):
         tasks.talk(0, "valid", 0, "story", unseen=True)
     questions = collections.Counter(turn.task.kind for t in talks("question", 200) for turn in t.turns)
@@ -201,7 +201,7 @@ def test_the_judge_of_edits(side, count, unseen):
     """True renderings pass, the source is a copy, and a picture with one more thing changed fails."""
     right, wrong, rng = [], [], np.random.default_rng(0)
     for i in range(count):
-        (turn,) = tasks.talk(5, "valid", i, "edit", "en", unseen, side).turns
+        (turn,) = tasks.talk(5, "valid", i, "edit", "en", unseen, (side, side)).turns
         edit, before, after = turn.task, turn.before, turn.after
         source, true = (render(scene, side, side) for scene in (before, after))
         verdict = tasks.judge_edit(true, source, edit, before, after, true)

@@ -377,10 +377,14 @@ class World:
         """At self.size; of Buckets, at a shape drawn from (seed, i)."""
         from mmgen.world import tasks
 
-        size = self.size
-        if isinstance(size, images.Buckets):
-            size = size.shapes[np.random.default_rng([self.seed, i, 2]).integers(len(size.shapes))]
-        return tasks.picture(scene, *size)
+        return tasks.picture(scene, *self._size(i))
+
+    def _size(self, i):
+        """(width, height) of document i's pictures."""
+        if not isinstance(self.size, images.Buckets):
+            return self.size
+        shapes = self.size.shapes
+        return shapes[np.random.default_rng([self.seed, i, 2]).integers(len(shapes))]
 
 
 class Talks(World):
@@ -405,9 +409,10 @@ class Talks(World):
         """The world's Talk i, in the language drawn for (seed, i)."""
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents} in {self.spec}")
-        sizes = self.size.shapes if isinstance(self.size, images.Buckets) else [self.size]
-        task = self.category.split("+")[i % (self.category.count("+") + 1)]
-        return _world_talk(self.seed, self.split, int(i), task, self.language(i), min(map(min, sizes)))
+        tasks = self.category.split("+")
+        return _world_talk(
+            self.seed, self.split, int(i), tasks[i % len(tasks)], self.language(i), self._size(i)
+        )
 
     def _scenes(self, i):
         from mmgen.world import tasks
@@ -468,10 +473,10 @@ def _world_item(seed, split, i, category, languages):
 
 
 @functools.lru_cache(64)
-def _world_talk(seed, split, i, task, language, short):
+def _world_talk(seed, split, i, task, language, size):
     from mmgen.world import tasks
 
-    return tasks.talk(seed, split, i, task, language, short=short)
+    return tasks.talk(seed, split, i, task, language, size=size)
 
 
 class Several:

@@ -14,9 +14,21 @@ from mmgen.evals import captions
 from mmgen.evals.suites import Case
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.world import language as words
-from mmgen.world import tasks
+from mmgen.world import pages, tasks
 from mmgen.world.judge import parse
-from mmgen.world.scene import EDGE, GAP, MOST, Claim, Object, fits, half_extent, related
+from mmgen.world.scene import (
+    BACKGROUNDS,
+    EDGE,
+    GAP,
+    MARGIN,
+    MOST,
+    RELATIONS,
+    Claim,
+    Object,
+    fits,
+    half_extent,
+    related,
+)
 
 # What `mmgen evaluate` calls a suite: the categories of `tasks.talk` that it asks.
 SUITES = {
@@ -65,13 +77,14 @@ def run(sampler, suite, *, seen, unseen, size, seed, split="test", language="en"
     """
     if suite not in SUITES:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}; found {suite!r}")
-    cases, flags = [], [False] * seen + [True] * unseen
+    cases = []
     for category in SUITES[suite]:
         pixels = enlarged(size, tasks.LEAST.get(category, 0))
-        talks = [
-            tasks.talk(seed, split, i, category, language, flag, min(pixels))
-            for i, flag in zip((*range(seen), *range(unseen)), flags, strict=True)
-        ]
+        asked = [(i, False) for i in range(seen)] + [(i, True) for i in range(unseen)]
+        if category in pages.KINDS:  # whose words are never those of the training
+            asked = [(i, False) for i in range(seen + unseen)]
+        talks = [tasks.talk(seed, split, i, category, language, flag, pixels) for i, flag in asked]
+        flags = [flag or category in pages.KINDS for _, flag in asked]
         answers = converse(sampler, talks, size=pixels, seed=seed, batch_size=batch_size, **options)
         best = reconstructions(sampler, talks, pixels)
         for talk, flag, said, right in zip(talks, flags, answers, best, strict=True):
@@ -147,7 +160,9 @@ def _fits(sampler, request):
 def _answer(turn, drawn, size):
     if drawn:
         pictures = [part.pixels[..., :3] for part in turn.parts if isinstance(part, Image)]
-        return pictures[-1] if pictures else np.zeros((*size[::-1], 3), np.uint8)  # a black one is never right
+        return (
+            pictures[-1] if pictures else np.zeros((*size[::-1], 3), np.uint8)
+        )  # a black one is never right
     return "".join(part.text for part in turn.parts if isinstance(part, Text)).strip()
 
 
@@ -165,6 +180,10 @@ def judge_answer(turn, answer, source=None, language="en") -> Verdict:
     """Whether an answer, uint8 [H, W, 3] or a text, is right in an Exchange. source: the picture that was to be
     changed, where it shows `turn.before` as the world draws it; it adds the PSNR in dB of what an edit leaves alone."""
     task = turn.task
+    if isinstance(answer, str) and turn.kind == "comic_ask":  # what a panel shows can be said in other words
+        said, right = (captions.parse(text, language) for text in (answer, turn.says[-1]))
+        if said and right and sorted(map(str, said.groups)) == sorted(map(str, right.groups)):
+            return Verdict(said.background == right.background, f"{answer!r}, not {turn.says[-1]!r}")
     if isinstance(answer, str) and isinstance(task, Claim):
         found = captions.judge(answer, turn.after, language)
         return Verdict(found["complete"], f"{answer!r}, not {turn.says[-1]!r}", found)
@@ -237,6 +256,8 @@ def as_read(turn, now, back=None, edit=None, language="en"):
         return UNREADABLE
     if isinstance(task, tasks.Edit):
         named = all(_only(group, now) for group in (task.target, task.anchor) if group)
+        if named and task.kind == "resize" and _only(task.target, now).size == task.value:
+            return OPEN  # it is as large, or as small, as things are already
         return replace(turn, task=task, before=now) if named and _has_room(task, now) else OPEN
     answer = right_answer(task, now)
     if answer is None:
@@ -248,8 +269,11 @@ def as_read(turn, now, back=None, edit=None, language="en"):
 def right_answer(question, scene):
     """What is right of a tasks.Question in this scene; None where it cannot be asked there."""
     subject = question.subject
-    if question.kind in ("ground", "style"):
-        return scene.background if question.kind == "ground" else scene.style
+    if question.kind == "ground":
+        plain = scene.background in BACKGROUNDS and scene.style in ("flat", "ink")
+        return scene.background if plain else None
+    if question.kind == "style":
+        return scene.style
     if question.kind in ("count", "exists"):
         count = sum(fits(thing, subject) for thing in scene.objects)
         if question.kind == "exists":
@@ -260,8 +284,15 @@ def right_answer(question, scene):
         return None
     if question.kind == "relation":
         other = _only(question.other, scene)
-        return other and ("yes" if related(question.relation, thing, other) else "no")
-    return getattr(thing, question.kind)  # color, size or pattern
+        if not other:
+            return None
+        ax, ay = RELATIONS[question.relation]
+        along = ax * (thing.x - other.x) + ay * (thing.y - other.y)
+        if related(question.relation, thing, other):
+            return "yes"
+        return "no" if along < MARGIN else None  # to that side too, but less than to another
+    found = getattr(thing, question.kind)  # color, size or pattern
+    return None if found == "medium" else found
 
 
 def _has_room(edit, scene):

@@ -135,7 +135,9 @@ def _one_style(reading, pixels):
         return reading
     height, width = pixels.shape[:2]
     field, found = ground(scene.background, scene.style, width, height), {}
-    for thing in (thing for thing in scene.objects if thing.pattern != "outlined"):  # a thin line is never quite in place
+    for thing in (
+        thing for thing in scene.objects if thing.pattern != "outlined"
+    ):  # a thin line is never quite in place
         x, y, reach = thing.x * width, thing.y * height, 0.36 * min(height, width)
         rows, cols = (slice(max(int(at - reach), 0), int(at + reach) + 1) for at in (y, x))
         near = np.hypot(*np.ogrid[rows.start - y : rows.stop - y, cols.start - x : cols.stop - x])
@@ -143,7 +145,9 @@ def _one_style(reading, pixels):
             canvas = field.copy()
             paint(canvas, thing.shape, thing.size, thing.pattern, thing.color, style, x, y)
             error = np.square(canvas[rows, cols] - pixels[rows, cols]).sum(-1)
-            found[style] = float(error[near[: error.shape[0], : error.shape[1]] < 0.26 * min(height, width)].mean())
+            found[style] = float(
+                error[near[: error.shape[0], : error.shape[1]] < 0.26 * min(height, width)].mean()
+            )
         closest = min(found, key=found.get)
         if found[closest] < OTHER * found[scene.style] and found[scene.style] > CLOSE:
             faults.append(f"in style {closest} on {scene.style} at ({x:.0f}, {y:.0f})")

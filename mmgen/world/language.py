@@ -203,7 +203,7 @@ _MIX = {
     "en": {
         "color": (
             "draw the shape of the first picture in the color of the second",
-            "the first one, but in the second's color",
+            "draw the first shape in the second's color",
         ),
         "background": (
             "put the first picture on the background of the second",

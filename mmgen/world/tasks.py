@@ -19,6 +19,7 @@ from mmgen.world.judge import judge, parse
 from mmgen.world.render import render
 from mmgen.world.rich import PATTERNED, RICH, patterns_of, random_rich
 from mmgen.world.scene import (
+    ALL_SIZES,
     BACKGROUNDS,
     COLORS,
     EDGE,
@@ -110,10 +111,10 @@ class Talk:
         return self.category in PAGES
 
 
-def talk(seed, split, i, category, language="en", unseen=False, short=None) -> Talk:
+def talk(seed, split, i, category, language="en", unseen=False, size=None) -> Talk:
     """Talk i of a split: a pure function of its arguments. category: one of TASKS. unseen: what a wish makes, or a
-    question asks for, is a colour-shape pair that is held out of training; otherwise none is in any picture. short: pixels of the
-    pictures' short side: of less than RICH_FROM they show the plain world alone. Words on pages are, but in training, of those that are
+    question asks for, is a colour-shape pair that is held out of training; otherwise none is in any picture. size: (width, height) of the pictures
+    in pixels: of a short side below RICH_FROM they show the plain world alone, and where they are not square nothing overlaps. Words on pages are, but in training, of those that are
     held out of it."""
     if category not in TASKS:
         raise ValueError(f"category: expected one of {', '.join(TASKS)}; found {category!r}")
@@ -124,9 +125,10 @@ def talk(seed, split, i, category, language="en", unseen=False, short=None) -> T
     if unseen and category in PAGES:
         raise ValueError(f"unseen: a {category} is not judged, and never shows held-out pairs")
     least = LEAST.get(category, 0)
-    if short is not None and short < least:
+    size = size or (math.inf, math.inf)
+    if min(size) < least:
         raise ValueError(
-            f"{category}: legible from a short side of {least} pixels on, found {short}: say a larger size"
+            f"{category}: legible from a short side of {least} pixels on, found {min(size)}: say a larger size"
         )
     digest = blake2b(f"{seed} {split} {i} {category} {bool(unseen)}".encode(), digest_size=16).digest()
     # Scenes and words have a stream each, so that what happens does not depend on the language.
@@ -135,7 +137,8 @@ def talk(seed, split, i, category, language="en", unseen=False, short=None) -> T
     fixed = ("answer", "describe", "counted", "arithmetic", "fact")
     say |= {name: functools.partial(getattr(words, name), language=language) for name in fixed}
     say = types.SimpleNamespace(**say, language=language, rng=tongue, held_out=split != "train")
-    rich = short is None or short >= RICH_FROM
+    kinds = RICH if size[0] == size[1] else tuple(kind for kind in RICH if kind != "layers")
+    rich = kinds if min(size) >= RICH_FROM else ()  # the kinds of rich scenes that may come
     while True:
         turns = TASKS[category](rng, say, bool(unseen), rich)
         if turns:
@@ -146,18 +149,19 @@ def talk(seed, split, i, category, language="en", unseen=False, short=None) -> T
 
 
 _PLAIN = ("single_object", "two_object", "two_object", "position", "color_attribution", "counting", "scene")
+_UNCLEAR = 0.025  # so near to a border of the thirds no word for a place is given
 _RICH_SHARE = 0.35  # of the scenes that are talked about
 
 
 def _some_scene(rng, rich, unseen=False):
     if rich and rng.random() < _RICH_SHARE:
-        return random_rich(rng, pick(rng, RICH), unseen)
+        return random_rich(rng, pick(rng, rich), unseen)
     return random_item(rng, pick(rng, _PLAIN), unseen, told=True)
 
 
 def _draw(rng, say, unseen, rich):
     """A wish for a picture with what a rich world has."""
-    kind = pick(rng, RICH if rich else _PLAIN)
+    kind = pick(rng, rich or _PLAIN)
     claim, scene = random_rich(rng, kind, unseen) if rich else random_item(rng, kind, unseen, told=True)
     return [Exchange((say.say(claim),), (scene,), claim, None, scene, kind)]
 
@@ -167,14 +171,15 @@ def _caption(rng, say, unseen, rich):
         rng, pick(rng, ("colors", "two_object", "position", "scene")), unseen, told=True
     )
     if rich and rng.random() < _RICH_SHARE:
-        claim, scene = random_rich(rng, pick(rng, RICH), unseen)
+        claim, scene = random_rich(rng, pick(rng, rich), unseen)
     asks = (scene, say.ask_caption())
     return [Exchange(asks, (say.say(claim, bare=True),), claim, scene, scene, "caption")]
 
 
 def _detail(rng, say, unseen, rich):
     _, scene = _some_scene(rng, rich, unseen)
-    if any(thing.z for thing in scene.objects):
+    edges = [abs(at - third / 3) for thing in scene.objects for at in (thing.x, thing.y) for third in (1, 2)]
+    if any(thing.z for thing in scene.objects) or min(edges) < _UNCLEAR:
         return None
     return [Exchange((scene, say.ask_detail()), (say.describe(scene),), None, scene, scene, "detail")]
 
@@ -262,7 +267,10 @@ def _reason(rng, say, unseen, rich):
     group = Group(None, thing.color) if rng.random() < 0.6 else Group(thing.shape)
     left = tuple(other for other in scene.objects if not _of_group(other, group))
     held = any(held_out(thing.color, thing.shape) for thing in left)
-    if not left or any(thing.z for thing in scene.objects) or (unseen and not held):
+    people = group.shape is None and any(
+        thing.shape in FIGURES for thing in scene.objects
+    )  # is who wears red a red one?
+    if people or not left or any(thing.z for thing in scene.objects) or (unseen and not held):
         return None
     after = replace(scene, objects=left)
     return [Exchange((scene, say.remain(group)), (after,), None, scene, after, "remain")]
@@ -572,7 +580,9 @@ def random_question(rng, scene: Scene, rich=True) -> Question:
 def _try_question(rng, scene, kind):
     thing = pick(rng, scene.objects)
     if kind == "ground":
-        return Question(kind, None, scene.background) if scene.background in BACKGROUNDS else None
+        # By night white is gray, and on paper black is.
+        plain = scene.background in BACKGROUNDS and scene.style in ("flat", "ink")
+        return Question(kind, None, scene.background) if plain else None
     if kind == "style":
         return Question(kind, None, scene.style) if scene.style != "flat" or rng.random() < 0.1 else None
     if kind == "pattern":
@@ -739,7 +749,10 @@ def done(edit: Edit, before: Scene, found: Scene) -> tuple[bool, bool]:
             _near(thing, target) and fits(thing, replace(_group(target), color=edit.value))
         ),
         "resize": lambda thing: (
-            _near(thing, target) and fits(thing, replace(_group(target), size=edit.value))
+            _near(thing, target)
+            and fits(thing, replace(_group(target), size=None))
+            and thing.size != target.size
+            and (ALL_SIZES[thing.size] > ALL_SIZES[target.size]) == (edit.value == "large")
         ),
         "replace": lambda thing: _near(thing, target) and fits(thing, edit.value),
         "pattern": lambda thing: (
