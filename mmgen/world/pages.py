@@ -544,7 +544,8 @@ UNEXPLAINED, OTHER_COLOR = (
     50.0,
     75.0,
 )  # ... and a pixel to that distance, as SIGHT weighs it and in all colors ...
-STRAY = 0.012  # ... but for this share of all
+STRAY = 0.02  # ... but for this share of all
+BLOT = 45.0  # pixels of 128 x 128 that hang together: dirt is smaller, a word or a thing too much is not
 
 
 def read_page(pixels: np.ndarray, kind: str) -> Reading:
@@ -567,17 +568,24 @@ def read_page(pixels: np.ndarray, kind: str) -> Reading:
     look = (looks | {"diagram": _read_diagram, "comic": _read_comic})[kind]
     page = look(image, faults)
     if page is not None and not faults:
-        share = _unexplained(image, _draw(page, image.shape[1], image.shape[0]).astype(np.float32))
-        if share > STRAY:
-            faults.append(f"{share:.1%} of the picture is unlike the page that is read in it")
+        strange = _unexplained(image, _draw(page, image.shape[1], image.shape[0]).astype(np.float32))
+        if strange.mean() > STRAY:
+            faults.append(f"{strange.mean():.1%} of the picture is unlike the page that is read in it")
+        count, _, boxes, middles = cv2.connectedComponentsWithStats(strange.astype(np.uint8))
+        # Without what is not strange, and without lines that are not to the pixel where they were.
+        thick = boxes[1:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].min(1) > 3
+        areas = boxes[1:, cv2.CC_STAT_AREA] * thick
+        if count > 1 and areas.max() > BLOT * (min(image.shape[:2]) / LOOK) ** 2:
+            x, y = middles[1 + areas.argmax()]
+            faults.append(f"something that is not of the page at ({x:.0f}, {y:.0f})")
     return Reading(page, tuple(faults))
 
 
 def _unexplained(image, drawn):
-    """The share of pixels that are far from every pixel of the drawing beside them: in brightness, or blurred in color."""
+    """bool [H, W]: far from every pixel of the drawing beside them, in brightness, or blurred in color."""
     fine = _far(*(cv2.GaussianBlur(pixels @ SIGHT.T, (3, 3), 0) for pixels in (image, drawn)), UNEXPLAINED)
     coarse = _far(*(cv2.blur(pixels, (5, 5)) for pixels in (image, drawn)), OTHER_COLOR)
-    return float((fine | coarse).mean())
+    return fine | coarse
 
 
 def _far(image, drawn, distance):
