@@ -79,8 +79,9 @@ def eight(space, tmp_path, dtype, tolerance, names):
         assert_close(curves[name], expected, tolerance)
 
 
+@pytest.mark.soak
 def test_eight_devices_learn_what_one_does(space, tmp_path):
-    """All axes at once, the most exacting; `pytest -m soak tests/test_equality.py` runs all, in both precisions."""
+    """All axes at once, the most exacting; tests/test_mesh.py has a short one that is always run."""
     eight(space, tmp_path, "float64", 1e-9, ("all",))
 
 

@@ -69,8 +69,9 @@ def test_altered_prompts_are_judged_false(size):
 @pytest.mark.parametrize("size", [32, 64])
 def test_jpeg_and_a_shift_of_one_pixel_are_forgiven(size):
     rng = np.random.default_rng(0)
-    assert rate(50, size, lambda a: jpeg(shift(a, *rng.integers(-1, 2, 2)))) >= 0.98
-    assert rate(20, size, lambda a: shift(a, *rng.integers(-1, 2, 2))) == 1.0
+    count = 50 if size == 32 else 15  # each is tried in every style
+    assert rate(count, size, lambda a: jpeg(shift(a, *rng.integers(-1, 2, 2)))) >= 0.98
+    assert rate(count // 2, size, lambda a: shift(a, *rng.integers(-1, 2, 2))) == 1.0
 
 
 def test_every_kind_on_every_background_is_read_exactly():

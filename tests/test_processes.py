@@ -136,6 +136,7 @@ loop.train(config_of(sys.argv[3:]), sys.argv[1], stop_at=int(sys.argv[2]))
 """
 
 
+@pytest.mark.soak  # tests/test_launch.py has two processes that are always run
 def test_two_processes_train_in_one_workdir_and_one_goes_on(space, tmp_path):
     flags = ["--config", "transformer:tiny", f"--config.data.shards={space.shards}", "--config.save_every=1"]
     flags += ["--config.keep=1", "--config.log_every=1", "--config.mesh.data=4"]

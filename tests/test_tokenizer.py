@@ -285,6 +285,7 @@ for flags in runs:
 """
 
 
+@pytest.mark.soak
 def test_a_mesh_of_eight_learns_what_one_device_learns(tmp_path):
     """Codebooks by moving averages, entropies of the whole batch, and the discriminator's norm and optimizer of its own:
     all sums are over the whole batch. (Restarts make several codewords of pictures' many equal patches, among which
