@@ -75,13 +75,13 @@ def get_config(variant):
     c.update(LOOP)
     c.keep_pages = True  # on CPU a third faster for large models: see runtime/memory.py
 
-    if variant == "world":  # rich scenes and signs of 64 px, a code for 8 x 8 pixels: 125 colours times 216 outlines
-        m.patch, q.levels, l.color_digits = 8, (5, 5, 5, 6, 6, 6), 3
-        m.width, m.encoder_layers, m.layers, m.cell_layers, m.cell_width = 128, 3, 4, 3, 48
-        d.source = dict(spec="world:train/draw+style", size=(64, 64), seed=0, documents=12_000)
+    if variant == "world":  # rich scenes of 64 px, a code for 8 x 8 pixels: 125 colours times 512 outlines
+        m.patch, q.levels, l.color_digits = 8, (5, 5, 5, 8, 8, 8), 3
+        m.width, m.encoder_layers, m.layers, m.cell_layers, m.cell_width = 128, 3, 4, 3, 64
+        d.source = dict(spec="world:train/draw+style", size=(64, 64), seed=0, documents=16_000)
         c.held_out = dict(spec="world:valid/draw+style", size=(64, 64), seed=0, documents=256)
-        l.floor, l.noise, l.weights.rate = 3e-4, 0.03, 5e-4
-        c.steps, c.save_every = 7500, 1000
+        l.floor, l.noise, l.weights.rate = 2e-4, 0.02, 5e-4
+        c.steps, c.save_every = 12_000, 1000
     folder = variant.removesuffix("-f8")
     if folder in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
         q.levels = (8, 5, 5, 5)
