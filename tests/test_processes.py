@@ -177,10 +177,8 @@ def measured(name, text):
     return config
 
 
-@pytest.mark.parametrize(
-    "name, metric",
-    [("contrastive", "text_r10"), pytest.param("classifier", "shape_accuracy", marks=pytest.mark.soak)],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("name, metric", [("contrastive", "text_r10"), ("classifier", "shape_accuracy")])
 def test_towers_are_measured_on_several_processes(name, metric, space, tmp_path):
     """What is measured is that of one process; parameters lie in parts, or the batch alone does."""
     run(2, EVALUATE, [(name, space.text, tmp_path / "2")] * 2)

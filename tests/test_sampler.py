@@ -113,7 +113,7 @@ WISHES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.soak), 3.0])
 def test_a_random_model_writes_nothing_illegal(space, sampler, guidance):
     """Every output decodes by the grammar, even at temperature 2, and is what was wished for."""
     wild = Strategy(temperature=2.0)

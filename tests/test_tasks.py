@@ -190,7 +190,7 @@ def test_dialogues_hang_together():
 
 @pytest.mark.parametrize(
     "side, count, unseen",
-    [(32, 250, False), (64, 40, True)]
+    [(32, 250, False), (64, 25, True)]
     + [
         pytest.param(side, 1200, unseen, marks=pytest.mark.soak)
         for side in (32, 64)

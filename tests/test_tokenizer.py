@@ -50,6 +50,7 @@ def parts(found):
     return {name: value for name, value in params.items() if name not in theirs}, theirs
 
 
+@pytest.mark.soak
 def test_until_it_is_listened_to_a_discriminator_changes_nothing(plain, tmp_path):
     """Nor does it by a norm that is clipped, or by the optimizer: the tokenizer is that of a run without one."""
     config = config_of([*PLAIN, *GAN, "--config.loss.gan.start=3"])
@@ -300,6 +301,7 @@ def test_a_mesh_of_eight_learns_what_one_device_learns(tmp_path):
     run_python(MESHES, tmp_path, json.dumps([[*small, *VQ, *GAN], lfq]), devices=8, cwd=ROOT)
 
 
+@pytest.mark.soak
 def test_eight_images_are_learned_by_heart(tmp_path):
     flags = [
         *PLAIN,
