@@ -75,7 +75,7 @@ def get_config(variant):
         )  # fmt: skip
         d.batch_size, d.row_length, d.overlong = 3, 640, "drop"
         d.image_drop = 0.05  # edits are guided by their images too
-        c.steps, c.save_every, c.ema = 16_000, 1000, 0.999
+        c.steps, c.save_every, c.ema = 30_000, 1000, 0.999
     if variant == "dialogue":  # a quickstart run (config.init) goes on: docs/posttraining.md
         d.mixture = (("draw", 0.3), ("edit", 0.3), ("dialogue", 0.3), ("question", 0.05), ("caption", 0.05))
         d.batch_size, d.row_length, d.overlong = 3, 560, "drop"
