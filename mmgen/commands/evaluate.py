@@ -25,8 +25,8 @@ MEASURED = {  # on images of --data: the stage of their run, and how it is loade
 
 def main(argv):
     """Measures a checkpoint and writes report.html and report.json. Suite world: held-out prompts of the world, drawn
-    by a transformer and judged; edit, style, dialogue, understanding, question: its pictures changed, talked about,
-    described and asked about; text, infographic, comic: pages with words; retrieval: the towers of a contrastive run,
+    by a transformer and judged; draw: prompts of the rich world; edit, style, reference, reason, dialogue, understanding,
+    question: its pictures changed, combined, thought over, talked about, described and asked about; text, infographic, comic: pages with words; retrieval: the towers of a contrastive run,
     on pairs of --data; classifier: on labelled images of --data; tokenizer: how well codes give back the images of
     --data; all: what a transformer was trained for, and its tokenizer. With --prompts nothing is judged: pictures for
     the prompts of a public benchmark."""
