@@ -17,8 +17,6 @@ from mmgen.world.pages import (
     WORDS,
     Diagram,
     Poster,
-    alter_page,
-    edit_page,
     inks,
     is_held_out,
     judge_page,
@@ -30,6 +28,7 @@ from mmgen.world.pages import (
     same,
     strings,
 )
+from mmgen.world.pages_changes import alter_page, edit_page
 from mmgen.world.pages_language import ask_page, describe_page, say_edit, say_page
 
 SIZES = {kind: ((128, 128), (256, 256), (160, 200)) for kind in KINDS} | {

@@ -4,7 +4,8 @@ Words that stand on a page are quoted exactly as they are written there, in both
 """
 
 from mmgen.world.language import answer, say
-from mmgen.world.pages import Bar, Chart, Comic, Diagram, Page, PageEdit, Poster, kind_of, scene_claim
+from mmgen.world.pages import Bar, Chart, Comic, Diagram, Page, Poster, kind_of, scene_claim
+from mmgen.world.pages_changes import PageEdit
 from mmgen.world.scene import Claim, Group, pick
 
 ZH_NUMBERS = ("零", "一", "二", "三", "四", "五")

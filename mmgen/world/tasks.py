@@ -12,7 +12,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from mmgen.world import SPLITS, pages
+from mmgen.world import SPLITS, pages, pages_changes
 from mmgen.world import language as words
 from mmgen.world import pages_language as page_words
 from mmgen.world.judge import judge, parse
@@ -332,7 +332,7 @@ def _page(kind, rng, say, unseen, rich):
     if dice < 0.85:
         question, reply = page_words.ask_page(page, *tongue)
         return [Exchange((page, question), (reply,), page, page, page, f"{kind}_ask")]
-    edit, after = pages.edit_page(rng, page, say.held_out)
+    edit, after = pages_changes.edit_page(rng, page, say.held_out)
     asks = (page, page_words.say_edit(edit, *tongue))
     return [Exchange(asks, (after,), edit, page, after, f"{kind}_edit")]
 
