@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from mmgen.models import transformer
+from mmgen.runtime import config as configs
 from tests import test_cross_attention as crossed
 from tests.test_cross_attention import around, built, logits, packed  # noqa: F401 (a fixture)
 from tests.test_slots import documents
@@ -118,3 +120,21 @@ def test_what_does_not_fit_is_refused(sampler, around):  # noqa: F811
     ):
         with pytest.raises(ValueError, match=words):
             built(sampler, around, changes.pop("context", "codes"), **changes)
+
+
+def test_codes_are_read_by_halves_as_they_are_by_the_whole_table():
+    """Training looks the two halves of a code up; sampling makes the whole table once and looks there."""
+    config = configs.load("transformer:preview").model
+    model = transformer.Transformer(
+        config, 1400 + 3 * 5 * 4 * 2, nnx.Rngs(0), levels=(3, 5, 4, 2), color_digits=2, max_side=16
+    )
+    rng = np.random.default_rng(0)
+    draw = lambda low, high, *more: jnp.asarray(rng.integers(low, high, (2, 50, *more)), jnp.int32)
+    around = draw(-1, 120, transformer.AROUND)
+    given = draw(0, model.vocab), draw(0, 9, 3), around, draw(-1, model.vocab, 13)
+    np.testing.assert_allclose(
+        model.embed(*given), model.embed(*given, table=model.embedding_table()), atol=1e-5
+    )
+    by_digits = model.around(model._digits(around).reshape(2, 50, -1))
+    model.place.w[...], model.before = jnp.zeros_like(model.place.w[...]), None
+    np.testing.assert_allclose(model.embed(*given) - model._lookup_halves(given[0]), by_digits, atol=1e-5)

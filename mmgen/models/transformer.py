@@ -162,6 +162,34 @@ class Transformer(nnx.Module):
             found.append(jax.nn.one_hot(jnp.where(codes < 0, -1, row), size, dtype=self.dtype))
         return jnp.concatenate(found, -1)
 
+    def _split(self, codes):
+        """Where in `_halves` the two halves of each code are; -1 twice where it is negative."""
+        outlines, colors = jnp.divmod(codes, self.colors)
+        return jnp.where(codes < 0, -1, colors), jnp.where(codes < 0, -1, self.colors + outlines)
+
+    def _halves(self, rows):
+        """Rows [..., R, D] of the digits' tables -> [..., colors + outlines, D]: a code's is the sum of that of its colour
+        and that of its outline, each the sum of the rows of its own digits."""
+        starts = np.cumsum([0, *(math.prod(self.levels[i] for i in part) for part in self.parts)])
+        found = []
+        for half in self.parts[-2:]:
+            number = np.arange(math.prod(self.levels[i] for i in half))
+            digit = lambda i: number // math.prod(self.levels[half.start : i]) % self.levels[i]
+            for start, part in zip(starts, self.parts):
+                if half.start <= part.start and part.stop <= half.stop:
+                    row = functools.reduce(lambda row, i: row * self.levels[i] + digit(i), part, 0)
+                    found.append((half, rows[..., start + row, :]))
+        sums = [sum(each for of, each in found if of is half) for half in self.parts[-2:]]
+        return jnp.concatenate(sums, -2)
+
+    def _lookup_halves(self, ids):
+        """What `lookup` in the `embedding_table` gives, without making it: large codebooks have few halves."""
+        halves = constrain(self._halves(self.digit_embedding[...]), (None, None)).astype(self.dtype)
+        codes = ids - self.code_start
+        own = lookup(self.embedding[...].astype(self.dtype), jnp.where(codes < 0, ids, -1))
+        first, second = self._split(jnp.where(codes < 0, -1, codes))
+        return own + _rows(halves, first) + _rows(halves, second)
+
     def _table(self, own, digits):
         """[rows, D]: each token's own row, and for a code those of its digits added."""
         own = own[...]
@@ -193,13 +221,21 @@ class Transformer(nnx.Module):
         offset = (positions[..., 1:] - positions[..., :1]).astype(jnp.float32)
         angles = offset[..., None] * (np.pi / 2 ** np.arange(1, _OCTAVES + 1, dtype=np.float32))
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles) - 1], -1)
-        table = (self.embedding_table() if table is None else table).astype(self.dtype)
-        x = lookup(table, tokens) + self.place(waves.reshape(waves.shape[:-2] + (-1,)))
+        if table is None and not self.colors:
+            table = self.embedding_table()
+        look = self._lookup_halves if table is None else lambda ids: lookup(table.astype(self.dtype), ids)
+        x = look(tokens) + self.place(waves.reshape(waves.shape[:-2] + (-1,)))
         if self.before is not None:
-            earlier = lookup(table, before)
+            earlier = look(before)
             x = x + self.before(earlier.reshape(earlier.shape[:-2] + (-1,)))
         if self.around is None:
             return x
+        if self.colors:  # the same as below without a row of ones and zeros for each code
+            rows = self._halves(self.around.w[...].astype(self.dtype).reshape(AROUND, -1, self.config.width))
+            place = np.arange(AROUND) * rows.shape[1]
+            first, second = self._split(around)
+            at = lambda half: _rows(rows.reshape(-1, rows.shape[-1]), jnp.where(half < 0, -1, place + half))
+            return x + (at(first) + at(second)).sum(-2)
         digits = self._digits(around)
         return x + self.around(digits.reshape(digits.shape[:-2] + (-1,)))
 
@@ -355,6 +391,11 @@ def sees_codes(images, theirs):
 def of_other_images(images, theirs):
     """`images_of` tokens [B, T] and of some beside each [B, T, N] -> bool [B, T, N]: codes of another image."""
     return (theirs > 0) & (theirs != images[..., None])
+
+
+def _rows(table, ids):
+    """Rows of table [V, D] for int ids [...] -> [..., D]; zeros where an id is negative."""
+    return jnp.where((ids < 0)[..., None], 0, table[jnp.maximum(ids, 0)])
 
 
 def lookup(table, ids, axis="vocab"):
