@@ -8,7 +8,7 @@ import ml_collections
 from mmgen.runtime import config as configs
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "tiny")
+VARIANTS = ("quickstart", "preview", "tiny")
 
 
 def get_config(variant):
@@ -42,6 +42,8 @@ def get_config(variant):
     c.update(LOOP)
     c.keep_pages = True
 
+    if variant == "preview":
+        d.size = (64, 64)
     if variant == "tiny":  # for tests: seconds
         d.batch_size, d.group, d.slots = 4, 2, 4
         c.steps, c.held_out.prompts = 4, 4

@@ -10,6 +10,7 @@ from flax import nnx
 
 from mmgen.models import transformer
 from mmgen.runtime import config as configs
+from mmgen.stages import reinforce
 from tests import test_cross_attention as crossed
 from tests.test_cross_attention import around, built, logits, packed  # noqa: F401 (a fixture)
 from tests.test_slots import documents
@@ -138,3 +139,25 @@ def test_codes_are_read_by_halves_as_they_are_by_the_whole_table():
     by_digits = model.around(model._digits(around).reshape(2, 50, -1))
     model.place.w[...], model.before = jnp.zeros_like(model.place.w[...]), None
     np.testing.assert_allclose(model.embed(*given) - model._lookup_halves(given[0]), by_digits, atol=1e-5)
+
+
+def test_log_probs_step_by_step_are_those_of_all_codes(around, told):  # noqa: F811
+    """What `reinforce` learns from, without the logits of the codes that were not drawn."""
+    model, grammar = nnx.merge(*told[:2]), around[1]
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, grammar.codes, (model.colors, 4))
+    codes[:] = codes[0]
+    codes[:, 3] = np.arange(model.colors)  # the last one in each colour, with the first outline
+    prompt = [grammar.bos, grammar.roles["user"], 5, 6, grammar.end, grammar.roles["assistant"]]
+    answers = [[grammar.boi, grammar.h(2), grammar.w(2), *(grammar.code_start + each)] for each in codes]
+    batch, _ = reinforce._rows([(np.array(prompt), np.array(each)) for each in answers], grammar, 4, 16)
+    of = jax.jit(
+        functools.partial(reinforce.log_probs, model, batch, grammar=grammar, codes=4),
+        static_argnames="temperature",
+    )
+    (chosen, entropy), (expected, whole) = of(temperature=1), of(temperature=1 + 1e-6)
+    np.testing.assert_allclose(chosen, expected, atol=1e-4)
+    # The entropies with each colour, weighed by how often it is drawn, are that of codes.
+    x = transformer.layers.rms_norm(model(*(batch[name] for name in ("tokens", "segments", "positions"))))
+    share = jax.nn.softmax(x[0, len(prompt) + 5] @ model.head_table()[grammar.code_start : model.first].T)
+    assert float(share @ entropy[:, 3]) == pytest.approx(float(whole[0, 3]), rel=1e-4)

@@ -383,20 +383,32 @@ def log_probs(model, batch, *, grammar, codes, temperature):
     x = model(*(batch[name] for name in ("tokens", "segments", "positions")))
     at = _places(batch, codes)
     x = layers.rms_norm(jnp.take_along_axis(x, at[..., None] - 1, 1))
-    if model.colors:
-        y = jnp.einsum(
-            "bnd,vd->bnv", x, model.head_table().astype(model.dtype), preferred_element_type=jnp.float32
-        )
-        logits = model.whole(x, y)[..., grammar.code_start :] / temperature
-    else:
-        table = model.head_table()[grammar.code_start : grammar.vocab_size].astype(model.dtype)
-        table = table.reshape(grammar.depth, grammar.codes, -1)
-        x = x.reshape(len(x), -1, grammar.depth, x.shape[-1])
-        logits = jnp.einsum("bpkd,kvd->bpkv", x, table, preferred_element_type=jnp.float32) / temperature
-    logs = jax.nn.log_softmax(logits).reshape(len(x), codes, -1)
     token = (jnp.take_along_axis(batch["tokens"], at, 1) - grammar.code_start) % grammar.codes
-    chosen = jnp.take_along_axis(logs, token[..., None], 2)[..., 0]
-    return chosen, -(jnp.exp(logs) * logs).sum(-1)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    table = lambda rows: rows.astype(model.dtype)
+    if model.colors and temperature == 1:
+        # As they are drawn, colour by colour and outline by outline, without the others' logits. The entropy of
+        # outlines is that with the colour which was drawn: the mean over draws is that of codes.
+        outline, color = jnp.divmod(token, model.colors)
+        y = product("bnd,vd->bnv", x, table(model.head_table()[grammar.code_start : model.first]))
+        h = model.outline.hidden(x, jnp.take(model.outline.color_embedding[...], color, 0))
+        more = product("bnh,oh->bno", h, table(model.outline.table[...]))[..., : model.outline.outlines]
+        return jax.tree.map(jnp.add, _chosen(y, color), _chosen(more, outline))
+    if model.colors:
+        logits = model.whole(x, product("bnd,vd->bnv", x, table(model.head_table())))
+        logits = logits[..., grammar.code_start :]
+    else:
+        rows = table(model.head_table()[grammar.code_start : grammar.vocab_size])
+        rows = rows.reshape(grammar.depth, grammar.codes, -1)
+        x = x.reshape(len(x), -1, grammar.depth, x.shape[-1])
+        logits = product("bpkd,kvd->bpkv", x, rows)
+    return _chosen(logits.reshape(*token.shape, -1) / temperature, token)
+
+
+def _chosen(logits, chosen):
+    """Log-probabilities of the chosen int32 [B, n] by logits [B, n, V], and the entropies, float32 [B, n] each."""
+    logs = jax.nn.log_softmax(logits)
+    return jnp.take_along_axis(logs, chosen[..., None], 2)[..., 0], -(jnp.exp(logs) * logs).sum(-1)
 
 
 def _places(batch, codes):
