@@ -257,7 +257,13 @@ def test_cached_decoding_is_the_full_pass(sampler, around, whole):
         expected = logits(
             whole, row[None], np.ones((1, len(row)), np.int32), positions[i : i + 1, : len(row)]
         )
-        np.testing.assert_allclose(np.stack(found, 1)[i, : len(row)], expected, atol=5e-4)
+        told = expected
+        if model.weights["head"].shape[1] < expected.shape[1]:  # colours first, whatever their outlines
+            codes = expected[:, model.grammar.code_start :]
+            codes = codes.reshape(len(row), -1, codes.shape[1] // nnx.merge(*whole[:2]).outline.outlines)
+            told = [expected[:, : model.grammar.code_start], np.logaddexp.reduce(codes, 1)]
+            told = np.concatenate(told, 1)
+        np.testing.assert_allclose(np.stack(found, 1)[i, : len(row)], told, atol=5e-4)
         logs = expected - np.logaddexp.reduce(expected, -1, keepdims=True)
         by_hand = [-logs[t, row[t + 1]] for t in range(len(row) - 1)]
         np.testing.assert_allclose(nats[i], [0, *by_hand], atol=5e-4)

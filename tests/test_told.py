@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmgen.document import Document, Text, Turn
 from mmgen.models import transformer
 from mmgen.runtime import config as configs
+from mmgen.sampling.sampler import Request
+from mmgen.sampling.strategies import Strategy
 from mmgen.stages import reinforce
 from tests import test_cross_attention as crossed
 from tests.test_cross_attention import around, built, logits, packed  # noqa: F401 (a fixture)
@@ -142,7 +145,8 @@ def test_codes_are_read_by_halves_as_they_are_by_the_whole_table():
 
 
 def test_log_probs_step_by_step_are_those_of_all_codes(around, told):  # noqa: F811
-    """What `reinforce` learns from, without the logits of the codes that were not drawn."""
+    """What `reinforce` learns from, without the logits of the codes that were not drawn; and each step of its own
+    at another temperature."""
     model, grammar = nnx.merge(*told[:2]), around[1]
     rng = np.random.default_rng(2)
     codes = rng.integers(0, grammar.codes, (model.colors, 4))
@@ -151,13 +155,65 @@ def test_log_probs_step_by_step_are_those_of_all_codes(around, told):  # noqa: F
     prompt = [grammar.bos, grammar.roles["user"], 5, 6, grammar.end, grammar.roles["assistant"]]
     answers = [[grammar.boi, grammar.h(2), grammar.w(2), *(grammar.code_start + each)] for each in codes]
     batch, _ = reinforce._rows([(np.array(prompt), np.array(each)) for each in answers], grammar, 4, 16)
-    of = jax.jit(
-        functools.partial(reinforce.log_probs, model, batch, grammar=grammar, codes=4),
-        static_argnames="temperature",
-    )
-    (chosen, entropy), (expected, whole) = of(temperature=1), of(temperature=1 + 1e-6)
-    np.testing.assert_allclose(chosen, expected, atol=1e-4)
-    # The entropies with each colour, weighed by how often it is drawn, are that of codes.
-    x = transformer.layers.rms_norm(model(*(batch[name] for name in ("tokens", "segments", "positions"))))
-    share = jax.nn.softmax(x[0, len(prompt) + 5] @ model.head_table()[grammar.code_start : model.first].T)
-    assert float(share @ entropy[:, 3]) == pytest.approx(float(whole[0, 3]), rel=1e-4)
+    rows = [batch[name] for name in ("tokens", "segments", "positions")]
+    of = jax.jit(lambda t: reinforce.log_probs(model, batch, grammar=grammar, codes=4, temperature=t))
+    hidden = jax.jit(lambda *rows: model(*rows))(*rows)[:, len(prompt) + 2 : len(prompt) + 6]
+    logs = np.asarray(model.logits(hidden), np.float64)[..., grammar.code_start :]
+    logs -= np.logaddexp.reduce(logs, -1, keepdims=True)
+    of_colors = np.logaddexp.reduce(logs.reshape(*codes.shape, -1, model.colors), 2)
+    for temperature in (1.0, 0.6):
+        colors = of_colors / temperature
+        colors -= np.logaddexp.reduce(colors, -1, keepdims=True)
+        outlines = (logs.reshape(*codes.shape, -1, model.colors) - of_colors[:, :, None]) / temperature
+        outlines -= np.logaddexp.reduce(outlines, 2, keepdims=True)
+        expected = (colors[:, :, None] + outlines).reshape(logs.shape)
+        if temperature == 1:
+            np.testing.assert_allclose(expected, logs, atol=1e-6)
+        chosen, entropy = of(temperature)
+        by_hand = np.take_along_axis(expected, codes[..., None], 2)[..., 0]
+        np.testing.assert_allclose(chosen, by_hand, atol=1e-4)
+        # The entropies with each colour, weighed by how often it is drawn, are that of codes.
+        whole = -(np.exp(expected) * expected).sum(-1)[0, 3]
+        assert np.exp(colors[0, 3]) @ entropy[:, 3] == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_greedy_code_is_the_best_color_and_then_its_best_outline(sampler, around, told, guidance):  # noqa: F811
+    """By the whole model's logits, both steps guided, token by token."""
+    model, grammar = crossed.sampler_of(sampler, around, told), around[1]
+    greedy = dict(image=Strategy(0.0), size=(2, 3), guidance=guidance)
+    asked = Request(Document([Turn("user", [Text("two red stars")])]), **greedy)
+    branches = [[*tokens, grammar.boi, grammar.h(2), grammar.w(3)] for tokens in model.prompts(asked)]
+    colors = nnx.merge(*told[:2]).colors
+    codes = []
+    for _ in range(6):
+        found = []
+        for tokens in branches:
+            row = np.array([tokens], np.int32)
+            row = logits(told, row, np.ones_like(row), grammar.positions(row[0])[None])[-1]
+            found.append(row[grammar.code_start :].reshape(-1, colors))
+        guided = lambda x: x[-1] + guidance * (x[0] - x[-1])
+        share = [np.logaddexp.reduce(each, 0) for each in found]
+        color = int(np.argmax(guided(share)))
+        outline = int(np.argmax(guided([a[:, color] - b[color] for a, b in zip(found, share)])))
+        codes.append(color + colors * outline)
+        branches = [[*tokens, grammar.code_start + codes[-1]] for tokens in branches]
+    (image,) = model.generate([asked], 2)[0].parts
+    assert image.codes.ravel().tolist() == codes
+
+
+def test_draws_follow_the_log_probs_of_both_steps(sampler, around, told):  # noqa: F811
+    """-log p of what is drawn has the entropy as its mean, at the temperature of the draw and at no other."""
+    model, (_, grammar) = crossed.sampler_of(sampler, around, told), around
+    document = Document([Turn("user", [Text("two red stars")])])
+    asked = [Request(document, size=(4, 4), seed=i, image=Strategy(0.6)) for i in range(64)]
+    prompt = model.prompts(asked[0])[0]
+    found = [turn.parts[0].codes.ravel() for turn in model.generate(asked, 64)]
+    mark = [grammar.boi, grammar.h(4), grammar.w(4)]
+    drawn = [(prompt, np.array([*mark, *(grammar.code_start + codes)])) for codes in found]
+    batch, _ = reinforce._rows(drawn, grammar, 16, len(prompt) + 19)
+    whole = nnx.merge(*told[:2])
+    of = jax.jit(lambda t: reinforce.log_probs(whole, batch, grammar=grammar, codes=16, temperature=t))
+    spread = lambda t: np.asarray(-of(t)[0] - of(t)[1]).ravel()
+    error = lambda x: abs(x.mean()) / (x.std() / len(x) ** 0.5)
+    assert error(spread(0.6)) < 4 < error(spread(1.0))

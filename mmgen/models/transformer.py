@@ -250,13 +250,10 @@ class Transformer(nnx.Module):
         """x [..., D] -> float32 logits [..., V]."""
         x = layers.rms_norm(x)
         y = jnp.einsum("nd,vd->nv", x.reshape(-1, x.shape[-1]), self.head_table().astype(self.dtype))
-        return self.whole(x, layers.high(y).reshape(x.shape[:-1] + (-1,)))
-
-    def whole(self, x, y):
-        """The logits [..., V] of normed hidden states x, of which y is the product with the `head_table`."""
+        y = layers.high(y).reshape(x.shape[:-1] + (-1,))[..., : self.first]
         if not self.colors:
-            return y[..., : self.vocab]
-        y, colors = y[..., : self.code_start], y[..., self.code_start : self.first]
+            return y
+        y, colors = y[..., : self.code_start], y[..., self.code_start :]
         # The colours' digits are the fastest in a code.
         codes = jnp.swapaxes(colors[..., None] + self.outline(x), -1, -2)
         return jnp.concatenate([y, codes.reshape(*y.shape[:-1], -1)], -1)
@@ -359,11 +356,18 @@ class OutlineHead(nnx.Module):
         """Of normed hidden states [..., D] and colours' rows that broadcast against them, [..., hidden]."""
         return nnx.silu(self.wi(x) + color.astype(self.dtype))
 
+    def given(self, x, color):
+        """Logits of the outlines, float32 [..., outlines], of normed hidden states [..., D] and colours int32 [...]."""
+        return self._logits(self.hidden(x, jnp.take(self.color_embedding[...], color, 0)))
+
     def __call__(self, x):
         """x [..., D] -> log-probabilities of the outlines with each colour, float32 [..., colors, outlines]."""
-        h = self.hidden(x[..., None, :], self.color_embedding[...])
-        y = jnp.einsum("...h,oh->...o", h, self.table[...].astype(self.dtype))
-        return jax.nn.log_softmax(layers.high(y)[..., : self.outlines])
+        return jax.nn.log_softmax(self._logits(self.hidden(x[..., None, :], self.color_embedding[...])))
+
+    def _logits(self, h):
+        table = self.table[...].astype(self.dtype)
+        y = jnp.einsum("...h,oh->...o", h, table, preferred_element_type=jnp.float32)
+        return y[..., : self.outlines]
 
 
 def images_of(tokens, segments, code_start):

@@ -225,9 +225,12 @@ def step(model, weights, cache, tokens, positions, start, row=None):
 
 
 def logits(model, weights, x):
-    """Hidden states [..., D] -> float32 logits [..., V]."""
-    x = layers.rms_norm(x)
-    return model.whole(x, _product(x, weights["head"], jnp.float32))
+    """Hidden states [..., D] -> float32 logits of tokens [..., V].
+
+    Where codes are told in two steps (`model.colors`), of words and colours alone: the outlines have those of
+    `model.outline.given`.
+    """
+    return _product(layers.rms_norm(x), weights["head"], jnp.float32)[..., : model.first]
 
 
 def _product(x, w, out=None):

@@ -17,7 +17,7 @@ from flax import nnx
 
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.grammar import Grammar
-from mmgen.models import transformer
+from mmgen.models import layers, transformer
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
@@ -339,6 +339,9 @@ def _nats(params, weights, tokens, positions, *, graphdef, chunk, int8):
     B, S = tokens.shape
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
 
+    def surprise(logits, targets):
+        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+
     def read(cache, at):
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, at, chunk, 1)
         x, cache = caches.step(model, weights, cache, part(tokens), part(positions), jnp.full(B, at))
@@ -346,7 +349,14 @@ def _nats(params, weights, tokens, positions, *, graphdef, chunk, int8):
         def row(x_and_targets):
             x, targets = x_and_targets
             logits = caches.logits(model, weights, x)
-            return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+            if not model.colors:
+                return surprise(logits, targets)
+            code = targets >= model.code_start
+            outlines, colors = jnp.divmod(jnp.where(code, targets - model.code_start, 0), model.colors)
+            first = surprise(logits, jnp.where(code, model.code_start + colors, targets))
+            return first + jnp.where(
+                code, surprise(model.outline.given(layers.rms_norm(x), colors), outlines), 0
+            )
 
         return cache, jax.lax.map(row, (x, part(targets)))
 

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from mmgen.grammar import BETWEEN, CODES
+from mmgen.models import layers
 from mmgen.sampling import cache as caches
 from mmgen.sampling.strategies import choose
 
@@ -271,24 +272,40 @@ def _dispatch(
     N = state.written.shape[0]
     every = lambda x: jnp.concatenate([x] * branches)
     state = _fill(model, weights, state, fill, N, chunk)
-    draw = jax.vmap(lambda seed, i: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), i)))
-    place = jnp.arange(N)
+    keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))
+    place, start = jnp.arange(N), model.code_start
 
     def body(carry):
         i, state, active, broken = carry
-        logits = caches.logits(model, weights, state.hidden).reshape(branches, N, -1)
         machine = jax.tree.map(lambda field: field[:N], state.machine)
         legal = grammar.allowed(
             machine, knobs["room"] - state.written, knobs["size"], knobs["image_only"], knobs["text_only"]
         )
-        logits = _guided(logits, legal, machine, grammar, knobs)
-        broken = broken | (active & ~jnp.isfinite(jnp.where(legal, logits, 0.0)).all(-1))
         modality = (machine.mode == CODES).astype(jnp.int32)
         knob = lambda name: jnp.take_along_axis(knobs[name], modality[:, None], 1)[:, 0]
-        how = map(knob, ("temperature", "top_k", "top_p", "min_p", "keep_mode"))
+        how = [knob(name) for name in ("temperature", "top_k", "top_p", "min_p", "keep_mode")]
         latest = state.cache["tokens"][place, jnp.maximum(state.lengths[:N] - 1, 0)]
         previous = jnp.where(state.written > 0, latest, -1)
-        token = choose(logits, legal, draw(knobs["seed"], state.written), previous, *how)
+
+        def draw(logits, legal, previous, key):
+            logits = _guided(logits.reshape(branches, N, -1), legal, machine, grammar, knobs)
+            finite = jnp.isfinite(jnp.where(legal, logits, 0.0)).all(-1)
+            return choose(logits, legal, jax.vmap(jax.random.uniform)(key), previous, *how), finite
+
+        first, key = previous, keys(knobs["seed"], state.written)
+        if model.colors:  # A code is a colour at first: all codes are legal or none.
+            outline, color = jnp.divmod(jnp.maximum(previous - start, 0), model.colors)
+            first = jnp.where(previous < start, previous, start + color)
+        token, finite = draw(caches.logits(model, weights, state.hidden), legal[:, : model.first], first, key)
+        broken = broken | (active & ~finite)
+        if model.colors:
+            code, color = token >= start, jnp.maximum(token - start, 0)
+            logits = model.outline.given(layers.rms_norm(state.hidden), every(color))
+            whole = jnp.ones((N, model.outline.outlines), bool)
+            before = jnp.where(previous < start, -1, outline)
+            drawn, finite = draw(logits, whole, before, jax.vmap(jax.random.fold_in, (0, None))(key, 1))
+            broken = broken | (active & code & ~finite)
+            token = jnp.where(code, token + model.colors * drawn, token)
         token = every(jnp.where(active, token, grammar.eos))
         at = grammar.position(state.machine)
         x, cache = caches.step(model, weights, state.cache, token[:, None], at[:, None], state.lengths)

@@ -386,22 +386,17 @@ def log_probs(model, batch, *, grammar, codes, temperature):
     token = (jnp.take_along_axis(batch["tokens"], at, 1) - grammar.code_start) % grammar.codes
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     table = lambda rows: rows.astype(model.dtype)
-    if model.colors and temperature == 1:
-        # As they are drawn, colour by colour and outline by outline, without the others' logits. The entropy of
-        # outlines is that with the colour which was drawn: the mean over draws is that of codes.
-        outline, color = jnp.divmod(token, model.colors)
-        y = product("bnd,vd->bnv", x, table(model.head_table()[grammar.code_start : model.first]))
-        h = model.outline.hidden(x, jnp.take(model.outline.color_embedding[...], color, 0))
-        more = product("bnh,oh->bno", h, table(model.outline.table[...]))[..., : model.outline.outlines]
-        return jax.tree.map(jnp.add, _chosen(y, color), _chosen(more, outline))
     if model.colors:
-        logits = model.whole(x, product("bnd,vd->bnv", x, table(model.head_table())))
-        logits = logits[..., grammar.code_start :]
-    else:
-        rows = table(model.head_table()[grammar.code_start : grammar.vocab_size])
-        rows = rows.reshape(grammar.depth, grammar.codes, -1)
-        x = x.reshape(len(x), -1, grammar.depth, x.shape[-1])
-        logits = product("bpkd,kvd->bpkv", x, rows)
+        # As they are drawn, colour by colour and outline by outline. The entropy of outlines is that with the colour
+        # which was drawn: the mean over draws is that of codes.
+        outline, color = jnp.divmod(token, model.colors)
+        colors = product("bnd,vd->bnv", x, table(model.head_table()[grammar.code_start : model.first]))
+        first = _chosen(colors / temperature, color)
+        return jax.tree.map(jnp.add, first, _chosen(model.outline.given(x, color) / temperature, outline))
+    rows = table(model.head_table()[grammar.code_start : grammar.vocab_size])
+    rows = rows.reshape(grammar.depth, grammar.codes, -1)
+    x = x.reshape(len(x), -1, grammar.depth, x.shape[-1])
+    logits = product("bpkd,kvd->bpkv", x, rows)
     return _chosen(logits.reshape(*token.shape, -1) / temperature, token)
 
 
