@@ -231,7 +231,9 @@ def test_what_is_done_by_scenes():
     target = Group(a.shape, a.color)
     moved = lambda thing, **change: tasks.replace(thing, **change)
     recolor = tasks.Edit("recolor", target, "pink")
-    done = lambda edit, *objects, ground=scene.background: tasks.done(edit, scene, Scene(objects, ground))
+    done = lambda edit, *objects, ground=scene.background, faults=0: tasks.done(
+        edit, scene, Scene(objects, ground), faults
+    )
     assert done(recolor, moved(a, color="pink"), b) == (True, True)
     assert done(recolor, a, b) == (False, True)
     assert done(recolor, moved(a, color="pink"), moved(b, shape="heart")) == (True, False)
@@ -244,10 +246,15 @@ def test_what_is_done_by_scenes():
     ground = tasks.Edit("background", value="other")
     assert done(ground, a, b, ground="other") == (True, True) and done(ground, a, b) == (False, True)
     assert done(ground, b, ground="other") == (True, False)
+    # What cannot be read may be what was to change, and nothing else.
+    assert done(recolor, b, faults=1) == done(remove, b, faults=1) == (False, True)
+    assert done(recolor, moved(a, color="pink"), faults=1) == done(recolor, b, faults=2) == (False, False)
+    assert done(ground, a, b, ground="other", faults=1) == (False, False)
     add = tasks.Edit("add", None, Group("heart", "red"), "above", Group(b.shape, b.color))
     heart = moved(b, shape="heart", color="red", y=b.y - 0.3)
     assert done(add, a, b, heart) == (True, True) and done(add, a, b) == (False, True)
     assert done(add, a, b, moved(heart, y=b.y + 0.3)) == (False, True)
+    assert done(add, a, b, faults=1) == (False, True) and done(add, a, b, heart, faults=1) == (False, False)
 
 
 @pytest.mark.parametrize("category", tasks.TASKS)

@@ -189,9 +189,9 @@ def judge_answer(turn, answer, source=None, language="en") -> Verdict:
         return Verdict(found["complete"], f"{answer!r}, not {turn.says[-1]!r}", found)
     if isinstance(task, tasks.Edit) and source is None:
         reading = parse(answer)
-        changed, kept = (False, False) if reading.faults else tasks.done(task, turn.before, reading.scene)
+        changed, kept = tasks.done(task, turn.before, reading.scene, len(reading.faults))
         wrong = {"not done": not changed, "more changed": not kept}
-        why = "; ".join(reading.faults) or ", ".join(name for name, so in wrong.items() if so)
+        why = ", ".join([*reading.faults, *(name for name, so in wrong.items() if so)])
         return Verdict(changed and kept, why, {"changed": changed, "kept": kept})
     true = tasks.picture(turn.after, *source.shape[1::-1]) if isinstance(task, tasks.Edit) else None
     found, measured = tasks.judge_answer(turn, answer, source, true), {}

@@ -641,8 +641,9 @@ def _hidden(group):
 
 @dataclass(frozen=True)
 class EditVerdict:
-    """changed: what was asked for happened. kept: all else is as it was. copied: the picture is the source again, by what
-    is read in it. outside: PSNR in dB against the source, of the pixels that the true edit leaves alone."""
+    """changed: what was asked for happened. kept: all else is as it was, whatever became of what was to change. copied:
+    the picture is the source again, by what is read in it. outside: PSNR in dB against the source, of the pixels that
+    the true edit leaves alone. why: what could not be read."""
 
     changed: bool
     kept: bool
@@ -662,10 +663,9 @@ def judge_edit(pixels, source, edit: Edit, before: Scene, after: Scene, true) ->
     error = np.square(pixels.astype(float) - source)[same]
     outside = 10 * math.log10(255**2 / max(float(error.mean()), 1e-3)) if error.size else math.inf
     reading = parse(pixels)
-    if reading.faults:
-        return EditVerdict(False, False, False, outside, "; ".join(reading.faults))
-    changed, kept = done(edit, before, reading.scene)
-    return EditVerdict(changed, kept, alike(before, reading.scene), outside)
+    changed, kept = done(edit, before, reading.scene, len(reading.faults))
+    copied = not reading.faults and alike(before, reading.scene)
+    return EditVerdict(changed, kept, copied, outside, "; ".join(reading.faults))
 
 
 @dataclass(frozen=True)
@@ -706,12 +706,12 @@ def judge_answer(exchange: Exchange, answer, source=None, true=None) -> Found:
     if isinstance(exchange.task, Edit):
         verdict = judge_edit(answer, source, exchange.task, exchange.before, exchange.after, true)
         parts = (
+            (verdict.why, verdict.why),
             ("a copy", verdict.copied),
             ("not done", not verdict.changed),
             ("more changed", not verdict.kept),
         )
-        why = "" if verdict.ok else verdict.why or ", ".join(text for text, there in parts if there)
-        return Found(verdict.ok, why, verdict)
+        return Found(verdict.ok, ", ".join(text for text, there in parts if there), verdict)
     reading = parse(answer)
     if reading.faults:
         return Found(False, "; ".join(reading.faults), None, reading.scene)
@@ -728,8 +728,9 @@ def alike(a: Scene, b: Scene) -> bool:
     )
 
 
-def done(edit: Edit, before: Scene, found: Scene) -> tuple[bool, bool]:
-    """(the asked change is in the scene that was found, all else is as it was)."""
+def done(edit: Edit, before: Scene, found: Scene, faults: int = 0) -> tuple[bool, bool]:
+    """(the asked change is in the scene that was found, all else is as it was). With faults, so many things that could
+    not be read, the change is not there; but a thing that was to be changed may be one."""
     target = _only(edit.target, before) if edit.target else None
     stay = [thing for thing in before.objects if thing is not target]
     missing = _matched(stay, found.objects)
@@ -737,13 +738,14 @@ def done(edit: Edit, before: Scene, found: Scene) -> tuple[bool, bool]:
     ground = found.background == (edit.value if edit.kind == "background" else before.background)
     styled = found.style == (edit.value if edit.kind == "style" else before.style)
     kept = not missing and (ground or edit.kind == "background") and (styled or edit.kind == "style")
+    others = len(rest) + faults
     if edit.kind == "style":
-        return styled, kept and not rest
+        return styled and not faults, kept and not others
     if edit.kind == "background":
-        return ground, kept and not rest
+        return ground and not faults, kept and not others
     if edit.kind == "remove":
-        gone = not any(_same(target, thing) for thing in rest)
-        return gone, kept and len(rest) == (0 if gone else 1)
+        gone = not faults and not any(_same(target, thing) for thing in rest)
+        return gone, kept and others == (0 if gone else 1)
     expected = {
         "recolor": lambda thing: (
             _near(thing, target) and fits(thing, replace(_group(target), color=edit.value))
@@ -762,7 +764,7 @@ def done(edit: Edit, before: Scene, found: Scene) -> tuple[bool, bool]:
         "move": lambda thing: fits(thing, _group(target)) and _stands(edit, thing, before),
     }[edit.kind]
     right = [thing for thing in rest if expected(thing)]
-    return bool(right), kept and (len(rest) == 1 or (edit.kind == "add" and not rest))
+    return bool(right) and not faults, kept and (others == 1 or (edit.kind == "add" and not others))
 
 
 def _stands(edit, thing, before):
