@@ -19,17 +19,16 @@ from mmgen.world.pages import (
     Poster,
     inks,
     is_held_out,
-    judge_page,
     kind_of,
     random_page,
     random_string,
-    read_page,
-    render_page,
     same,
     strings,
 )
 from mmgen.world.pages_changes import alter_page, edit_page
+from mmgen.world.pages_judge import judge_page, read_page
 from mmgen.world.pages_language import ask_page, describe_page, say_edit, say_page
+from mmgen.world.pages_render import render_page
 
 SIZES = {kind: ((128, 128), (256, 256), (160, 200)) for kind in KINDS} | {
     "sign": ((64, 64), (128, 128), (96, 200))

@@ -8,7 +8,7 @@ import pytest
 
 from mmgen.data.sources import open_source
 from mmgen.document import Image, Text
-from mmgen.world import pages, tasks
+from mmgen.world import pages, tasks, tasks_judge
 from mmgen.world.render import render
 from mmgen.world.scene import BACKGROUNDS, SHAPES, SIZES, Group, Scene, fits, held_out, related
 from tests.conftest import config_of, mmgen
@@ -204,15 +204,15 @@ def test_the_judge_of_edits(side, count, unseen):
         (turn,) = tasks.talk(5, "valid", i, "edit", "en", unseen, (side, side)).turns
         edit, before, after = turn.task, turn.before, turn.after
         source, true = (render(scene, side, side) for scene in (before, after))
-        verdict = tasks.judge_edit(true, source, edit, before, after, true)
+        verdict = tasks_judge.judge_edit(true, source, edit, before, after, true)
         right.append(verdict.ok and not verdict.copied and verdict.outside > 70)
-        verdict = tasks.judge_edit(source, source, edit, before, after, true)
+        verdict = tasks_judge.judge_edit(source, source, edit, before, after, true)
         wrong.append(verdict.ok or not verdict.copied)
         other, beyond = tasks.random_edit(rng, after, rich=side >= tasks.RICH_FROM)
         # A second change of the same thing may be another right answer where the place was open.
         open_place = edit.kind in ("add", "move") and other.kind == "move"
         if not open_place and not _undoes(edit, other, before, beyond):
-            verdict = tasks.judge_edit(render(beyond, side, side), source, edit, before, after, true)
+            verdict = tasks_judge.judge_edit(render(beyond, side, side), source, edit, before, after, true)
             wrong.append(verdict.ok)
     print(f"{sum(right)} of {len(right)} true edits right, {sum(wrong)} of {len(wrong)} wrong ones passed")
     assert np.mean(right) >= 0.995 and np.mean(wrong) <= 0.005 and len(wrong) > 1.6 * count
@@ -231,7 +231,7 @@ def test_what_is_done_by_scenes():
     target = Group(a.shape, a.color)
     moved = lambda thing, **change: tasks.replace(thing, **change)
     recolor = tasks.Edit("recolor", target, "pink")
-    done = lambda edit, *objects, ground=scene.background, faults=0: tasks.done(
+    done = lambda edit, *objects, ground=scene.background, faults=0: tasks_judge.done(
         edit, scene, Scene(objects, ground), faults
     )
     assert done(recolor, moved(a, color="pink"), b) == (True, True)

@@ -14,7 +14,7 @@ from mmgen.evals import captions
 from mmgen.evals.suites import Case
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.world import language as words
-from mmgen.world import pages, tasks
+from mmgen.world import pages, tasks, tasks_judge
 from mmgen.world.judge import parse
 from mmgen.world.scene import (
     BACKGROUNDS,
@@ -189,12 +189,12 @@ def judge_answer(turn, answer, source=None, language="en") -> Verdict:
         return Verdict(found["complete"], f"{answer!r}, not {turn.says[-1]!r}", found)
     if isinstance(task, tasks.Edit) and source is None:
         reading = parse(answer)
-        changed, kept = tasks.done(task, turn.before, reading.scene, len(reading.faults))
+        changed, kept = tasks_judge.done(task, turn.before, reading.scene, len(reading.faults))
         wrong = {"not done": not changed, "more changed": not kept}
         why = ", ".join([*reading.faults, *(name for name, so in wrong.items() if so)])
         return Verdict(changed and kept, why, {"changed": changed, "kept": kept})
     true = tasks.picture(turn.after, *source.shape[1::-1]) if isinstance(task, tasks.Edit) else None
-    found, measured = tasks.judge_answer(turn, answer, source, true), {}
+    found, measured = tasks_judge.judge_answer(turn, answer, source, true), {}
     if found.edit:
         measured = {name: getattr(found.edit, name) for name in ("changed", "kept", "copied")}
         measured["psnr_outside"] = min(found.edit.outside, 60.0)

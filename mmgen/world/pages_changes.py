@@ -15,7 +15,6 @@ from mmgen.world.pages import (
     Page,
     Panel,
     Poster,
-    alignment_shows,
     caption_width,
     inks,
     is_held_out,
@@ -26,6 +25,7 @@ from mmgen.world.pages import (
     strings,
     widest,
 )
+from mmgen.world.pages_render import alignment_shows
 from mmgen.world.scene import BACKGROUNDS, COLORS, SEEN, SHAPES, pick
 
 

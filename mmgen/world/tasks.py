@@ -1,7 +1,7 @@
 """Tasks in the world beside drawing: pictures that are changed and talked about, each turn's truth known.
 
 A `Talk` is a dialogue about scenes: prompts, edits, questions, "undo". It says what is asked and what is right, in
-scenes and words; `data.sources.Talks` makes documents of it, and the judges below look at pixels.
+scenes and words; `data.sources.Talks` makes documents of it, and `tasks_judge` looks at pixels.
 """
 
 import functools
@@ -15,11 +15,10 @@ import numpy as np
 from mmgen.world import SPLITS, pages, pages_changes
 from mmgen.world import language as words
 from mmgen.world import pages_language as page_words
-from mmgen.world.judge import judge, parse
+from mmgen.world.pages_render import render_page
 from mmgen.world.render import render
 from mmgen.world.rich import PATTERNED, RICH, patterns_of, random_rich
 from mmgen.world.scene import (
-    ALL_SIZES,
     BACKGROUNDS,
     COLORS,
     EDGE,
@@ -368,7 +367,7 @@ def _dialogue(rng, say, unseen, rich):
             turns.append(Exchange((say.first(),), (scene,), None, before, scene, "first"))
         elif history and dice < 0.32 and turns[-1].kind == "recolor" and not (unseen and last):
             # "no, blue": what was just recolored becomes something else.
-            last_edit, was = turns[-1].task, _only(turns[-1].task.target, history[-1])
+            last_edit, was = turns[-1].task, only(turns[-1].task.target, history[-1])
             thing = next(t for t in scene.objects if (t.x, t.y) == (was.x, was.y))
             options = [
                 c for c in COLORS if c not in (thing.color, was.color) and not held_out(c, thing.shape)
@@ -383,14 +382,14 @@ def _dialogue(rng, say, unseen, rich):
             question = random_question(rng, scene, rich)
             says = (say.answer(question.answer),)
             turns.append(Exchange((say.ask(question),), says, question, scene, scene, "question"))
-            if question.subject is None or _only(question.subject, scene) is not it:
+            if question.subject is None or only(question.subject, scene) is not it:
                 it = None  # "it" could be what was asked about
         else:
             found = random_edit(rng, scene, unseen=unseen and last, rich=rich)
             if not found:
                 return None
             edit, after = found
-            same = it is not None and edit.target is not None and _only(edit.target, scene) == it
+            same = it is not None and edit.target is not None and only(edit.target, scene) == it
             pronoun = same and rng.random() < 0.9
             turns.append(
                 Exchange((say.wish(edit, pronoun=pronoun),), (after,), edit, scene, after, edit.kind)
@@ -434,7 +433,7 @@ def named(rng, scene: Scene, thing: Object) -> Group | None:
     return (options[0] if rng.random() < 0.5 else pick(rng, options)) if options else None
 
 
-def _only(group, scene):
+def only(group, scene):
     """The one thing that fits, or None."""
     found = [thing for thing in scene.objects if fits(thing, group)]
     return found[0] if len(found) == 1 else None
@@ -588,7 +587,7 @@ def _try_question(rng, scene, kind):
     if kind == "pattern":
         patterned = any(thing.pattern != "solid" for thing in scene.objects)
         subject = Group(thing.shape)
-        ok = patterned and _only(subject, scene) and thing.shape not in FIGURES
+        ok = patterned and only(subject, scene) and thing.shape not in FIGURES
         return Question(kind, subject, thing.pattern) if ok else None
     if kind == "count":
         shape = thing.shape if rng.random() < 0.85 else pick(rng, SHAPES)
@@ -608,19 +607,19 @@ def _try_question(rng, scene, kind):
         return Question(kind, subject, "yes" if there else "no") if there or not _hidden(subject) else None
     if kind == "color":
         subject = Group(thing.shape)
-        return Question(kind, subject, thing.color) if _only(subject, scene) else None
+        return Question(kind, subject, thing.color) if only(subject, scene) else None
     if kind == "size":
         if thing.size not in SIZES:
             return None
         options = [Group(thing.shape, color) for color in (None, thing.color)]
-        options = [group for group in options if _only(group, scene)]
+        options = [group for group in options if only(group, scene)]
         return Question(kind, pick(rng, options), thing.size) if options else None
     others = [other for other in scene.objects if other is not thing]
     subject = named(rng, scene, thing)
     other = named(rng, scene, pick(rng, others)) if others else None
     if subject is None or other is None:
         return None
-    a, b = _only(subject, scene), _only(other, scene)
+    a, b = only(subject, scene), only(other, scene)
     clear = [name for name in RELATIONS if clearly(name, (a.x, a.y), (b.x, b.y))]
     if not clear:
         return None
@@ -636,165 +635,6 @@ def _hidden(group):
     return group.color is not None and held_out(group.color, group.shape)
 
 
-# ---- judges -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EditVerdict:
-    """changed: what was asked for happened. kept: all else is as it was, whatever became of what was to change. copied:
-    the picture is the source again, by what is read in it. outside: PSNR in dB against the source, of the pixels that
-    the true edit leaves alone. why: what could not be read."""
-
-    changed: bool
-    kept: bool
-    copied: bool
-    outside: float
-    why: str = ""
-
-    @property
-    def ok(self):
-        return self.changed and self.kept
-
-
-def judge_edit(pixels, source, edit: Edit, before: Scene, after: Scene, true) -> EditVerdict:
-    """Whether a picture is the source with the edit done to it, from its pixels alone. pixels, source and `true`, a
-    rendering of `after`: uint8 [H, W, 3] of one size."""
-    same = np.abs(source.astype(int) - true).max(-1) == 0
-    error = np.square(pixels.astype(float) - source)[same]
-    outside = 10 * math.log10(255**2 / max(float(error.mean()), 1e-3)) if error.size else math.inf
-    reading = parse(pixels)
-    changed, kept = done(edit, before, reading.scene, len(reading.faults))
-    copied = not reading.faults and alike(before, reading.scene)
-    return EditVerdict(changed, kept, copied, outside, "; ".join(reading.faults))
-
-
-@dataclass(frozen=True)
-class Found:
-    """Whether an answer is right, and why not; of edits the EditVerdict, of pictures the scene that was read."""
-
-    ok: bool
-    why: str = ""
-    edit: EditVerdict | None = None
-    scene: Scene | None = None
-
-
-def judge_answer(exchange: Exchange, answer, source=None, true=None) -> Found:
-    """Judges an answer to an exchange: a text is right if it is the very one (of a page that is read, if it has all of its
-    words in their order), a picture (uint8 [H, W, 3]) if it shows
-    what is asked, by what is read in it. source, true: of edits, the picture that was to be changed and a rendering of
-    `after`, of the answer's size."""
-    if isinstance(answer, str) and exchange.kind.endswith("_read"):
-        at = 0
-        for string in pages.strings(exchange.after):
-            at = answer.find(string, at) + len(string)
-            if at < len(string):
-                return Found(False, f"{string!r} is not in {answer!r}, or not in its place")
-        return Found(True)
-    if isinstance(answer, str):
-        expected = "".join(part for part in exchange.says if isinstance(part, str))
-        return Found(
-            answer.strip() == expected,
-            "" if answer.strip() == expected else f"{answer.strip()!r}, not {expected!r}",
-        )
-    if isinstance(exchange.after, pages.Page):
-        verdict = pages.judge_page(answer, exchange.after)
-        copied = exchange.before is not None and pages.judge_page(answer, exchange.before).ok
-        return Found(verdict.ok, "a copy" if copied else verdict.why, None, verdict.scene)
-    if isinstance(exchange.task, Claim):
-        verdict = judge(answer, exchange.task)
-        return Found(verdict.ok, verdict.why, None, verdict.scene)
-    if isinstance(exchange.task, Edit):
-        verdict = judge_edit(answer, source, exchange.task, exchange.before, exchange.after, true)
-        parts = (
-            (verdict.why, verdict.why),
-            ("a copy", verdict.copied),
-            ("not done", not verdict.changed),
-            ("more changed", not verdict.kept),
-        )
-        return Found(verdict.ok, ", ".join(text for text, there in parts if there), verdict)
-    reading = parse(answer)
-    if reading.faults:
-        return Found(False, "; ".join(reading.faults), None, reading.scene)
-    ok = alike(exchange.after, reading.scene)
-    return Found(ok, "" if ok else "another scene", None, reading.scene)
-
-
-def alike(a: Scene, b: Scene) -> bool:
-    """Whether two scenes show the same: things of the same kinds at about the same places, background and style."""
-    return (
-        len(a.objects) == len(b.objects)
-        and not _matched(a.objects, b.objects)
-        and (a.background, a.style) == (b.background, b.style)
-    )
-
-
-def done(edit: Edit, before: Scene, found: Scene, faults: int = 0) -> tuple[bool, bool]:
-    """(the asked change is in the scene that was found, all else is as it was). With faults, so many things that could
-    not be read, the change is not there; but a thing that was to be changed may be one."""
-    target = _only(edit.target, before) if edit.target else None
-    stay = [thing for thing in before.objects if thing is not target]
-    missing = _matched(stay, found.objects)
-    rest = _matched(found.objects, stay)  # what no thing that stays accounts for
-    ground = found.background == (edit.value if edit.kind == "background" else before.background)
-    styled = found.style == (edit.value if edit.kind == "style" else before.style)
-    kept = not missing and (ground or edit.kind == "background") and (styled or edit.kind == "style")
-    others = len(rest) + faults
-    if edit.kind == "style":
-        return styled and not faults, kept and not others
-    if edit.kind == "background":
-        return ground and not faults, kept and not others
-    if edit.kind == "remove":
-        gone = not faults and not any(_same(target, thing) for thing in rest)
-        return gone, kept and others == (0 if gone else 1)
-    expected = {
-        "recolor": lambda thing: (
-            _near(thing, target) and fits(thing, replace(_group(target), color=edit.value))
-        ),
-        "resize": lambda thing: (
-            _near(thing, target)
-            and fits(thing, replace(_group(target), size=None))
-            and thing.size != target.size
-            and (ALL_SIZES[thing.size] > ALL_SIZES[target.size]) == (edit.value == "large")
-        ),
-        "replace": lambda thing: _near(thing, target) and fits(thing, edit.value),
-        "pattern": lambda thing: (
-            _near(thing, target) and fits(thing, replace(_group(target), pattern=edit.value))
-        ),
-        "add": lambda thing: fits(thing, edit.value) and _stands(edit, thing, before),
-        "move": lambda thing: fits(thing, _group(target)) and _stands(edit, thing, before),
-    }[edit.kind]
-    right = [thing for thing in rest if expected(thing)]
-    return bool(right) and not faults, kept and (others == 1 or (edit.kind == "add" and not others))
-
-
-def _stands(edit, thing, before):
-    return edit.relation is None or related(edit.relation, thing, _only(edit.anchor, before))
-
-
-def _group(thing):
-    return Group(thing.shape, thing.color, thing.size, 1, thing.pattern)
-
-
-def _near(a, b):
-    return math.dist((a.x, a.y), (b.x, b.y)) <= NEAR
-
-
-def _same(a, b):
-    return _near(a, b) and _group(a) == _group(b)
-
-
-def _matched(things, among):
-    """Those of `things` that have no partner of their own `among` the others."""
-    left, alone = list(among), []
-    for thing in things:
-        partner = next((other for other in left if _same(thing, other)), None)
-        if partner is None:
-            alone.append(thing)
-        else:
-            left.remove(partner)
-    return alone
-
-
 def scenes(talk: Talk):
     """All scenes and pages of a talk, in the order in which they are seen."""
     return [part for turn in talk.turns for part in (*turn.asks, *turn.says) if not isinstance(part, str)]
@@ -802,5 +642,5 @@ def scenes(talk: Talk):
 
 def picture(shown, width: int, height: int) -> np.ndarray:
     """The picture of a Scene or of a page: uint8 [height, width, 3]."""
-    draw = render if isinstance(shown, Scene) else pages.render_page
+    draw = render if isinstance(shown, Scene) else render_page
     return draw(shown, width, height)
