@@ -46,8 +46,8 @@ while read -r name spec size count; do
     --text "$dir/text.model" --max-side 16 --longest 640 --out "$dir/shards/$name"
   shards=$shards,$dir/shards/$name
 done <<< "$tasks"
-mmgen train --config transformer:preview --workdir "$dir/begin" --config.data.shards="${shards#,}" $steps
-mmgen train --config transformer:preview-more --workdir "$dir/transformer" --config.data.shards="${shards#,}" $steps \
-  --config.init="$dir/begin"
-mmgen evaluate --checkpoint "$dir/transformer" --suite all --size 64x64 \
+mmgen train --config transformer:preview --workdir "$dir/transformer" --config.data.shards="${shards#,}" $steps
+mmgen train --config transformer:preview-more --workdir "$dir/more" --config.data.shards="${shards#,}" $steps \
+  --config.init="$dir/transformer"
+mmgen evaluate --checkpoint "$dir/more" --suite all --size 64x64 \
   --out "$dir/report" $cases

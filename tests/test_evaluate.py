@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 from mmgen.document import Image, Text, Turn
 from mmgen.evals import captions, compare, prompts, report, suites, talks
 from mmgen.world import say, tasks
+from mmgen.world.judge import parse
 from mmgen.world.render import render
 from mmgen.world.rich import RICH, random_rich
 from mmgen.world.scene import (
@@ -273,6 +274,7 @@ def test_suites_of_a_model_that_is_right(sampler, monkeypatch, suite):
 
 
 def test_edits_that_copy_or_change_more_are_measured():
+    blots = [0, 0]
     for talk in some_talks("edit", 30):
         (turn,) = talk.turns
         source, true = (render(scene, 32, 32) for scene in (turn.before, turn.after))
@@ -280,9 +282,19 @@ def test_edits_that_copy_or_change_more_are_measured():
         assert not copy.ok and copy.why == "a copy, not done"
         assert copy.measured == {"changed": False, "kept": True, "copied": True, "psnr_outside": 60.0}
         assert right.measured == {"changed": True, "kept": True, "copied": False, "psnr_outside": 60.0}
+        for thing in turn.before.objects:  # a blot over what was to change, or over what was to stay
+            blot, target = true.copy(), turn.task.target and tasks.only(turn.task.target, turn.before)
+            x, y = (round(32 * at) for at in (thing.x, thing.y))
+            blot[max(y - 3, 0) : y + 3, max(x - 3, 0) : x + 3, 0] ^= 0xA0
+            if turn.task.kind in ("recolor", "resize", "replace") and parse(blot).faults:
+                blots[thing == target] += 1
+                found = talks.judge_answer(turn, blot, source)
+                assert not found.ok and not found.measured["changed"]
+                assert found.measured["kept"] == (thing == target)
         noise = np.random.default_rng(0).integers(0, 256, source.shape).astype(np.uint8)
         wrong = talks.judge_answer(turn, noise, source)
         assert not wrong.ok and wrong.measured["psnr_outside"] < 15 and "background" in wrong.why
+    assert min(blots) > 3
 
 
 class Painter:
@@ -330,7 +342,7 @@ class Painter:
         kind = edit.kind
         if kind == "background":
             return dataclasses.replace(scene, background=edit.value)
-        thing = edit.target and talks._only(edit.target, scene)
+        thing = edit.target and tasks.only(edit.target, scene)
         rest = tuple(other for other in scene.objects if other is not thing)
         if kind in ("recolor", "resize", "remove", "replace"):
             new = {
@@ -341,7 +353,7 @@ class Painter:
             return Scene((*rest, new[kind]()) if kind in new else rest, scene.background)
         new = thing or dataclasses.replace(edit.value, size=edit.value.size or "small")
         taken = [(other.x, other.y, *half_extent(other)) for other in rest]
-        anchor = edit.anchor and talks._only(edit.anchor, scene)
+        anchor = edit.anchor and tasks.only(edit.anchor, scene)
         for _ in range(5000):
             place = free_place(self.rng, half_extent(new), taken)
             put = place and Object(new.shape, new.color, new.size, *place)

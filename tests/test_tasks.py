@@ -248,6 +248,7 @@ def test_what_is_done_by_scenes():
     assert done(ground, b, ground="other") == (True, False)
     # What cannot be read may be what was to change, and nothing else.
     assert done(recolor, b, faults=1) == done(remove, b, faults=1) == (False, True)
+    assert done(recolor, b) == (False, True)  # nor is what vanished
     assert done(recolor, moved(a, color="pink"), faults=1) == done(recolor, b, faults=2) == (False, False)
     assert done(ground, a, b, ground="other", faults=1) == (False, False)
     add = tasks.Edit("add", None, Group("heart", "red"), "above", Group(b.shape, b.color))

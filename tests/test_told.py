@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmgen.document import Document, Text, Turn
+from mmgen.document import Document, Image, Text, Turn
 from mmgen.models import transformer
 from mmgen.runtime import config as configs
 from mmgen.sampling.sampler import Request
-from mmgen.sampling.strategies import Strategy
+from mmgen.sampling.strategies import Strategy, choose
 from mmgen.stages import reinforce
 from tests import test_cross_attention as crossed
 from tests.test_cross_attention import around, built, logits, packed  # noqa: F401 (a fixture)
@@ -177,12 +177,15 @@ def test_log_probs_step_by_step_are_those_of_all_codes(around, told):  # noqa: F
         assert np.exp(colors[0, 3]) @ entropy[:, 3] == pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_a_greedy_code_is_the_best_color_and_then_its_best_outline(sampler, around, told, guidance):  # noqa: F811
-    """By the whole model's logits, both steps guided, token by token."""
+@pytest.mark.parametrize("guidance, image_guidance", [(1.0, 1.0), (2.5, 1.0), (2.5, 1.7)])
+def test_a_greedy_code_is_the_best_color_and_then_its_best_outline(
+    sampler, around, told, guidance, image_guidance  # noqa: F811
+):  # fmt: skip
+    """By the whole model's logits, both steps guided, token by token; in company, and by another device's half."""
     model, grammar = crossed.sampler_of(sampler, around, told), around[1]
-    greedy = dict(image=Strategy(0.0), size=(2, 3), guidance=guidance)
-    asked = Request(Document([Turn("user", [Text("two red stars")])]), **greedy)
+    shown = Image(codes=np.arange(6, dtype=np.int32).reshape(2, 3))
+    how = dict(size=(2, 3), guidance=guidance, image_guidance=image_guidance)
+    asked = Request(Document([Turn("user", [shown, Text("two red stars")])]), image=Strategy(0.0), **how)
     branches = [[*tokens, grammar.boi, grammar.h(2), grammar.w(3)] for tokens in model.prompts(asked)]
     colors = nnx.merge(*told[:2]).colors
     codes = []
@@ -192,14 +195,50 @@ def test_a_greedy_code_is_the_best_color_and_then_its_best_outline(sampler, arou
             row = np.array([tokens], np.int32)
             row = logits(told, row, np.ones_like(row), grammar.positions(row[0])[None])[-1]
             found.append(row[grammar.code_start :].reshape(-1, colors))
-        guided = lambda x: x[-1] + guidance * (x[0] - x[-1])
+        free = 1 if len(found) > 1 else 0
+        guided = lambda x: x[-1] + image_guidance * (x[free] - x[-1]) + guidance * (x[0] - x[free])
         share = [np.logaddexp.reduce(each, 0) for each in found]
         color = int(np.argmax(guided(share)))
         outline = int(np.argmax(guided([a[:, color] - b[color] for a, b in zip(found, share)])))
         codes.append(color + colors * outline)
         branches = [[*tokens, grammar.code_start + codes[-1]] for tokens in branches]
-    (image,) = model.generate([asked], 2)[0].parts
+    wild = Request(asked.document, image=Strategy(2.0), seed=7, **how)
+    (image,) = model.generate([asked, wild, wild], 2)[0].parts
     assert image.codes.ravel().tolist() == codes
+
+
+def test_keep_mode_is_of_each_step(sampler, around, told):  # noqa: F811
+    """Draws again by hand: of colours that of the code before is the one that was there, and of outlines the one
+    before where the colour is the same."""
+    model, (_, grammar), temperature = crossed.sampler_of(sampler, around, told), around, 0.3
+    strategy, document = Strategy(temperature, keep_mode=True), Document([Turn("user", [Text("red")])])
+    asked = [Request(document, size=(8, 8), seed=i, image=strategy) for i in range(4)]
+    prompt, colors = model.prompts(asked[0])[0], nnx.merge(*told[:2]).colors
+    how = [np.array([x]) for x in (temperature, 0, 1.0, 0.0, True)]
+
+    @jax.jit
+    def draw(logits, previous, key):
+        u = jax.random.uniform(key)
+        return choose(logits[None], jnp.ones((1, len(logits)), bool), u[None], previous[None], *how)[0]
+
+    matters = [0, 0]
+    for request, turn in zip(asked, model.generate(asked, 4)):
+        codes = turn.parts[0].codes.ravel()
+        row = [*prompt, grammar.boi, grammar.h(8), grammar.w(8), *(grammar.code_start + codes)]
+        row = np.array([row], np.int32)
+        found = logits(told, row, np.ones_like(row), grammar.positions(row[0])[None])[len(prompt) + 2 :]
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(request.seed)))(np.arange(67))
+        for k, code in enumerate(codes):
+            y = found[k, grammar.code_start :].reshape(-1, colors)
+            share, before = np.logaddexp.reduce(y, 0), codes[k - 1] if k else -1
+            color = draw(share, before % colors if k else -1, keys[3 + k])
+            given, key = y[:, color] - share[color], jax.random.fold_in(keys[3 + k], 1)
+            same = k > 0 and color == before % colors
+            outline = draw(given, before // colors if same else -1, key)
+            assert color + colors * outline == code
+            matters[0] += color != draw(share, -1, keys[3 + k])
+            matters[1] += outline != draw(given, -1 if same else before // colors, key)
+    assert min(matters) > 0, matters
 
 
 def test_draws_follow_the_log_probs_of_both_steps(sampler, around, told):  # noqa: F811

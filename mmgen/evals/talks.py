@@ -255,8 +255,8 @@ def as_read(turn, now, back=None, edit=None, language="en"):
     if now is None:
         return UNREADABLE
     if isinstance(task, tasks.Edit):
-        named = all(_only(group, now) for group in (task.target, task.anchor) if group)
-        if named and task.kind == "resize" and _only(task.target, now).size == task.value:
+        named = all(tasks.only(group, now) for group in (task.target, task.anchor) if group)
+        if named and task.kind == "resize" and tasks.only(task.target, now).size == task.value:
             return OPEN  # it is as large, or as small, as things are already
         return replace(turn, task=task, before=now) if named and _has_room(task, now) else OPEN
     answer = right_answer(task, now)
@@ -279,11 +279,11 @@ def right_answer(question, scene):
         if question.kind == "exists":
             return "yes" if count else "no"
         return count if count <= MOST else None
-    thing = _only(subject, scene)
+    thing = tasks.only(subject, scene)
     if thing is None:
         return None
     if question.kind == "relation":
-        other = _only(question.other, scene)
+        other = tasks.only(question.other, scene)
         if not other:
             return None
         ax, ay = RELATIONS[question.relation]
@@ -299,7 +299,7 @@ def _has_room(edit, scene):
     """Whether what an edit adds or moves can be put where it says, the rest left in place: on 64 by 64 places."""
     if edit.kind not in ("add", "move"):
         return True
-    moved = edit.target and _only(edit.target, scene)
+    moved = edit.target and tasks.only(edit.target, scene)
     kind = moved or replace(edit.value, size=edit.value.size or "small")
     halves = half_extent(kind)
     xs, ys = (EDGE + half + np.linspace(0, 1, 64) * (1 - 2 * (EDGE + half)) for half in halves)
@@ -307,15 +307,9 @@ def _has_room(edit, scene):
     for thing in (thing for thing in scene.objects if thing is not moved):
         apart = [half + other + GAP for half, other in zip(halves, half_extent(thing))]
         free &= (abs(xs - thing.x) >= apart[0]) | (abs(ys - thing.y) >= apart[1])[:, None]
-    anchor = edit.anchor and _only(edit.anchor, scene)
+    anchor = edit.anchor and tasks.only(edit.anchor, scene)
     places = (Object(kind.shape, kind.color, kind.size, xs[x], ys[y]) for y, x in np.argwhere(free))
     return any(anchor is None or related(edit.relation, place, anchor) for place in places)
-
-
-def _only(group, scene):
-    """The one thing that fits, or None."""
-    found = [thing for thing in scene.objects if fits(thing, group)]
-    return found[0] if len(found) == 1 else None
 
 
 # ---- cases ------------------------------------------------------------------------------------------

@@ -227,10 +227,15 @@ def step(model, weights, cache, tokens, positions, start, row=None):
 def logits(model, weights, x):
     """Hidden states [..., D] -> float32 logits of tokens [..., V].
 
-    Where codes are told in two steps (`model.colors`), of words and colours alone: the outlines have those of
-    `model.outline.given`.
+    Where codes are told in two steps (`model.colors`) a code is there as its colour; its outline has the logits
+    that `outline_logits` gives.
     """
     return _product(layers.rms_norm(x), weights["head"], jnp.float32)[..., : model.first]
+
+
+def outline_logits(model, x, colors):
+    """Hidden states [..., D] and colours int32 [...] -> float32 logits of the outlines with these colours [..., outlines]."""
+    return model.outline.given(layers.rms_norm(x), colors)
 
 
 def _product(x, w, out=None):

@@ -17,7 +17,7 @@ from flax import nnx
 
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.grammar import Grammar
-from mmgen.models import layers, transformer
+from mmgen.models import transformer
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
@@ -354,9 +354,7 @@ def _nats(params, weights, tokens, positions, *, graphdef, chunk, int8):
             code = targets >= model.code_start
             outlines, colors = jnp.divmod(jnp.where(code, targets - model.code_start, 0), model.colors)
             first = surprise(logits, jnp.where(code, model.code_start + colors, targets))
-            return first + jnp.where(
-                code, surprise(model.outline.given(layers.rms_norm(x), colors), outlines), 0
-            )
+            return first + jnp.where(code, surprise(caches.outline_logits(model, x, colors), outlines), 0)
 
         return cache, jax.lax.map(row, (x, part(targets)))
 

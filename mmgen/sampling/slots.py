@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from mmgen.grammar import BETWEEN, CODES
-from mmgen.models import layers
 from mmgen.sampling import cache as caches
 from mmgen.sampling.strategies import choose
 
@@ -288,24 +287,25 @@ def _dispatch(
         previous = jnp.where(state.written > 0, latest, -1)
 
         def draw(logits, legal, previous, key):
+            """A token of each row, of those that `logits` [R, ...] are of; whether these are finite."""
             logits = _guided(logits.reshape(branches, N, -1), legal, machine, grammar, knobs)
             finite = jnp.isfinite(jnp.where(legal, logits, 0.0)).all(-1)
             return choose(logits, legal, jax.vmap(jax.random.uniform)(key), previous, *how), finite
 
-        first, key = previous, keys(knobs["seed"], state.written)
-        if model.colors:  # A code is a colour at first: all codes are legal or none.
-            outline, color = jnp.divmod(jnp.maximum(previous - start, 0), model.colors)
-            first = jnp.where(previous < start, previous, start + color)
-        token, finite = draw(caches.logits(model, weights, state.hidden), legal[:, : model.first], first, key)
+        key = keys(knobs["seed"], state.written)
+        logits = caches.logits(model, weights, state.hidden)
+        if not model.colors:
+            token, finite = draw(logits, legal, previous, key)
+        else:  # A code is its colour at first, and all codes are legal or none.
+            before = jnp.maximum(previous - start, 0)
+            same = jnp.where(previous < start, previous, start + before % model.colors)
+            token, finite = draw(logits, legal[:, : model.first], same, key)
+            code, repeats = token >= start, (token >= start) & (token == same)
+            logits = caches.outline_logits(model, state.hidden, every(jnp.maximum(token - start, 0)))
+            free, same = jnp.ones(logits.shape[-1:], bool), jnp.where(repeats, before // model.colors, -1)
+            outline, sure = draw(logits, free[None], same, jax.vmap(jax.random.fold_in, (0, None))(key, 1))
+            token, finite = jnp.where(code, token + model.colors * outline, token), finite & (sure | ~code)
         broken = broken | (active & ~finite)
-        if model.colors:
-            code, color = token >= start, jnp.maximum(token - start, 0)
-            logits = model.outline.given(layers.rms_norm(state.hidden), every(color))
-            whole = jnp.ones((N, model.outline.outlines), bool)
-            before = jnp.where(previous < start, -1, outline)
-            drawn, finite = draw(logits, whole, before, jax.vmap(jax.random.fold_in, (0, None))(key, 1))
-            broken = broken | (active & code & ~finite)
-            token = jnp.where(code, token + model.colors * drawn, token)
         token = every(jnp.where(active, token, grammar.eos))
         at = grammar.position(state.machine)
         x, cache = caches.step(model, weights, state.cache, token[:, None], at[:, None], state.lengths)
@@ -371,7 +371,7 @@ def _fill(model, weights, state, fill, N, chunk):
 
 
 def _guided(logits, legal, machine, grammar, knobs):
-    """Logits of the branches [branches, N, V] -> those to draw from [N, V].
+    """Logits of the branches [branches, N, V] -> those to draw from [N, V]; V of tokens, or of outlines.
 
     With the branches full, free (no text) and bare (no text, no image): bare + image_guidance * (free - bare) +
     guidance * (full - free), after InstructPix2Pix (arXiv:2211.09800); two branches are the case image_guidance 1.

@@ -377,7 +377,8 @@ def log_probs(model, batch, *, grammar, codes, temperature):
     """Of a batch's codes, in their order: log-probability and entropy in nats, float32 [B, n] each.
 
     They are those of the distribution that the sampler draws from: at a code the grammar allows the codes of its
-    depth alone, and the softmax is over these, of logits / temperature. What the grammar forces or the request
+    depth alone, and the softmax is over these, of logits / temperature (of colours and then of outlines, where codes are told
+    in two steps). What the grammar forces or the request
     decides (<boi>, the size, <eoi>, <end>) has probability 1 there, and no part in the loss.
     """
     x = model(*(batch[name] for name in ("tokens", "segments", "positions")))

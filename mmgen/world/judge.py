@@ -129,15 +129,17 @@ def parse(pixels: np.ndarray) -> Reading:
 
 
 def _one_style(reading, pixels):
-    """The reading, with a fault for each thing that is in another style than its ground: painted in that, it is closer."""
-    scene, faults = reading.scene, []
+    """The reading, with a fault instead of each thing that is in another style than its ground: painted in that, it is
+    closer."""
+    scene, faults, right = reading.scene, [], []
     if reading.faults or any(thing.z for thing in scene.objects):
         return reading
     height, width = pixels.shape[:2]
     field, found = ground(scene.background, scene.style, width, height), {}
-    for thing in (
-        thing for thing in scene.objects if thing.pattern != "outlined"
-    ):  # a thin line is never quite in place
+    for thing, misfit in zip(scene.objects, reading.misfits, strict=True):
+        right.append((thing, misfit))
+        if thing.pattern == "outlined":  # a thin line is never quite in place
+            continue
         x, y, reach = thing.x * width, thing.y * height, 0.36 * min(height, width)
         rows, cols = (slice(max(int(at - reach), 0), int(at + reach) + 1) for at in (y, x))
         near = np.hypot(*np.ogrid[rows.start - y : rows.stop - y, cols.start - x : cols.stop - x])
@@ -151,7 +153,9 @@ def _one_style(reading, pixels):
         closest = min(found, key=found.get)
         if found[closest] < OTHER * found[scene.style] and found[scene.style] > CLOSE:
             faults.append(f"in style {closest} on {scene.style} at ({x:.0f}, {y:.0f})")
-    return replace(reading, faults=tuple(faults))
+            right.pop()
+    objects, misfits = zip(*right, strict=True) if right else ((), ())
+    return Reading(replace(scene, objects=objects), misfits, tuple(faults))
 
 
 def _reduced(pixels, style="flat"):

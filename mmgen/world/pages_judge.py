@@ -46,7 +46,6 @@ from mmgen.world.pages_render import (
     alignment_shows,
     chart_slots,
     diagram_rows,
-    draw_page,
     leader,
     line_start,
     link_ends,
@@ -56,10 +55,9 @@ from mmgen.world.pages_render import (
     poster_em,
     poster_emblem,
     poster_lines,
+    render_page,
 )
 from mmgen.world.scene import BACKGROUNDS, COLORS, Group
-
-# ---- reading ----------------------------------------------------------------------------------------
 
 LOOK = 128  # pixels of the short side; larger pictures are reduced to this
 NEAR = 78.0  # a color is at most so far from the named one, and at most 0.75 of the way to the next
@@ -103,7 +101,7 @@ def read_page(pixels: np.ndarray, kind: str) -> Reading:
     look = (looks | {"diagram": _read_diagram, "comic": _read_comic})[kind]
     page = look(image, faults)
     if page is not None and not faults:
-        strange = _unexplained(image, draw_page(page, image.shape[1], image.shape[0]).astype(np.float32))
+        strange = _unexplained(image, render_page(page, image.shape[1], image.shape[0]).astype(np.float32))
         if strange.mean() > STRAY:
             faults.append(f"{strange.mean():.1%} of the picture is unlike the page that is read in it")
         count, _, boxes, middles = cv2.connectedComponentsWithStats(strange.astype(np.uint8))

@@ -26,10 +26,8 @@ from mmgen.world.render import coverage, render
 # ---- layouts, in pixels -----------------------------------------------------------------------------
 
 _WALL, _PAD = 0.05, 0.05  # around the board of a poster, and within it
-EMBLEM, REACH = (
-    0.68,
-    0.22,
-)  # the side of the square scene in which a shape is small; half of its window in such sides
+EMBLEM = 0.68  # the side of the square scene in which a shape is small
+REACH = 0.22  # half of the window of a small shape, in sides of its scene
 
 
 def poster_box(width, height):
@@ -65,14 +63,18 @@ def line_start(align, left, right, length):
     return {"left": left, "center": (left + right - length) / 2, "right": right - length}[align]
 
 
+def alignment_shows(page, width, height):
+    """Whether some line is so much shorter than the board that its alignment can be seen."""
+    _, (left, _, right, _) = poster_box(width, height)
+    em = poster_em(page.lines, page.emblem, width, height)
+    return right - left - em * min(map(lettering.width, page.lines)) > 0.08 * min(width, height)
+
+
 TITLE_EM, LABEL_EM = 0.125, 0.1
 TITLE_MIDDLE, LABEL_MIDDLE, VALUE_MIDDLE = 0.085, 0.07, 0.066  # from the top, the bottom, the bar
-BASE, _TOP, _SIDE, BAR = (
-    0.14,
-    0.29,
-    0.05,
-    0.56,
-)  # a bar's foot, its highest top; the sides; its share of a slot
+BASE = 0.14  # a bar's foot, from the bottom
+BAR = 0.56  # its share of a slot
+_TOP, _SIDE = 0.29, 0.05  # its highest top, from the top; beside all bars
 
 
 def chart_slots(count, width, height):
@@ -88,7 +90,8 @@ def chart_slots(count, width, height):
     )
 
 
-WORD_EM, _THIN = 0.105, 0.0075  # half of a line's thickness
+WORD_EM = 0.105
+_THIN = 0.0075  # half of a line's thickness
 
 
 def diagram_rows(count, width, height):
@@ -115,7 +118,8 @@ def link_ends(link, x, rows, side, short):
     return (x, a + down * reach), (x, b - down * reach)
 
 
-_GUTTER, FRAME, _STRIP, CAPTION_EM = 0.03, 0.012, 0.13, 0.1
+CAPTION_EM, FRAME = 0.1, 0.012
+_GUTTER, _STRIP = 0.03, 0.13  # between panels; for the words of one
 
 
 def panel_boxes(grid, width, height):
@@ -145,10 +149,6 @@ def render_page(page: Page, width: int, height: int) -> np.ndarray:
         raise ValueError(
             f"size: expected at least {least}x{least} for a {kind_of(page)}; found {width}x{height}"
         )
-    return draw_page(page, width, height)
-
-
-def draw_page(page, width, height):
     canvas = np.empty((height, width, 3), np.float32)
     draw = {Poster: _draw_poster, Chart: _draw_chart, Diagram: _draw_diagram, Comic: _draw_comic}[type(page)]
     draw(canvas, page, width, height, min(width, height))
@@ -258,10 +258,3 @@ def _draw_comic(canvas, page, width, height, short):
         canvas[window] = render(panel.scene, cols.stop - cols.start, rows.stop - rows.start)
         x = (left + right - em * lettering.width(panel.caption)) / 2
         _type(canvas, panel.caption, em, x, (strip + bottom - frame) / 2, "black")
-
-
-def alignment_shows(page, width, height):
-    """Whether some line is so much shorter than the board that its alignment can be seen."""
-    _, (left, _, right, _) = poster_box(width, height)
-    em = poster_em(page.lines, page.emblem, width, height)
-    return right - left - em * min(map(lettering.width, page.lines)) > 0.08 * min(width, height)

@@ -55,7 +55,6 @@ RICH_QUESTIONS = (*QUESTIONS, "pattern", "style")
 SPEECH = (  # of language.py
     "say", "ask_caption", "ask_detail", "ask", "wish", "undo", "first", "correct", "mix", "remain",
 )  # fmt: skip
-NEAR = 0.08  # a thing that stayed has its centre this close to where it was, in fractions of the image
 _TRIES, _PLACES = 8, 64  # of an edit of a kind, and places that a thing may move to
 
 

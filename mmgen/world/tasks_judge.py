@@ -9,7 +9,7 @@ from mmgen.world.judge import judge, parse
 from mmgen.world.pages import Page, strings
 from mmgen.world.pages_judge import judge_page
 from mmgen.world.scene import ALL_SIZES, Claim, Group, Scene, fits, related
-from mmgen.world.tasks import NEAR, Edit, Exchange, only
+from mmgen.world.tasks import Edit, Exchange, only
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def judge_edit(pixels, source, edit: Edit, before: Scene, after: Scene, true) ->
     reading = parse(pixels)
     changed, kept = done(edit, before, reading.scene, len(reading.faults))
     copied = not reading.faults and alike(before, reading.scene)
-    return EditVerdict(changed, kept, copied, outside, "; ".join(reading.faults))
+    return EditVerdict(changed, kept, copied, outside, ", ".join(reading.faults))
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def alike(a: Scene, b: Scene) -> bool:
 
 
 def done(edit: Edit, before: Scene, found: Scene, faults: int = 0) -> tuple[bool, bool]:
-    """(the asked change is in the scene that was found, all else is as it was). With faults, so many things that could
-    not be read, the change is not there; but a thing that was to be changed may be one."""
+    """(the asked change is in the scene that was found, all else is as it was). With faults, so many things beside those of
+    the scene that could not be read, the change is not there; but a thing that was to be changed may be one."""
     target = only(edit.target, before) if edit.target else None
     stay = [thing for thing in before.objects if thing is not target]
     missing = _matched(stay, found.objects)
@@ -137,7 +137,7 @@ def done(edit: Edit, before: Scene, found: Scene, faults: int = 0) -> tuple[bool
         "move": lambda thing: fits(thing, _group(target)) and _stands(edit, thing, before),
     }[edit.kind]
     right = [thing for thing in rest if expected(thing)]
-    return bool(right) and not faults, kept and (others == 1 or (edit.kind == "add" and not others))
+    return bool(right) and not faults, kept and others <= 1
 
 
 def _stands(edit, thing, before):
@@ -146,6 +146,9 @@ def _stands(edit, thing, before):
 
 def _group(thing):
     return Group(thing.shape, thing.color, thing.size, 1, thing.pattern)
+
+
+NEAR = 0.08  # a thing that stayed has its centre this close to where it was, in fractions of the image
 
 
 def _near(a, b):
