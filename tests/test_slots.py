@@ -511,10 +511,12 @@ np.testing.assert_array_equal(drawn[1][0], drawn[2][0])
 """
 
 
-def test_devices_that_share_a_model_draw_the_same(space, tmp_path):
+@pytest.mark.parametrize("outline", [0, pytest.param(16, marks=pytest.mark.soak)])
+def test_devices_that_share_a_model_draw_the_same(space, tmp_path, outline):
     from mmgen.stages import loop
     from tests.conftest import config_of
 
-    flags = [*space.transformer_flags, "--config.model.kv_heads=2", "--config.model.vocab_multiple=2"]
+    sizes = ["kv_heads=2", "vocab_multiple=2", f"outline={outline}"]
+    flags = [*space.transformer_flags, *(f"--config.model.{size}" for size in sizes)]
     loop.train(config_of(flags), tmp_path / "run", stop_at=1)
     run_python(SHARDED, tmp_path / "run", devices=2)
