@@ -49,7 +49,8 @@ def get_config(variant):
     d.image_drop = 0.0  # ... without text and without the images of their user turns
     d.max_bad = 0.01  # share of damaged documents above which the run gives up
     d.threads, d.workers = 1, 0  # that make batches ahead: threads or, if not 0, processes
-    d.text_weight, d.image_weight, d.user_weight = 1.0, 1.0, False
+    d.text_weight, d.image_weight = 1.0, 1.0
+    d.user_weight, d.user_images = False, True  # learn what the user says too; and with that, shows
 
     # Weight of log Z squared; and how many tokens a device turns into logits at a time (0: all)
     c.loss = dict(z=1e-4, chunk=0)

@@ -315,19 +315,23 @@ class Grammar:
             positions[codes] += np.concatenate(grids)[: len(codes)]
         return positions
 
-    def loss_weights(self, tokens, text: float = 1.0, image: float = 1.0, user: bool = False) -> np.ndarray:
+    def loss_weights(
+        self, tokens, text: float = 1.0, image: float = 1.0, user: bool = False, user_images: bool = True
+    ) -> np.ndarray:
         """How much each token of a document counts as a target: float32 [T].
 
         Learned are the parts and the <end> of assistant and page turns, and with user=True of user
-        turns. `text` weighs pieces and <end>; `image` weighs codes and the choice of an image
+        turns, but for their images with user_images=False. `text` weighs pieces and <end>; `image` weighs codes and the choice of an image
         and its size, <boi> <h> <w>. What nobody chooses weighs nothing: <bos>, roles, <eoi>, <eos>.
         """
         tokens = _row(tokens)
         # The roles are in this order: system, user, assistant, page.
-        learned = self._speaker(tokens) >= self.roles["user" if user else "assistant"]
+        speaker = self._speaker(tokens)
+        learned = speaker >= self.roles["user" if user else "assistant"]
+        image = np.float32(image) * (learned & (user_images | (speaker != self.roles["user"])))
         is_text = (tokens < self.pieces) | (tokens == self.end)
         is_image = (tokens >= self.size_start) | (tokens == self.boi)
-        return np.where(learned, is_text * np.float32(text) + is_image * np.float32(image), np.float32(0))
+        return learned * is_text * np.float32(text) + is_image * image
 
     def guidance_drops(self, tokens) -> tuple[np.ndarray, np.ndarray]:
         """What system and user turns say -> (their text, their images): bool [T] each.

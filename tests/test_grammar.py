@@ -287,8 +287,8 @@ def test_positions_of_a_small_document():
     assert x == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 9, 10, 11, 12, 13, 14]
 
 
-@given(documents(), st.booleans())
-def test_learned_are_the_free_choices_of_those_who_answer(case, user):
+@given(documents(), st.booleans(), st.booleans())
+def test_learned_are_the_free_choices_of_those_who_answer(case, user, shows):
     grammar, document = case
     tokens = grammar.encode(document, LETTERS_MODEL)
     learned = [grammar.roles[role] for role in ("assistant", "page", *["user"] * user)]
@@ -298,8 +298,9 @@ def test_learned_are_the_free_choices_of_those_who_answer(case, user):
         forced = grammar.allowed(state, np.array([UNLIMITED])).sum() == 1
         is_text = token < grammar.pieces or token == grammar.end
         counts = inside and not forced and state.role[0] in learned
+        counts = counts and (is_text or shows or state.role[0] != grammar.roles["user"])
         expected.append((0.5 if is_text else 2.0) if counts else 0.0)
-    weights = grammar.loss_weights(tokens, text=0.5, image=2.0, user=user)
+    weights = grammar.loss_weights(tokens, text=0.5, image=2.0, user=user, user_images=shows)
     assert weights.dtype == np.float32 and weights.tolist() == expected
 
 

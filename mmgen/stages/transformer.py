@@ -30,7 +30,9 @@ def setup(config, workdir):
         )
     vocabulary = {name: shards.manifest[name] for name in keep} | {"shards": shards.identity}
     _check(shards, vocabulary, workdir)
-    loss = dict(text=data.text_weight, image=data.image_weight, user=data.user_weight)
+    loss = dict(
+        text=data.text_weight, image=data.image_weight, user=data.user_weight, user_images=data.user_images
+    )
     rows = Rows(
         shards,
         grammar,
