@@ -8,7 +8,7 @@ import ml_collections
 
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "tiny", "preview", "preview-more", "emoji", "dialogue", "350m", "1b", "7b")
+VARIANTS = ("quickstart", "tiny", "preview", "preview-2", "preview-3", "emoji", "dialogue", "350m", "1b", "7b")
 
 
 def get_config(variant):
@@ -67,7 +67,7 @@ def get_config(variant):
         m.layers = 6
         d.batch_size, d.row_length, d.overlong = 16, 288, "drop"
         c.steps, c.optimizer.weight_decay = 1_000, 0.01
-    if variant in ("preview", "preview-more"):  # all tasks of the world: launch/preview.sh, docs/preview.md
+    if variant.startswith("preview"):  # all tasks of the world, in three parts: launch/preview.sh, docs/preview.md
         m.layers, m.outline, m.beneath = 4, 128, 2
         d.mixture = (
             ("plain", 0.25), ("draw", 0.12), ("edit", 0.19), ("style", 0.10), ("ask", 0.06), ("caption", 0.05),
@@ -77,7 +77,7 @@ def get_config(variant):
         d.batch_size, d.row_length, d.overlong = 3, 640, "drop"
         d.image_drop = 0.05  # edits are guided by their images too
         c.steps, c.ema = 18_000, 0.999
-    if variant == "preview-more":  # a preview run (config.init) goes on with more of what it does badly
+    if variant in ("preview-2", "preview-3"):  # the run of the part before (config.init) goes on
         d.mixture = (
             ("plain", 0.25), ("draw", 0.08), ("edit", 0.24), ("style", 0.05), ("ask", 0.10), ("caption", 0.08),
             ("detail", 0.02), ("compare", 0.03), ("mix", 0.02), ("reason", 0.02), ("dialogue", 0.05),
@@ -85,6 +85,13 @@ def get_config(variant):
         )  # fmt: skip
         d.text_weight = 2.0
         c.steps, c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 20_000, 1.5e-2, 4.5e-3
+    if variant == "preview-3":  # which thing is meant: "remove the circle" says what there is, as captions do
+        d.mixture = (
+            ("plain", 0.19), ("draw", 0.06), ("edit", 0.28), ("style", 0.04), ("ask", 0.09), ("caption", 0.08),
+            ("detail", 0.10), ("compare", 0.03), ("mix", 0.02), ("reason", 0.02), ("dialogue", 0.04),
+            ("story", 0.005), ("prose", 0.005), ("sign", 0.02), ("page", 0.02),
+        )  # fmt: skip
+        d.user_weight, d.user_images = True, False
     if variant == "dialogue":  # a quickstart run (config.init) goes on: docs/posttraining.md
         d.mixture = (("draw", 0.3), ("edit", 0.3), ("dialogue", 0.3), ("question", 0.05), ("caption", 0.05))
         d.batch_size, d.row_length, d.overlong = 3, 560, "drop"

@@ -16,11 +16,11 @@ mkdir -p "$dir"
 tasks="
 plain world:train 64x64 150000
 draw world:train/draw 64x64 60000
-edit world:train/edit 64x64 60000
+edit world:train/edit 64x64 120000
 style world:train/style 64x64 30000
-ask world:train/question 64x64 30000
-caption world:train/caption 64x64 20000
-detail world:train/detail 64x64 10000
+ask world:train/question 64x64 60000
+caption world:train/caption 64x64 40000
+detail world:train/detail 64x64 40000
 compare world:train/compare 64x64 10000
 mix world:train/mix 64x64 8000
 reason world:train/reason 64x64 12000
@@ -46,8 +46,10 @@ while read -r name spec size count; do
     --text "$dir/text.model" --max-side 16 --longest 640 --out "$dir/shards/$name"
   shards=$shards,$dir/shards/$name
 done <<< "$tasks"
-mmgen train --config transformer:preview --workdir "$dir/transformer" --config.data.shards="${shards#,}" $steps
-mmgen train --config transformer:preview-more --workdir "$dir/more" --config.data.shards="${shards#,}" $steps \
-  --config.init="$dir/transformer"
-mmgen evaluate --checkpoint "$dir/more" --suite all --size 64x64 \
+init=
+for part in preview preview-2 preview-3; do
+  mmgen train --config "transformer:$part" --workdir "$dir/$part" --config.data.shards="${shards#,}" $init $steps
+  init=--config.init=$dir/$part
+done
+mmgen evaluate --checkpoint "$dir/preview-3" --suite all --size 64x64 \
   --out "$dir/report" $cases
