@@ -198,7 +198,7 @@ def _decode(ink, script, k, middle):
     reach = int(advances.max()) + 2
     best = np.zeros(places + reach, np.float32)
     around = np.zeros(places + reach, np.float32)
-    block = int(advances.min()) - 1
+    block = max(int(advances.min()) - 1, 1)  # of the smallest sizes, which no page has, glyphs are a pixel apart
     for last in range(places, 0, -block):
         here = np.arange(max(0, last - block), last)
         total = gain[:, here] + around[here + advances[:, None]]
