@@ -262,3 +262,12 @@ def test_how_often_the_judge_is_right(kind):
     )
     assert rates["true"] >= 0.995 and rates["altered"] <= 0.005 and rates["altered jpeg"] <= 0.005
     assert rates["jpeg"] >= 0.95 and rates["worn"] >= 0.95
+
+
+@pytest.mark.parametrize("em", [1.0, 2.0, 3.0])
+def test_marks_smaller_than_any_letter_are_read_as_something_or_nothing(em):
+    """What a model draws may have any size: a glyph then advances by a pixel or less."""
+    ink = np.zeros((8, 12), np.float32)
+    ink[3:5, 2:9:2] = 1
+    line = lettering.read(ink, em, 4.0)
+    assert line is None or isinstance(line.text, str)

@@ -198,7 +198,9 @@ def _decode(ink, script, k, middle):
     reach = int(advances.max()) + 2
     best = np.zeros(places + reach, np.float32)
     around = np.zeros(places + reach, np.float32)
-    block = max(int(advances.min()) - 1, 1)  # of the smallest sizes, which no page has, glyphs are a pixel apart
+    block = int(advances.min()) - 1
+    if block < 1:  # smaller than on any page: glyphs would not advance
+        return 0.0, script, k, middle, []
     for last in range(places, 0, -block):
         here = np.arange(max(0, last - block), last)
         total = gain[:, here] + around[here + advances[:, None]]
