@@ -1,7 +1,7 @@
 """Sources: anything that yields Documents by index, named on the command line as `kind:where`.
 
-    world:SPLIT       rendered scenes and their captions (mmgen/world); world:SPLIT/TASK has talks about them: caption,
-                      question, edit, dialogue (mmgen/world/tasks.py)
+    world:SPLIT       rendered scenes and their captions (mmgen/world); world:SPLIT/TASK has talks about them: edits,
+                      questions, dialogues, pages with words ... (mmgen/world/tasks.py)
     tars:GLOB         img2dataset/webdataset shards: key.jpg|jpeg|png|webp, key.txt, key.json
     folder:DIR        images with metadata.jsonl, metadata.csv, or name.txt beside them
     jsonl:GLOB        documents in the native format, one a line; jsonl:sample is a small one of ours
