@@ -1,6 +1,7 @@
 """`mmgen evaluate`: how sure scores are, what captions and dialogues are judged by, comparisons, and prompt files."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -295,6 +296,52 @@ def test_edits_that_copy_or_change_more_are_measured():
         wrong = talks.judge_answer(turn, noise, source)
         assert not wrong.ok and wrong.measured["psnr_outside"] < 15 and "background" in wrong.why
     assert min(blots) > 3
+
+
+def test_dust_in_place_of_what_was_to_change_is_more_changed():
+    before = Scene((Object("circle", "red", "large", 0.5, 0.5),), "beige")
+    edit = tasks.Edit("recolor", target=Group("circle"), value="blue")
+    dust = render(Scene((), "beige"), 64, 64)
+    for y, x in itertools.product(range(2, 62, 8), repeat=2):
+        dust[y : y + 3, x : x + 3] = (0, 0, 255)
+    after = Scene((dataclasses.replace(before.objects[0], color="blue"),), "beige")
+    turn = tasks.Exchange((), (after,), edit, before, after, "edit")
+    found = talks.judge_answer(turn, dust)
+    assert found.measured == {"changed": False, "kept": False, "copied": False}
+
+
+def test_what_a_dialogue_asks_for_may_be_so_already():
+    """Then a copy would be right, so the turn is none that counts."""
+    things = Object("circle", "red", "large", 0.3, 0.7), Object("square", "blue", "large", 0.7, 0.7)
+    now = Scene(things, "white")
+    circle, square = Group("circle"), Group("square")
+    E = tasks.Edit
+    for edit, other in (
+        (E("recolor", target=circle, value="red"), E("recolor", target=circle, value="green")),
+        (E("background", value="white"), E("background", value="black")),
+        (E("resize", target=circle, value="large"), E("resize", target=circle, value="small")),
+        (
+            E("replace", target=circle, value=Group("circle", "red")),
+            E("replace", target=circle, value=Group("star", "red")),
+        ),
+        (
+            E("move", target=circle, anchor=square, relation="left of"),
+            E("move", target=circle, anchor=square, relation="above"),
+        ),
+    ):
+        turn = lambda edit: tasks.Exchange(("...",), (now,), edit, now, now, "edit")
+        assert talks.as_read(turn(edit), now) is talks.OPEN
+        assert talks.as_read(turn(other), now).task == other
+
+
+def test_a_panel_told_in_other_words_says_nothing_false():
+    right = "a cyan triangle and a red square on a beige background"
+    turn = tasks.Exchange((), (right,), None, None, None, "comic_ask")
+    tell = lambda answer: talks.judge_answer(turn, answer).ok
+    assert tell(right) and tell("a red square and a cyan triangle on a beige background")
+    for side in ("to the left of", "above"):
+        assert not tell(f"a cyan triangle {side} a red square on a beige background")
+    assert not tell("a cyan triangle and a red square on a white background")
 
 
 class Painter:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,6 +178,21 @@ def test_a_few_stray_pixels_are_forgiven():
     empty = np.argwhere((picture == picture[0, 0]).all(-1))
     picture[tuple(empty[0])] = picture[tuple(empty[-1])] = 128, 30, 60
     assert judge(picture, sample.claim).ok
+
+
+def test_large_pictures_are_read_as_small_ones_are():
+    scene = item(5, "test", 3, "two_object").scene
+    small, large = (parse(render(scene, side, side)) for side in (64, 1024))
+    kinds = lambda scene: {(thing.shape, thing.color, thing.size) for thing in scene.objects}
+    assert not large.faults and kinds(large.scene) == kinds(small.scene) == kinds(scene)
+    pixel = replace(scene, style="pixel")
+    assert parse(render(pixel, 512, 384)).scene.style == "pixel"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (2, 2)])
+def test_lines_of_pixels_show_nothing(shape):
+    reading = parse(np.full((*shape, 3), 255, np.uint8))
+    assert bool(reading.faults) == (min(shape) == 1) and not reading.scene.objects
 
 
 def test_bad_pixels_say_what_was_expected():

@@ -3,6 +3,7 @@
 import io
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,6 +170,22 @@ def test_words_half_erased_or_of_two_colors_and_dirt_are_faults():
     dirty = pixels.copy()
     dirty[14:30, 14:30] = PALETTE["red"]
     assert not judge_page(dirty, page).ok
+
+
+@pytest.mark.parametrize("kind", ["sign", "poster"])
+def test_letters_may_fade_to_nothing(kind):
+    """At each contrast they are read or are a fault, and at last there are none."""
+    read = 0
+    for page in pages(kind, 4):
+        pixels = render_page(page, 128, 128).astype(np.float32)
+        empty = render_page(replace(page, ink=page.board), 128, 128)
+        verdicts = [
+            judge_page((empty + share * (pixels - empty)).astype(np.uint8), page)
+            for share in (1, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0)
+        ]
+        read += verdicts[0].ok
+        assert not any(verdict.ok for verdict in verdicts[-3:])
+    assert read >= 3
 
 
 def test_bad_input_is_an_error():

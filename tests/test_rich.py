@@ -106,6 +106,15 @@ def test_a_style_is_read_from_the_pixels(style):
             }
 
 
+@pytest.mark.parametrize("seed, width, height", [(126, 96, 64), (126, 64, 128), (573, 64, 128)])
+def test_small_things_in_a_style_are_not_taken_for_flat_ones(seed, width, height):
+    """Where most of the picture is ground, which two styles share, the things decide."""
+    square = [kind for kind in RICH if kind != "layers"]
+    claim, scene = random_rich(np.random.default_rng(seed), square[seed % len(square)], False)
+    verdict = judge(render(scene, width, height), claim)
+    assert verdict.ok, (verdict.why, scene)
+
+
 @pytest.mark.parametrize(
     "kind, size, count",
     [(kind, 64, 12) for kind in RICH]

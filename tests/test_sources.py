@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmgen.commands.common import add_source_flags, source_from
-from mmgen.data.images import BadImage
+from mmgen.data.images import BadImage, Buckets
 from mmgen.data.readers import write_records
 from mmgen.data.sources import Several, TooManyBad, documents_of, open_source, texts
 from tests.test_readers import all_texts, edit, jsonl, page, tfds_folder
@@ -57,6 +57,13 @@ def test_errors_say_what_to_do(tmp_path):
     ):
         with pytest.raises(ValueError, match=hint):
             open_source(spec)
+    for task, size, hint in (
+        ("edit+drawing", (64, 64), "'drawing'"),
+        ("edit+style", (32, 32), "style: legible from a short side of 48"),
+        ("style", Buckets(64 * 64, 16), "style: legible"),  # some of whose shapes are narrower
+    ):
+        with pytest.raises(ValueError, match=hint):
+            open_source(f"world:train/{task}", size, documents=4)
     with pytest.raises(FileNotFoundError, match="no file matches"):
         open_source(f"tars:{tmp_path}/*.tar")
     with pytest.raises(ValueError, match="documents=N"):

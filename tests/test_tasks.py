@@ -204,15 +204,15 @@ def test_the_judge_of_edits(side, count, unseen):
         (turn,) = tasks.talk(5, "valid", i, "edit", "en", unseen, (side, side)).turns
         edit, before, after = turn.task, turn.before, turn.after
         source, true = (render(scene, side, side) for scene in (before, after))
-        verdict = tasks_judge.judge_edit(true, source, edit, before, after, true)
+        verdict = tasks_judge.judge_edit(true, source, edit, before, true)
         right.append(verdict.ok and not verdict.copied and verdict.outside > 70)
-        verdict = tasks_judge.judge_edit(source, source, edit, before, after, true)
+        verdict = tasks_judge.judge_edit(source, source, edit, before, true)
         wrong.append(verdict.ok or not verdict.copied)
         other, beyond = tasks.random_edit(rng, after, rich=side >= tasks.RICH_FROM)
         # A second change of the same thing may be another right answer where the place was open.
         open_place = edit.kind in ("add", "move") and other.kind == "move"
         if not open_place and not _undoes(edit, other, before, beyond):
-            verdict = tasks_judge.judge_edit(render(beyond, side, side), source, edit, before, after, true)
+            verdict = tasks_judge.judge_edit(render(beyond, side, side), source, edit, before, true)
             wrong.append(verdict.ok)
     print(f"{sum(right)} of {len(right)} true edits right, {sum(wrong)} of {len(wrong)} wrong ones passed")
     assert np.mean(right) >= 0.995 and np.mean(wrong) <= 0.005 and len(wrong) > 1.6 * count

@@ -1,6 +1,7 @@
 """Codes told in two steps (`model.outline`), and what the images before have at a place (`model.beneath`)."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mmgen.runtime import config as configs
 from mmgen.sampling.sampler import Request
 from mmgen.sampling.strategies import Strategy, choose
 from mmgen.stages import reinforce
+from mmgen.stages.transformer import _grow as grow
 from tests import test_cross_attention as crossed
 from tests.test_cross_attention import around, built, logits, packed  # noqa: F401 (a fixture)
 from tests.test_slots import documents
@@ -256,3 +258,30 @@ def test_draws_follow_the_log_probs_of_both_steps(sampler, around, told):  # noq
     spread = lambda t: np.asarray(-of(t)[0] - of(t)[1]).ravel()
     error = lambda x: abs(x.mean()) / (x.std() / len(x) ** 0.5)
     assert error(spread(0.6)) < 4 < error(spread(1.0))
+
+
+def test_rows_of_a_run_that_read_and_told_otherwise(tmp_path, sampler):  # noqa: F811
+    """What stands before the next token, what beneath it, and the heads of colours are taken for what they were."""
+    vocabulary = {
+        "levels": [4, 2, 5, 5, 5], "color_digits": 2, "grammar": sampler.grammar.to_dict(), "tokenizer_hash": "a",
+        "text_hash": "b",
+    }  # fmt: skip
+    first, rest, colors = sampler.grammar.code_start, sampler.grammar.codes, 4 * 2
+
+    def spans(old, new, digits=2):
+        ours, was = (configs.load("transformer:tiny").model for _ in range(2))
+        for each, values in ((ours, new), (was, old)):
+            each.before, each.beneath, each.outline = values
+        (tmp_path / "config.json").write_text(json.dumps({"stage": "transformer", "model": was.to_dict()}))
+        (tmp_path / "vocabulary.json").write_text(json.dumps({**vocabulary, "color_digits": digits}))
+        return grow(vocabulary, ours, tmp_path), ours.width
+
+    found, width = spans((3, 0, 0), (2, 1, 0))
+    assert found["^before/w$"] == [(0, 0, 2 * width), (3 * width, 2 * width, 0)]
+    assert found["^(embedding|head)$"][-1] == (first, first, rest)
+    found, width = spans((3, 2, 16), (3, 1, 16))
+    assert found["^before/w$"] == [(0, 0, 3 * width), (3 * width, 3 * width, transformer.BENEATH * width)]
+    assert found["^head$"] == [*found["^embedding$"], (first, first, colors)]
+    for old, digits in (((3, 0, 0), 2), ((3, 0, 16), 1)):  # a code's head is no colour's, nor is another colour's
+        found, _ = spans(old, (3, 0, 16), digits)
+        assert found["^head$"] == found["^embedding$"] and len(found["^head$"]) == 4

@@ -393,6 +393,14 @@ class Talks(World):
 
     KIND, several_images = "talks", True
 
+    def __init__(self, spec, name, split, size, seed, documents, languages, category):
+        from mmgen.world import tasks
+
+        super().__init__(spec, name, split, size, seed, documents, languages, category)
+        for shape in size.shapes if isinstance(size, images.Buckets) else [size]:
+            for task in category.split("+"):
+                tasks.check(task, shape)
+
     def __getitem__(self, i):
         shown = iter(self._render(i, scene) for scene in self._scenes(i))
         part = lambda part: Text(part) if isinstance(part, str) else Image(next(shown))

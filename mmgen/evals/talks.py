@@ -46,7 +46,7 @@ SUITES = {
 }
 
 UNREADABLE = "its own last picture cannot be read"
-OPEN = "its own last picture has not what is named, or no room for what is wished"
+OPEN = "its own last picture has not what is named, no room for what is wished, or is so already"
 NO_ROOM = "the dialogue has grown longer than the model's rows"
 
 
@@ -183,20 +183,17 @@ def judge_answer(turn, answer, source=None, language="en") -> Verdict:
     if isinstance(answer, str) and turn.kind == "comic_ask":  # what a panel shows can be said in other words
         said, right = (captions.parse(text, language) for text in (answer, turn.says[-1]))
         if said and right and sorted(map(str, said.groups)) == sorted(map(str, right.groups)):
-            return Verdict(said.background == right.background, f"{answer!r}, not {turn.says[-1]!r}")
+            rest = [(each.background, each.relation, each.style) for each in (said, right)]
+            return Verdict(rest[0] == rest[1], f"{answer!r}, not {turn.says[-1]!r}")
     if isinstance(answer, str) and isinstance(task, Claim):
         found = captions.judge(answer, turn.after, language)
         return Verdict(found["complete"], f"{answer!r}, not {turn.says[-1]!r}", found)
-    if isinstance(task, tasks.Edit) and source is None:
-        reading = parse(answer)
-        changed, kept = tasks_judge.done(task, turn.before, reading.scene, len(reading.faults))
-        wrong = {"not done": not changed, "more changed": not kept}
-        why = ", ".join([*reading.faults, *(name for name, so in wrong.items() if so)])
-        return Verdict(changed and kept, why, {"changed": changed, "kept": kept})
-    true = tasks.picture(turn.after, *source.shape[1::-1]) if isinstance(task, tasks.Edit) else None
+    edited = isinstance(task, tasks.Edit) and source is not None
+    true = tasks.picture(turn.after, *source.shape[1::-1]) if edited else None
     found, measured = tasks_judge.judge_answer(turn, answer, source, true), {}
     if found.edit:
         measured = {name: getattr(found.edit, name) for name in ("changed", "kept", "copied")}
+    if edited:
         measured["psnr_outside"] = min(found.edit.outside, 60.0)
     return Verdict(found.ok, found.why, measured)
 
@@ -256,9 +253,11 @@ def as_read(turn, now, back=None, edit=None, language="en"):
         return UNREADABLE
     if isinstance(task, tasks.Edit):
         named = all(tasks.only(group, now) for group in (task.target, task.anchor) if group)
-        if named and task.kind == "resize" and tasks.only(task.target, now).size == task.value:
+        if not named or not _has_room(task, now) or tasks_judge.done(task, now, now)[0]:
+            return OPEN
+        if task.kind == "resize" and tasks.only(task.target, now).size == task.value:
             return OPEN  # it is as large, or as small, as things are already
-        return replace(turn, task=task, before=now) if named and _has_room(task, now) else OPEN
+        return replace(turn, task=task, before=now)
     answer = right_answer(task, now)
     if answer is None:
         return OPEN

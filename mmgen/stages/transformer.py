@@ -12,7 +12,7 @@ from mmgen.data.loader import Rows
 from mmgen.data.shards import Shards
 from mmgen.grammar import Grammar
 from mmgen.models import transformer
-from mmgen.runtime import hardware
+from mmgen.runtime import checkpoint, hardware
 from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
 
@@ -95,13 +95,19 @@ def _grow(vocabulary, model, workdir):
     spans, parts = [], lambda g: (0, g.pieces, g.h(1), g.w(1), g.code_start, g.vocab_size)
     for (a, a_end), (b, b_end) in zip(*(itertools.pairwise(parts(g)) for g in (old, new))):
         spans.append((a, b, min(a_end - a, b_end - b)))
-    # Images beneath each place come after the tokens before it: more of them may be read than were.
-    found = {"^(embedding|head)$": spans, "^before/w$": None}
-    if model.outline:  # the head's rows for codes are those of their colours
-        colors = math.prod(vocabulary["levels"][: vocabulary["color_digits"]])
-        found |= {"^embedding$": spans[:-1], "^head$": [*spans[:-1], (*spans[-1][:2], colors)]}
-        del found["^(embedding|head)$"]
-    return found
+    was = checkpoint.read_config(workdir)["model"]
+    # Of each place the tokens before it come first, then the images beneath: of each more may be read than were.
+    before, beneath = (was.get("before", 0), model.before), (was.get("beneath", 0), model.beneath)
+    tokens, codes = min(before), min(beneath) * transformer.BENEATH
+    places = [(0, 0, tokens), (*before, codes)]
+    found = {"^before/w$": [tuple(model.width * n for n in span) for span in places]}
+    if not model.outline:
+        return found | {"^(embedding|head)$": spans}
+    # The head's rows for codes are those of their colours.
+    heads = spans[:-1]
+    if was.get("outline", 0) and theirs["color_digits"] == vocabulary["color_digits"]:
+        heads.append((*spans[-1][:2], math.prod(vocabulary["levels"][: vocabulary["color_digits"]])))
+    return found | {"^embedding$": spans[:-1], "^head$": heads}
 
 
 def _mixture(pairs):

@@ -34,6 +34,9 @@ from mmgen.world.scene import (
 # colour to a background 103; a good small tokenizer (30 dB) is off by 14 a pixel.
 ENOUGH = 48  # pixels of the short side; larger images are reduced to this ...
 STYLED = 64  # ... and where they have a style, whose contours and soft edges are fine, to this
+LARGE = (
+    128  # no picture is looked at larger than almost twice this, if a whole number of its pixels makes one
+)
 GROUND_NEAR = 48.0  # a pixel that close is background
 GROUND_LEAST = 0.47  # the share of such pixels; four medium squares with ink contours leave 0.48
 CONTRAST = 45.0  # what stands out less from the background is no object
@@ -71,11 +74,18 @@ KINDS = tuple(
 
 @dataclass(frozen=True)
 class Reading:
-    """The scene in a picture; each object's misfit (0 is exact); what could not be read."""
+    """The scene in a picture; each object's misfit (0 is exact); what could not be read. pieces: how many there are where
+    these are too many to be read one by one."""
 
     scene: Scene
     misfits: tuple[float, ...]
     faults: tuple[str, ...]
+    pieces: int = 0
+
+    @property
+    def unread(self):
+        """How many things could not be read."""
+        return self.pieces or len(self.faults)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,9 @@ def parse(pixels: np.ndarray) -> Reading:
     """Read a picture (uint8 [H, W, 3]) into a scene; `faults` names what no scene explains."""
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"pixels: expected uint8 [H, W, 3]; found {pixels.dtype} {list(pixels.shape)}")
+    if min(pixels.shape[:2]) < 2:
+        return Reading(Scene((), "unknown"), (), ("a line of pixels",))
+    pixels = _handy(pixels)
     shape = pixels.shape[:2]
     grounds = _grounds(pixels, shape)
     if not grounds:
@@ -117,15 +130,31 @@ def parse(pixels: np.ndarray) -> Reading:
         reading = _parse(_reduced(pixels, style), background, style, field)
         if style == "flat" and reading.faults and min(shape) >= PLAIN:
             layered = _parse(_reduced(pixels, style), background, style, field, layers=True)
-            reading = min(reading, layered, key=lambda r: len(r.faults))
+            reading = min(reading, layered, key=lambda r: r.unread)
         if min(shape) < PLAIN:
             return reading
-        close = style == "flat" and not reading.faults and away(reading.scene) < CLOSE
-        if close or len(grounds) == 1:
+        if len(grounds) == 1:
             return _one_style(reading, pixels)
+        if style == "flat" and not reading.faults and away(reading.scene) < CLOSE:
+            reading = _one_style(reading, pixels)
+            if not reading.faults:
+                return reading
         readings.append(reading)
     # Which style it is, the whole picture says: that in which the scene as read comes closest.
-    return _one_style(min(readings, key=lambda r: (len(r.faults), away(r.scene))), pixels)
+    return _one_style(min(readings, key=lambda r: (r.unread, away(r.scene))), pixels)
+
+
+def _handy(pixels):
+    """The picture, or a smaller one: squares of whole pixels as their mean, so that cells of style pixel stay cells."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+
+    def fits(n):
+        return not (height % n or width % n) and cell_of(short) == n * cell_of(short // n)
+
+    n = next(n for n in range(max(1, short // LARGE), 0, -1) if n == 1 or fits(n))
+    squares = pixels.reshape(height // n, n, width // n, n, 3)
+    return pixels if n == 1 else np.rint(squares.mean((1, 3))).astype(np.uint8)
 
 
 def _one_style(reading, pixels):
@@ -208,7 +237,7 @@ def _parse(image, background, style, field, layers=False):
         mask = _stands_out(offset, seen, np.inf)
     labels, boxes = _pieces(mask)
     if len(boxes) > 40:  # no use to look at each
-        return Reading(Scene((), background, style), (), (f"{len(boxes)} pieces",))
+        return Reading(Scene((), background, style), (), (f"{len(boxes)} pieces",), len(boxes))
     small = min(area for area, _, _ in _masses(short, True).values())
     objects, misfits, faults, dirt = [], [], [], 0
     for label, (*box, area) in enumerate(boxes, 1):

@@ -25,7 +25,6 @@ SCRIPTS = (LATIN + DIGITS + MARKS, HAN)  # a line is of one of them
 CHARACTERS = "".join(SCRIPTS)
 
 # Lengths in em. A line's middle is that of capitals and, within a hundredth, of Chinese characters.
-CAPITAL = 0.733
 MIDDLE = 0.37  # above the baseline
 TALL = 1.1  # of a glyph's box, which its line's middle halves
 SIDE = 0.06  # of the box beyond the advance, for glyphs that reach out
@@ -90,7 +89,7 @@ def read(ink: np.ndarray, em: float, middle: float, least: float | None = None) 
     words are sought, and with `least` the greatest of a range that begins there. middle: of the line, in pixels; a pixel
     or so off is found.
     """
-    if ink.size == 0 or float(np.clip(ink, 0, 1).sum()) < _COST * em * em:
+    if ink.size == 0 or float(np.clip(ink, 0, 1).sum()) <= _COST * em * em:
         return None
     shrink = max(1.0, (em if least is None else (em * least) ** 0.5) / READ_EM)
     if shrink > 1:

@@ -217,6 +217,9 @@ def _read_board(image, faults, layouts):
     inked = [_box(share, *box)[0] > 0.4 for box in boxes]
     first = max(range(count), key=lambda i: _span(inked[i].any(0)))
     high = _span(inked[first].any(1))
+    if not high:  # what stands out is fainter than letters of any colour
+        faults.append("no words")
+        return None
     least, em = min(most, high / 1.02), min(1.03 * most, high / 0.66)
     found = [None] * count
     found[first] = _words(share, boxes[first], em, middles[first], faults, f"line {first + 1}", least)
@@ -290,11 +293,14 @@ def _ink_of(image, boxes, board, found, faults):
         drawn = lettering.write(line.text, line.em, line.left - left, line.middle - top, region.shape[:2])
         seen, alpha = cv2.blur(region, (7, 7)), cv2.blur(drawn, (7, 7))
         off = alpha - alpha.mean()
+        if not off.any():
+            faults.append("letters out of place")
+            continue
         slope = (off[..., None] * seen).sum((0, 1)) / (off * off).sum()
         names.add(_name(seen.mean((0, 1)) + (1 - alpha.mean()) * slope, inks(board), faults, "letters"))
     if len(names) > 1:
         faults.append(f"letters of more than one color ({', '.join(sorted(names))})")
-    return min(names)
+    return min(names, default=inks(board)[0])
 
 
 def _parse(pixels):

@@ -109,25 +109,29 @@ class Talk:
         return self.category in PAGES
 
 
+def check(category, size):
+    """ValueError where there is no such category, or pictures of size (width, height) are too small for it."""
+    if category not in TASKS:
+        raise ValueError(f"category: expected one of {', '.join(TASKS)}; found {category!r}")
+    if min(size) < LEAST.get(category, 0):
+        raise ValueError(
+            f"{category}: legible from a short side of {LEAST[category]} pixels on, found {min(size)}: say a larger size"
+        )
+
+
 def talk(seed, split, i, category, language="en", unseen=False, size=None) -> Talk:
     """Talk i of a split: a pure function of its arguments. category: one of TASKS. unseen: what a wish makes, or a
     question asks for, is a colour-shape pair that is held out of training; otherwise none is in any picture. size: (width, height) of the pictures
     in pixels: of a short side below RICH_FROM they show the plain world alone, and where they are not square nothing overlaps. Words on pages are, but in training, of those that are
     held out of it."""
-    if category not in TASKS:
-        raise ValueError(f"category: expected one of {', '.join(TASKS)}; found {category!r}")
+    size = size or (math.inf, math.inf)
+    check(category, size)
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}; found {split!r}")
     if split == "train" and unseen:
         raise ValueError("unseen: the train split never shows held-out pairs; use valid or test")
     if unseen and category in PAGES:
         raise ValueError(f"unseen: a {category} is not judged, and never shows held-out pairs")
-    least = LEAST.get(category, 0)
-    size = size or (math.inf, math.inf)
-    if min(size) < least:
-        raise ValueError(
-            f"{category}: legible from a short side of {least} pixels on, found {min(size)}: say a larger size"
-        )
     digest = blake2b(f"{seed} {split} {i} {category} {bool(unseen)}".encode(), digest_size=16).digest()
     # Scenes and words have a stream each, so that what happens does not depend on the language.
     rng, tongue = np.random.default_rng(int.from_bytes(digest, "little")).spawn(2)

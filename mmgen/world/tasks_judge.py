@@ -29,14 +29,15 @@ class EditVerdict:
         return self.changed and self.kept
 
 
-def judge_edit(pixels, source, edit: Edit, before: Scene, after: Scene, true) -> EditVerdict:
-    """Whether a picture is the source with the edit done to it, from its pixels alone. pixels, source and `true`, a
-    rendering of `after`: uint8 [H, W, 3] of one size."""
-    same = np.abs(source.astype(int) - true).max(-1) == 0
-    error = np.square(pixels.astype(float) - source)[same]
+def judge_edit(pixels, source, edit: Edit, before: Scene, true) -> EditVerdict:
+    """Whether a picture is the source, which shows `before`, with the edit done to it, from its pixels alone. pixels,
+    source and `true`, a rendering of what is right: uint8 [H, W, 3] of one size. Without the last two `outside` is
+    infinite."""
+    same = None if source is None else np.abs(source.astype(int) - true).max(-1) == 0
+    error = np.zeros(0) if source is None else np.square(pixels.astype(float) - source)[same]
     outside = 10 * math.log10(255**2 / max(float(error.mean()), 1e-3)) if error.size else math.inf
     reading = parse(pixels)
-    changed, kept = done(edit, before, reading.scene, len(reading.faults))
+    changed, kept = done(edit, before, reading.scene, reading.unread)
     copied = not reading.faults and alike(before, reading.scene)
     return EditVerdict(changed, kept, copied, outside, ", ".join(reading.faults))
 
@@ -77,7 +78,7 @@ def judge_answer(exchange: Exchange, answer, source=None, true=None) -> Found:
         verdict = judge(answer, exchange.task)
         return Found(verdict.ok, verdict.why, None, verdict.scene)
     if isinstance(exchange.task, Edit):
-        verdict = judge_edit(answer, source, exchange.task, exchange.before, exchange.after, true)
+        verdict = judge_edit(answer, source, exchange.task, exchange.before, true)
         parts = (
             (verdict.why, verdict.why),
             ("a copy", verdict.copied),
