@@ -44,6 +44,8 @@ def get_config(variant):
 
     if variant == "preview":
         d.size = (64, 64)
+        d.categories = ("single_object", "two_object", "counting", "position", "color_attribution")
+        c.steps = 200
     if variant == "tiny":  # for tests: seconds
         d.batch_size, d.group, d.slots = 4, 2, 4
         c.steps, c.held_out.prompts = 4, 4
