@@ -51,5 +51,6 @@ for part in preview preview-2 preview-3; do
   mmgen train --config "transformer:$part" --workdir "$dir/$part" --config.data.shards="${shards#,}" $init $steps
   init=--config.init=$dir/$part
 done
-mmgen evaluate --checkpoint "$dir/preview-3" --suite all --size 64x64 \
+mmgen train --config reinforce:preview --workdir "$dir/reinforce" "$init" $steps
+mmgen evaluate --checkpoint "$dir/reinforce" --suite all --size 64x64 \
   --out "$dir/report" $cases
