@@ -446,6 +446,7 @@ def test_the_name_changes_with_the_weights(run, pair, tmp_path):
     )
 
 
+@pytest.mark.soak
 def test_a_new_run_begins_with_a_tower(space, run, tmp_path, capsys):
     """Of a run with other pieces all but their table, and a classifier the image tower alone."""
     other = tmp_path / "other.model"

@@ -277,6 +277,7 @@ def big(model, side, *changes):
     return Document([Turn("user", [Image(codes=codes.reshape(side, side)), Text("red")])])
 
 
+@pytest.mark.soak
 def test_branches_of_guidance_are_what_training_sees(random, models):
     """Prompts without text, and without images too, read in chunks: the logits that the full pass has."""
     slots = Slots(random, 4, 3, 160)
@@ -332,6 +333,7 @@ def test_what_is_reused_is_what_would_be_computed(random):
     assert found[:4] == found[:3:-1]
 
 
+@pytest.mark.soak
 def test_eight_bits_are_near(sampler, around, models):
     small = sampler_of(sampler, around, models["cross"], int8=True, int8_cache=True)
     assert {str(x.dtype) for x in jax.tree.leaves(small.weights["cross"])} == {"int8", "float32"}

@@ -170,7 +170,7 @@ PICTURE = Image(codes=np.arange(12, dtype=np.int32).reshape(3, 4))
 GUIDANCE = [
     (dict(), (3, 4)),
     (dict(guidance=3.0), (2, 5)),
-    (dict(guidance=2.0, image_guidance=1.7), (3, 3)),
+    pytest.param(dict(guidance=2.0, image_guidance=1.7), (3, 3), marks=pytest.mark.soak),
     (dict(guidance=3.0, guidance_interval=(0.25, 0.75), guidance_rescale=0.7), (2, 6)),
 ]
 

@@ -119,7 +119,12 @@ def test_chunks_of_a_prompt_are_the_whole(random):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(int8=True), dict(int8_cache=True), dict(int8=True, int8_cache=True)]
+    "options",
+    [
+        pytest.param(dict(int8=True), marks=pytest.mark.soak),
+        pytest.param(dict(int8_cache=True), marks=pytest.mark.soak),
+        dict(int8=True, int8_cache=True),
+    ],
 )
 def test_eight_bits_are_near(sampler, random, options):
     """By the divergence of distributions, and what is stored is really in 8 bits."""

@@ -124,6 +124,7 @@ def stickers(tmp_path):
     return tmp_path / "stickers"
 
 
+@pytest.mark.soak
 def test_a_tokenizer_with_a_codebook_and_alpha_serves_a_transformer(space, stickers, tmp_path):
     """From transparent pictures to transparent samples."""
     flags = [*PLAIN, *VQ, "--config.model.quantizer.depth=2", "--config.model.quantizer.codes=16", *GAN]
