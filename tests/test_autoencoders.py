@@ -427,16 +427,16 @@ def test_recolored_images_come_from_their_colors_and_the_others_digits():
 
 def test_noise_replaces_up_to_its_share_by_other_values_of_the_batch():
     values = jnp.arange(32 * 8 * 8, dtype=jnp.float32).reshape(32, 8, 8, 1)
-    changed = stage._disturbed(values, jax.random.key(0), 0.4)
+    changed = stage.disturbed(values, jax.random.key(0), 0.4)
     shares = np.mean(np.asarray(changed != values), axis=(1, 2, 3))
     assert 0.1 < shares.mean() < 0.3 and shares.max() < 0.6 and shares.min() < 0.1
     assert np.isin(changed, values).all()
-    assert np.array_equal(changed, stage._disturbed(values, jax.random.key(0), 0.4))
+    assert np.array_equal(changed, stage.disturbed(values, jax.random.key(0), 0.4))
 
 
 def test_no_gradient_flows_where_a_code_was_lost():
     values = jnp.arange(8 * 4 * 4, dtype=jnp.float32).reshape(8, 4, 4, 1)
-    disturb = lambda values: stage._disturbed(values, jax.random.key(3), 0.9)
+    disturb = lambda values: stage.disturbed(values, jax.random.key(3), 0.9)
     slope = jax.grad(lambda values: disturb(values).sum())(values)
     lost = np.asarray(disturb(values) != values)
     assert lost.any() and not slope[lost].any()

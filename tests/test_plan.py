@@ -106,7 +106,12 @@ def test_what_cannot_be_laid_out_is_an_error(topology, overrides, words):
 
 CASES = [
     (variant, topology, overrides)
-    for variant in [*(f"transformer:{size}" for size in SIZES), "contrastive:350m", "classifier:350m"]
+    for variant in [
+        *(f"transformer:{size}" for size in SIZES),
+        "contrastive:350m",
+        "classifier:350m",
+        "refiner:512px-x2",
+    ]
     for topology, overrides in (("v5p-128", ()), ("h100x64", ()), ("h100x64", TENSOR))
 ]
 

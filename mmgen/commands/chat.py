@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from mmgen.commands.common import (
+    add_refiner_flags,
     add_sampler_flags,
     add_sampling_flags,
     grid_of,
@@ -21,6 +22,7 @@ from mmgen.commands.common import (
     printable,
     sampling_options,
     size,
+    with_refiner,
 )
 from mmgen.data import files
 from mmgen.data.images import straight
@@ -44,12 +46,13 @@ def main(argv):
         "mmgen chat", description=main.__doc__, epilog="In the dialogue, /help helps."
     )
     add_sampler_flags(parser)
+    add_refiner_flags(parser)
     parser.add_argument("--out", default="chat", metavar="DIR", help="folder of the images; made")
     parser.add_argument("--resume", metavar="FILE", help="a dialogue that /save wrote")
     parser.add_argument("--system", help="what the model is told before the dialogue")
     parser.add_argument("--output", choices=("image", "text", "any"), default="any")
     parser.add_argument(
-        "--size", type=size, help="WIDTHxHEIGHT of pictures in pixels (default: the model chooses)"
+        "--size", type=size, help="WIDTHxHEIGHT of pictures in pixels, before --upscale (default: the model chooses)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -64,7 +67,7 @@ def main(argv):
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  lines can be edited and called back
 
-    model = load_sampler(args)
+    model = with_refiner(load_sampler(args), args.checkpoint, args)
     document = Document([Turn("system", [Text(args.system)])] if args.system else [])
     dialogue = Dialogue(model, document, args.seed, output=args.output, **sampling_options(args))
     if args.size:

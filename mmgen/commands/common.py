@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import math
 
 from mmgen.data import files, images
 from mmgen.data.sources import KINDS, Several, open_source
@@ -153,6 +154,52 @@ def add_sampler_flags(parser):
     add("--int8", action="store_true", help="weights of the layers in 8 bits")
     add("--int8-cache", action="store_true", help="keys and values in 8 bits")
     add("--tensor", type=int, default=1, help="devices that share the model")
+
+
+def add_refiner_flags(parser):
+    """How codes become pixels; `with_refiner` reads them."""
+    add = parser.add_argument
+    add("--refine", type=int, metavar="STEPS", help="pixels by a refiner in so many steps (docs/refiner.md)")
+    add("--upscale", type=int, choices=(1, 2, 4), help="by one that enlarges so many times")
+    add(
+        "--refiner",
+        default="",
+        metavar="DIR",
+        help="workdir of its run; left out: DIR/refiners of the checkpoint",
+    )
+    add(
+        "--refine-guidance",
+        type=float,
+        default=1.0,
+        help="above 1: more of the detail that the codes ask for",
+    )
+    add("--refine-tile", type=int, metavar="CODES", help="large images in tiles of so many codes a side")
+
+
+def refiner_flags(args):
+    """Those of `add_refiner_flags` that were given, as they are written."""
+    left_out = {"refine": None, "upscale": None, "refiner": "", "refine_guidance": 1.0, "refine_tile": None}
+    return [f"--{name.replace('_', '-')}" for name, value in left_out.items() if getattr(args, name) != value]
+
+
+def with_refiner(model, workdir, args):
+    """The sampler of a transformer's workdir, whose images are refined where `add_refiner_flags` ask for it."""
+    given = refiner_flags(args)
+    if args.refine is None and given:
+        raise ValueError(f"{', '.join(given)}: for --refine STEPS, such as --refine 4: give it too")
+    if args.refine is None:
+        return model
+    if args.refine < 1 or (args.refine_tile is not None and args.refine_tile < 1):
+        raise ValueError(
+            f"expected --refine and --refine-tile of at least 1, found {args.refine}, {args.refine_tile}"
+        )
+    if not math.isfinite(args.refine_guidance):
+        raise ValueError(f"expected a finite --refine-guidance, found {args.refine_guidance}")
+    model.refining = sampler.refining(
+        workdir, model.tokenizer, refiner=args.refiner, upscale=args.upscale, steps=args.refine,
+        guidance=args.refine_guidance, tile=args.refine_tile,
+    )  # fmt: skip
+    return model
 
 
 def load_sampler(args):

@@ -4,12 +4,22 @@ import argparse
 import time
 from pathlib import Path
 
-from mmgen.commands.common import add_sampling_flags, grid_of, sampling_options, share, size
+from mmgen.commands.common import (
+    add_refiner_flags,
+    add_sampling_flags,
+    grid_of,
+    refiner_flags,
+    sampling_options,
+    share,
+    size,
+    with_refiner,
+)
 from mmgen.data.sources import open_source
 from mmgen.evals import compare, probe, prompts, report, suites, talks, towers
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.models.classifier import load_classifier
 from mmgen.models.contrastive import load_towers
+from mmgen.models.refiner import load_refiner
 from mmgen.runtime import checkpoint, hardware
 from mmgen.sampling import sampler
 from mmgen.stages.tokenizer import background
@@ -20,6 +30,7 @@ MEASURED = {  # on images of --data: the stage of their run, and how it is loade
     "retrieval": ("contrastive", load_towers, towers.retrieve),
     "classifier": ("classifier", load_classifier, towers.classify),
     "tokenizer": ("tokenizer", load_tokenizer, towers.reconstruct),
+    "refiner": ("refiner", load_refiner, towers.refine),
 }
 
 
@@ -28,7 +39,7 @@ def main(argv):
     by a transformer and judged; draw: prompts of the rich world; edit, style, reference, reason, dialogue, understanding,
     question: its pictures changed, combined, thought over, talked about, described and asked about; text, infographic, comic: pages with words; retrieval: the towers of a contrastive run,
     on pairs of --data; classifier: on labelled images of --data; tokenizer: how well codes give back the images of
-    --data; all: what a transformer was trained for, and its tokenizer. With --prompts nothing is judged: pictures for
+    --data; refiner: how much nearer it comes to them, by numbers of steps; all: what a transformer was trained for, and its tokenizer. With --prompts nothing is judged: pictures for
     the prompts of a public benchmark."""
     args = _parser().parse_args(argv)
     _check(args)
@@ -57,7 +68,7 @@ def _evaluate(args, names, workdir, out, baseline=None):
             inside = args.suite == "all"
             part = _measure(args, name, Path(workdir) / "tokenizer" if inside else workdir, inside)
         else:
-            model = model or sampler.load(workdir)
+            model = model or with_refiner(sampler.load(workdir), workdir, args)
             part = _world(args, model) if name == "world" else _talk(args, name, model)
         parts[name] = part | {"seconds": time.monotonic() - began}
         if len(names) > 1:
@@ -151,8 +162,10 @@ def _measure(args, suite, workdir, inside):
     settings = run["held_out"] | {"size": wanted or run["data"]["source"]["size"]}
     if args.data:
         settings |= {"spec": args.data, "seed": args.seed}
-    if suite == "tokenizer":
-        settings |= background(run)
+    if suite in ("tokenizer", "refiner"):  # what the tokenizer saw behind transparent parts
+        settings |= background(
+            run if suite == "tokenizer" else checkpoint.read_config(Path(workdir) / "tokenizer")
+        )
     given = {
         name: getattr(args, name) for name in ("documents", "languages", "category", "split_by", "holdout")
     }
@@ -186,7 +199,7 @@ def _covered(workdir, size):
 
 def _draw(args):
     records = prompts.read(args.prompts)
-    model = sampler.load(args.checkpoint)
+    model = with_refiner(sampler.load(args.checkpoint), args.checkpoint, args)
     grid = grid_of(args.size, model) if args.size else None
     how = dict(n=args.n, seed=args.seed, size=grid, batch_size=args.batch_size, **sampling_options(args))
     drawn = prompts.draw(model, records, args.out, **how)
@@ -200,11 +213,15 @@ def _check(args):
         raise ValueError(f"--best-of {args.best_of} needs --towers DIR to say which is best")
     if args.best_of != 1 and (args.suite not in ("world", "all") or args.prompts):
         raise ValueError(f"--best-of is for suite world, not for {args.prompts or args.suite}")
-    if args.towers and (args.suite not in ("world", "tokenizer", "all") or args.prompts):
+    if args.towers and (args.suite not in ("world", "tokenizer", "refiner", "all") or args.prompts):
         raise ValueError(
-            f"--towers is for suite world and for tokenizer, not for {args.prompts or args.suite}"
+            f"--towers is for the suites world, tokenizer and refiner, not for {args.prompts or args.suite}"
         )
-    if args.size and args.suite in ("retrieval", "classifier"):
+    if refiner_flags(args) and not (drawn or args.prompts):
+        raise ValueError(
+            f"{', '.join(refiner_flags(args))}: for what a transformer draws, not for suite {args.suite}"
+        )
+    if args.size and args.suite in ("retrieval", "classifier", "refiner"):
         raise ValueError(f"--size is that of the training in suite {args.suite}; leave it out")
     if args.tile is not None and args.suite not in ("tokenizer", "all"):
         raise ValueError(f"--tile is for suite tokenizer, not for {args.suite}")
@@ -242,7 +259,7 @@ def _parser():
     drawn.add_argument(
         "--size",
         type=size,
-        help="WIDTHxHEIGHT in pixels; left out: 32x32, of --data that of the training, of --prompts the model's choice",
+        help="WIDTHxHEIGHT in pixels, before --upscale; left out: 32x32, of --data that of the training, of --prompts the model's choice",
     )
     drawn.add_argument(
         "--seen", type=int, default=200, help="prompts a suite, of combinations seen in training"
@@ -253,6 +270,7 @@ def _parser():
         "--split", choices=("valid", "test"), default="test", help="valid: to choose settings by"
     )
     add_sampling_flags(drawn)
+    add_refiner_flags(drawn)
     parser.set_defaults(text_temperature=0.0)  # one answer is judged: the likeliest
     drawn.add_argument("--batch-size", type=int, default=50)
     drawn.add_argument(

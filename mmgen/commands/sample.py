@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import mmgen
 from mmgen.commands.common import (
+    add_refiner_flags,
     add_sampler_flags,
     add_sampling_flags,
     grid_of,
@@ -22,6 +23,7 @@ from mmgen.commands.common import (
     printable,
     sampling_options,
     size,
+    with_refiner,
 )
 from mmgen.data import files
 from mmgen.data.images import straight
@@ -39,8 +41,8 @@ LINE = {
 }  # fmt: skip
 # What of a note must be the same for an answer to be that of this request.
 SAME = (
-    "step", "config", "grammar", "text", "tokenizer", "int8", "int8_cache", "best_of", "towers", "scale", "shown",
-    "request",
+    "step", "config", "grammar", "text", "tokenizer", "int8", "int8_cache", "best_of", "towers", "scale", "refined",
+    "shown", "request",
 )  # fmt: skip
 MOST = 100_000  # answers that one line may ask for
 
@@ -68,7 +70,7 @@ def main(argv):
     parser.add_argument(
         "--size",
         type=size,
-        help="WIDTHxHEIGHT in pixels (default: the model chooses; images in stay as they are)",
+        help="WIDTHxHEIGHT in pixels, before --upscale (default: the model chooses; images in stay as they are)",
     )
     parser.add_argument("--seed", type=int, default=0)
     add_sampling_flags(parser)
@@ -81,6 +83,7 @@ def main(argv):
         metavar="DIR",
         help="workdir of a contrastive run, which says what is best; else the likelihood",
     )
+    add_refiner_flags(parser)
     parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times in the files")
     parser.add_argument("--out", default="out.png", help="FILE.png for a contact sheet, or a folder")
     args = parser.parse_args(argv)
@@ -104,7 +107,7 @@ def main(argv):
     if sheet and any(one.output != "image" for one in asked):
         raise ValueError("a contact sheet is of pictures: give --out a folder for answers with text")
 
-    model = load_sampler(args)
+    model = with_refiner(load_sampler(args), args.checkpoint, args)
     if args.batch_size is None:
         args.batch_size = min(16, len(asked) * args.best_of)
     about = {
@@ -114,6 +117,7 @@ def main(argv):
         "grammar": model.grammar.hash, "text": model.text.hash, "tokenizer": model.tokenizer.hash,
         "int8": args.int8, "int8_cache": args.int8_cache, "tensor": args.tensor, "batch_size": args.batch_size,
         "best_of": args.best_of, "towers": args.towers, "scale": args.scale,
+        "refiner": args.refiner, "refined": model.refining and model.refining.about,
     }  # fmt: skip
     shown = {}  # (file, size) -> Image
     requests = [request_of(one, model, shown) for one in asked]

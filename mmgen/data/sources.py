@@ -349,7 +349,11 @@ class World:
         return [world.say(claim, self.language(i), rng) for claim in claims]
 
     def pixels(self, i, which=0):
-        return self._render(i, self.item(i).scene)
+        return self._render(i, self.shown(i, which))
+
+    def shown(self, i, which=0):
+        """What `pixels` shows: a Scene or a page of the world."""
+        return self.item(i).scene
 
     def count_images(self, i):
         return 1
@@ -438,9 +442,9 @@ class Talks(World):
             f"{self.spec}: a talk has no captions that could be altered; open world:{self.split}"
         )
 
-    def pixels(self, i, which=0):
+    def shown(self, i, which=0):
         scenes = self._scenes(i)
-        return self._render(i, scenes[which % len(scenes)])
+        return scenes[which % len(scenes)]
 
     def count_images(self, i):
         return len(self._scenes(i))
@@ -458,7 +462,7 @@ class Talks(World):
         from mmgen.world import recolor
         from mmgen.world.scene import Scene
 
-        shown = self._scenes(i)[0]
+        shown = self.shown(i)
         if isinstance(shown, Scene):  # a page's colours are part of what it says
             shown = recolor(np.random.default_rng([self.seed, i, 1]), shown)
         return self._render(i, shown)

@@ -108,6 +108,7 @@ def draw(sampler, records, out, *, n, seed, size=None, batch_size=16, **options)
         "tokenizer": sampler.tokenizer.hash,
         "seed": seed,
         "size": size and list(size),
+        "refined": sampler.refining and sampler.refining.about,
         "options": {name: repr(value) for name, value in sorted(options.items())},
     })  # fmt: skip
     for i, record in enumerate(records):

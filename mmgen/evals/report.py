@@ -35,7 +35,7 @@ def write(
     metrics too, with an interval; curves: (title, records, names) with records as `runtime.metrics.read`; pictures:
     (title, path of a PNG); cases: `suites.Case`s, of which `examples` wrong ones a suite are shown, and as many right
     ones; comparison: rows of `compare.compare`; precision_recall: {name: (precision, recall)}, arrays along falling
-    thresholds; worst: (pixels, pixels, words), what it should be beside what it is.
+    thresholds; worst: (pixels, pixels ..., words), what it should be beside what it is.
     """
     out, shares = Path(out), shares or {}
     out.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,8 @@ def _score_table(scores, intervals):
             cells += [f"{right / total:.3f} {_between(intervals[suite][part])}" if total else "-", total]
         rows.append([*cells, f"{row['ceiling']:.3f}"])
     note = (
-        "One sample a prompt; 95 % intervals (Wilson). The ceiling is the judge's score on the tokenizer's own "
-        "reconstructions of right answers."
+        "One sample a prompt; 95 % intervals (Wilson). The ceiling is the judge's score on what the codes of "
+        "right answers give back."
     )
     return _table(("suite", "seen", "n", "unseen", "n", "ceiling"), rows) + f"<p>{note}</p>"
 

@@ -32,7 +32,7 @@ class Case:
     pixels: np.ndarray | None = None  # the answer, or what is asked about
     ok: bool | None = False  # None: not counted
     why: str = ""
-    ceiling: bool = False  # the judge's verdict on the tokenizer's reconstruction of the true picture
+    ceiling: bool = False  # the judge's verdict on what codes give back of the true picture
     source: np.ndarray | None = None  # the picture that was to be changed
     truth: np.ndarray | None = None  # a right answer
     measured: dict = dataclasses.field(default_factory=dict)  # more about it: flags and numbers
@@ -72,8 +72,9 @@ def run(sampler, cases, *, size, seed, batch_size=32, score=None, best_of=1, **o
         case.pixels = turn.parts[0].pixels
         verdict = judge(case.pixels[..., :3], case.item.claim)
         case.ok, case.why = verdict.ok, verdict.why
-        case.truth = render(case.item.scene, width, height)
-    back = sampler.tokenizer.decode(sampler.tokenizer.encode(np.stack([case.truth for case in cases])))
+        case.truth = render(case.item.scene, *case.pixels.shape[1::-1])  # which a refiner may have enlarged
+    true = np.stack([render(case.item.scene, width, height) for case in cases])
+    back = sampler.reconstruct(true, seed)
     for case, back in zip(cases, back):
         case.ceiling = judge(back[..., :3], case.item.claim).ok
     return cases

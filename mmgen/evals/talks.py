@@ -86,7 +86,7 @@ def run(sampler, suite, *, seen, unseen, size, seed, split="test", language="en"
         talks = [tasks.talk(seed, split, i, category, language, flag, pixels) for i, flag in asked]
         flags = [flag or category in pages.KINDS for _, flag in asked]
         answers = converse(sampler, talks, size=pixels, seed=seed, batch_size=batch_size, **options)
-        best = reconstructions(sampler, talks, pixels)
+        best = reconstructions(sampler, talks, pixels, seed)
         for talk, flag, said, right in zip(talks, flags, answers, best, strict=True):
             cases += _cases(talk, flag, said, right, pixels, language)
     return cases
@@ -166,10 +166,10 @@ def _answer(turn, drawn, size):
     return "".join(part.text for part in turn.parts if isinstance(part, Text)).strip()
 
 
-def reconstructions(sampler, talks, size):
-    """Right answers as the tokenizer gives them back: the same lists as `converse`, for the ceiling."""
+def reconstructions(sampler, talks, size, seed=0):
+    """Right answers as their codes give them back: the same lists as `converse`, for the ceiling."""
     true = [tasks.picture(turn.says[-1], *size) for talk in talks for turn in talk.turns if draws(turn)]
-    back = iter(sampler.tokenizer.decode(sampler.tokenizer.encode(np.stack(true)))) if true else iter(())
+    back = iter(sampler.reconstruct(np.stack(true), seed) if true else ())
     return [[next(back)[..., :3] if draws(turn) else turn.says[-1] for turn in talk.turns] for talk in talks]
 
 
@@ -205,7 +205,9 @@ def judge_talk(talk, answers, size, language="en"):
     found, source = [], None
     for turn, answer in zip(talk.turns, answers, strict=True):
         shown = [part for part in turn.asks if not isinstance(part, str)]
-        source = tasks.picture(shown[-1], *size) if shown else source
+        # As large as the answer, which a refiner may have enlarged.
+        at = answer.shape[1::-1] if isinstance(answer, np.ndarray) else size
+        source = tasks.picture(shown[-1], *at) if shown else source
         verdict = Verdict(False, NO_ROOM) if answer is None else judge_answer(turn, answer, source, language)
         found.append((verdict, source))
     return found

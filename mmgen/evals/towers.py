@@ -1,14 +1,18 @@
 """Suites of the contrastive and classifier stages, and what their networks say of other models' pictures."""
 
+import time
+
 import numpy as np
 
 from mmgen import world
 from mmgen.data.sources import World
 from mmgen.evals.metrics import auc, frechet
 from mmgen.models import classifier
+from mmgen.stages import refiner as refiners
 from mmgen.stages import tokenizer as tokenizers
 from mmgen.stages.classifier import held_out_labels
 from mmgen.stages.contrastive import held_out_pairs, retrieval
+from mmgen.world import tasks_judge
 from mmgen.world.scene import alter, changed
 
 
@@ -78,6 +82,50 @@ def reconstruct(tokenizer, source, max_bad=0.1, towers=None, tile=None, worst=16
     return found, {
         "worst": [(images[i, ..., :3], back[i, ..., :3], f"{each['psnr'][i]:.1f} dB") for i in order]
     }
+
+
+def refine(model, source, max_bad=0.1, towers=None, steps=(1, 2, 4, 8, 32), worst=16):
+    """How near a refiner comes to the images of `source` from the codes of their reductions -> ({metric: value},
+    {"worst": (real, base, refined) pictures} for the report), beside "base", the tokenizer's own decoder enlarged by bicubic interpolation.
+
+    For each number of `steps` "steps4_psnr" and so on: "psnr", "ssim", "ms_ssim", "power_K" and "error_K" (see
+    `stages.refiner.spectrum`), "seconds" an image, and with `towers` "FD-NAME". The deterministic up-sampler has one
+    step, "steps1". Image i has the seed i. Of a world's pictures besides "right" and "words", shares of images
+    (see `world.tasks_judge.shows`), which "real" has too.
+    """
+    real = tokenizers.real_images(model.tokenizer, source, max_bad)
+    codes = model.codes(real)
+    made = {"base": model.bicubic}
+    for n in steps if model.flow else (1,):
+        made[f"steps{n}"] = lambda codes, n=n: model.refine(codes, range(len(codes)), n)
+    found, shown, true = {"images": float(len(real))}, {}, towers and towers.features(real[..., :3])
+    seen = "steps4" if "steps4" in made else [*made][-1]
+    found |= {f"real_{name}": share for name, share in _read(source, real).items()}
+    for name, make in made.items():
+        make(codes if name == "base" else codes[:1])  # compiled; steps are in full batches
+        began = time.perf_counter()
+        back = make(codes)
+        found[f"{name}_seconds"] = (time.perf_counter() - began) / len(real)
+        measured = tokenizers.reconstruction(real, back) | refiners.spectrum(real, back)
+        measured |= _read(source, back)
+        if towers:
+            measured[f"FD-{towers.name}"] = frechet(true, towers.features(back[..., :3]))
+        found |= {f"{name}_{key}": value for key, value in measured.items()}
+        if name in ("base", seen):
+            shown[name] = back
+    each = tokenizers.reconstruction(real, shown[seen], mean=False)["psnr"]
+    pictures = lambda i: (x[i, ..., :3] for x in (real, shown["base"], shown[seen]))
+    order = np.argsort(each)[:worst]
+    return found, {"worst": [(*pictures(i), f"real, base, {seen}: {each[i]:.1f} dB") for i in order]}
+
+
+def _read(source, images):
+    """{"right", "words"}: the share of a world's images that show what they should; {} for other sources."""
+    if not isinstance(source, World):
+        return {}
+    each = [tasks_judge.shows(image[..., :3], source.shown(i)) for i, image in enumerate(images)]
+    found = {name: [verdict[name] for verdict in each if name in verdict] for name in ("right", "words")}
+    return {name: float(np.mean(flags)) for name, flags in found.items() if flags}
 
 
 def classify(model, source, max_bad=0.1):

@@ -456,6 +456,7 @@ class Tokenizer:
         self.levels = tuple(int(level) for level in model.quantizer.levels)
         self.exact = model.reach is not None  # tiles decode as the whole does
         self.halo = model.reach if self.exact else HALO
+        self.model = model
         graphdef, self._params = nnx.split(model)
         self._rows = None
         if len(devices) > 1:
@@ -501,7 +502,8 @@ class Tokenizer:
             return self._in_batches(self._decode, codes, batch)
         if tile < 1:
             raise ValueError(f"a tile has at least 1 code along each side, found {tile}")
-        (ys, h, tall), (xs, w, wide) = (self._windows(n, tile) for n in codes.shape[1:])
+        cuts = (windows(n, tile, self.halo, self.patch, self.exact) for n in codes.shape[1:])
+        (ys, h, tall), (xs, w, wide) = cuts
         cut = [codes[:, y : y + h, x : x + w] for y in ys for x in xs]
         pixels = self._in_batches(self._decode, np.concatenate(cut), batch)
         pixels = pixels.reshape(len(ys), len(xs), len(codes), *pixels.shape[1:])
@@ -513,20 +515,6 @@ class Tokenizer:
                 weight = tall[i, rows, None, None] * wide[j, columns, None]
                 whole[:, rows, columns] += weight * pixels[i, j]
         return np.round(whole).astype(np.uint8)
-
-    def _windows(self, n, tile):
-        """How an axis of n codes is cut: where windows start, their size, and what each counts for the axis'
-        pixels, float32 [windows, n * patch] with columns that sum to 1."""
-        size = min(tile + 2 * self.halo, n)
-        starts = np.minimum(np.arange(0, n - size + tile, tile), n - size)
-        pixels = np.arange(n * self.patch) + 0.5
-        from_seam = pixels - self.patch * (self.halo + tile * np.arange(1, len(starts)))[:, None]
-        if self.exact:
-            later = from_seam > 0
-        else:
-            later = np.clip(0.5 + from_seam / (2 * self.halo * self.patch), 0, 1)
-        later = np.concatenate([np.ones((1, len(pixels))), later, np.zeros((1, len(pixels)))])
-        return starts, size, (later[:-1] - later[1:]).astype(np.float32)
 
     def _in_batches(self, function, x, batch):
         """Applies a jitted function in equal, padded batches, so that it compiles once."""
@@ -547,6 +535,19 @@ class Tokenizer:
     def hash(self):
         """Identity of the trained weights: codes of one tokenizer mean nothing to another."""
         return checkpoint.weights_hash(nnx.to_pure_dict(self._params))
+
+
+def windows(n, tile, halo, patch, exact=True):
+    """How an axis of n codes is cut: where windows start, their size in codes, and what each counts for the axis'
+    pixels, `patch` a code: float32 [windows, n * patch] with columns that sum to 1. Windows overlap by 2 * `halo` codes,
+    where one ends and the next begins or, unless `exact`, fades into it."""
+    size = min(tile + 2 * halo, n)
+    starts = np.minimum(np.arange(0, n - size + tile, tile), n - size)
+    pixels = np.arange(n * patch) + 0.5
+    from_seam = pixels - patch * (halo + tile * np.arange(1, len(starts)))[:, None]
+    later = from_seam > 0 if exact else np.clip(0.5 + from_seam / (2 * halo * patch), 0, 1)
+    later = np.concatenate([np.ones((1, len(pixels))), later, np.zeros((1, len(pixels)))])
+    return starts, size, (later[:-1] - later[1:]).astype(np.float32)
 
 
 def load_tokenizer(workdir):

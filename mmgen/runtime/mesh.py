@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("replica", "data", "fsdp", "context", "tensor")
 _LARGE = 1_000_000  # elements from which a parameter may not lie whole where it could be shared
@@ -82,7 +82,7 @@ def sizes(shape, devices):
 def make_mesh(shape):
     """The mesh of all devices from `{axis: size}`, see `sizes`."""
     across, *within = sizes(shape, jax.device_count())
-    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    auto = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     if slices == 1:
         return jax.make_mesh((across, *within), AXES, axis_types=auto)
@@ -236,6 +236,19 @@ def use(mesh, rules):
 def current():
     """(mesh, rules) within `use` where the mesh has several devices, else None: nothing is to be laid out."""
     return _current if _current and _current[0].size > 1 else None
+
+
+def of_rows(devices):
+    """A mesh of some devices that share rows: of one process's own, within a mesh of all."""
+    shape = [len(devices) if axis == "data" else 1 for axis in AXES]
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def fetched(params):
+    """The parameters whole on this process's first device, wherever on the current mesh they lie."""
+    if current():
+        params = jax.jit(lambda params: params, out_shardings=whole())(params)
+    return jax.tree.map(lambda x: x.addressable_data(0), params)
 
 
 def constrain(x, axes):

@@ -19,6 +19,7 @@ from mmgen.document import Document, Image, Text, Turn
 from mmgen.grammar import Grammar
 from mmgen.models import transformer
 from mmgen.models.autoencoders import load_tokenizer
+from mmgen.models.refiner import Refiner, load_refiner
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
 from mmgen.sampling import cache as caches
@@ -79,6 +80,24 @@ class Request:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Refining:
+    """How answers' images get their pixels from a `models.refiner.Refiner`; see its `refine`."""
+
+    refiner: Refiner
+    steps: int = 4
+    guidance: float = 1.0
+    tile: int | None = None
+
+    @property
+    def about(self):
+        """What a note says of it."""
+        return {
+            "refiner": self.refiner.hash, "scale": self.refiner.scale, "steps": self.steps, "guidance": self.guidance,
+            "tile": self.tile,
+        }  # fmt: skip
+
+
 class Sampler:
     """A trained transformer with all that its samples need: grammar, text model, image tokenizer.
 
@@ -102,7 +121,7 @@ class Sampler:
         step=None,
     ):
         self.config, self.grammar, self.text, self.tokenizer = config, grammar, text, tokenizer
-        self.longest, self.step = config.data.row_length, step
+        self.longest, self.step, self.refining = config.data.row_length, step, None
         self.int8_cache, self.mesh = int8_cache, mesh
         self.dtype = jnp.dtype(config.model.dtype)
         # Tokens of a prompt that are read at a time: as many as it takes to be bound by arithmetic.
@@ -171,7 +190,9 @@ class Sampler:
                     done = stopped or progress.done
                     if done or every:
                         found.append((index[progress.ticket], turn, codes, done, progress.tokens))
-                turns = self.with_pixels([turn for _, turn, *_ in found], slots.count)
+                # What is not done yet changes again: its pixels are the decoder's.
+                seeds = [requests[i].seed if done else None for i, *_, done, _ in found]
+                turns = self.with_pixels([turn for _, turn, *_ in found], slots.count, seeds)
                 begun = [n for n, (_, _, codes, *_) in enumerate(found) if codes is not None]
                 for n, pixels in zip(begun, self.sketches([found[n][2] for n in begun], slots.count)):
                     turns[n] = Turn(turns[n].role, (*turns[n].parts, Image(pixels=pixels)))
@@ -262,10 +283,16 @@ class Sampler:
             return Turn("assistant", (*parts[:-1], Text(text[: len(text) - held]))).normalised(), codes, False
         return document.turns[0], codes, False
 
-    def with_pixels(self, turns, batch_size=16):
-        """The turns with pixels for the codes of all their images, `batch_size` of equal size decoded together."""
-        images = [part for turn in turns for part in turn.parts if isinstance(part, Image)]
-        pixels = iter(self._decoded([image.codes for image in images], batch_size))
+    def with_pixels(self, turns, batch_size, seeds):
+        """The turns with pixels for the codes of all their images, `batch_size` of equal size decoded together: those
+        of the tokenizer's decoder, or of the refiner where there is one and the turn has one of the `seeds`. The noise
+        of a turn's images is a function of its seed alone."""
+        grids, noises = [], []
+        for turn, seed in zip(turns, seeds):
+            images = [part for part in turn.parts if isinstance(part, Image)]
+            grids += [image.codes for image in images]
+            noises += [None if seed is None else draw_seed(seed, n) for n in range(len(images))]
+        pixels = iter(self._decoded(grids, batch_size, noises))
         whole = lambda part: Image(pixels=next(pixels), codes=part.codes) if isinstance(part, Image) else part
         return [Turn(turn.role, tuple(whole(part) for part in turn.parts)) for turn in turns]
 
@@ -287,16 +314,31 @@ class Sampler:
             sketches.append(np.where(none[..., None], board, pixels))
         return sketches
 
-    def _decoded(self, grids, batch_size):
-        """Pixels of each of these codes. A batch is always full, so that bits do not depend on how many there are."""
-        shapes, pixels = {}, [None] * len(grids)
-        for n, codes in enumerate(grids):
-            shapes.setdefault(codes.shape, []).append(n)
-        for found in shapes.values():
-            decoded = self.tokenizer.decode(np.stack([grids[n] for n in found]), batch=batch_size)
+    def _decoded(self, grids, batch_size, seeds=None):
+        """Pixels of each of these codes, refined where there is a refiner and a seed. A batch is always full, so that
+        bits do not depend on how many there are."""
+        kinds, pixels = {}, [None] * len(grids)
+        for n, (codes, seed) in enumerate(zip(grids, seeds or [None] * len(grids))):
+            kinds.setdefault((codes.shape, self.refining is not None and seed is not None), []).append(n)
+        for (_, refined), found in kinds.items():
+            codes = np.stack([grids[n] for n in found])
+            if refined:
+                how = self.refining
+                decoded = how.refiner.refine(
+                    codes, [seeds[n] for n in found], how.steps, how.guidance, how.tile, batch_size
+                )
+            else:
+                decoded = self.tokenizer.decode(codes, batch=batch_size)
             for n, each in zip(found, decoded):
                 pixels[n] = each
         return pixels
+
+    def reconstruct(self, images, seed=0, batch_size=16):
+        """What codes give back of images uint8 [N, H, W, c] of one size: the pixels that answers would have."""
+        codes = self.tokenizer.encode(images)
+        return np.stack(
+            self._decoded(list(codes), batch_size, [draw_seed(seed, n) for n in range(len(codes))])
+        )
 
     def nats(self, documents, batch_size=16):
         """How surprising each token of each document is -> list of float32 [T], -log p of the token after those
@@ -398,6 +440,33 @@ def best_of(sampler, requests, n, score=None, batch_size=16):
         scores = [-each[len(prompt) :].mean() for each, prompt in zip(nats, prompts)]
     scores = np.reshape(scores, (-1, n))
     return [turns[i * n + k] for i, k in enumerate(scores.argmax(1))], scores
+
+
+def refining(workdir, tokenizer, *, refiner="", upscale=None, **how):
+    """The `Refining` of the refiner run in `refiner`, or of the one that lies in a transformer's workdir, in
+    WORKDIR/refiners/NAME, and enlarges `upscale` times.
+
+    Raises ValueError where there is none, or where it reads the codes of another tokenizer.
+    """
+    beside = Path(workdir) / "refiners"
+    folders = [Path(refiner)] if refiner else sorted(beside.glob("*/"))
+    scales = {folder: checkpoint.read_config(folder, "refiner")["model"]["scale"] for folder in folders}
+    right = [folder for folder in folders if upscale in (None, scales[folder])]
+    if not folders:
+        raise ValueError(
+            f"expected the workdir of a refiner run in {beside}, found none: name one with --refiner"
+        )
+    if len(right) != 1:
+        have = ", ".join(f"{folder} (x{scale})" for folder, scale in scales.items())
+        wanted = "one refiner" if upscale is None else f"one refiner that enlarges {upscale} times"
+        raise ValueError(f"expected {wanted}, found {have}: choose by --refiner or --upscale")
+    found = load_refiner(right[0])
+    if found.tokenizer.hash != tokenizer.hash:
+        raise ValueError(
+            f"{right[0]} reads the codes of tokenizer {found.tokenizer.hash}, this model writes those of "
+            f"{tokenizer.hash}: train one with --config.data.tokenizer={workdir}/tokenizer"
+        )
+    return Refining(found, **how)
 
 
 def load(workdir, *, int8=False, int8_cache=False, tensor=1):

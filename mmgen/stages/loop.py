@@ -33,7 +33,7 @@ from mmgen.runtime.preemption import Preempted, Preemption
 from mmgen.runtime.watchdog import Watchdog
 from mmgen.stages import program as programs
 
-STAGES = ("tokenizer", "contrastive", "classifier", "transformer", "reinforce")
+STAGES = ("tokenizer", "contrastive", "classifier", "transformer", "reinforce", "refiner")
 
 # Settings that may differ between the runs that continue one another: they steer what is
 # written down and where it is computed, never what is learned.
@@ -62,6 +62,8 @@ _FREE = {
     "data.threads",
     "data.workers",
     "data.max_bad",
+    "data.tokenizer",  # where it lies
+    "refine_steps",
     "data.shards",  # where they lie; the stage compares what they hold
     "data.text",
 }

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from mmgen import world
 from mmgen.document import Document, Turn
@@ -72,9 +72,8 @@ def setup(config, workdir):
 
     def draw(graphdef, params, items, seeds):
         sampler = painter(graphdef, params)
-        with meshes.use(
-            _mesh(jax.local_devices()), config.sharding
-        ):  # which share the pictures out to decode them
+        # Which share the pictures out to decode them.
+        with meshes.use(meshes.of_rows(jax.local_devices()), config.sharding):
             return _draw(sampler, items, seeds, grid, data)
 
     def rewarded(pixels, items):
@@ -298,27 +297,19 @@ class Prompts:
         )
 
 
-def _mesh(devices):
-    """A mesh of some devices that share rows."""
-    shape = [len(devices) if axis == "data" else 1 for axis in meshes.AXES]
-    return Mesh(np.array(devices).reshape(shape), meshes.AXES, axis_types=(AxisType.Auto,) * len(shape))
-
-
 def _painter(config, grammar, text, tokenizer):
     """-> (graphdef, params) -> a `Sampler` of these weights: the same one each time, so that nothing compiles anew.
 
     Each process draws its rows on its first device, which therefore holds the weights whole.
     """
-    made, here = [], _mesh(jax.local_devices()[:1])
+    made, here = [], meshes.of_rows(jax.local_devices()[:1])
 
     @functools.partial(jax.jit, static_argnums=0)
     def lay_out(graphdef, params):
         return caches.prepare(nnx.merge(graphdef, params), jnp.dtype(config.model.dtype))
 
     def of(graphdef, params):
-        if meshes.current():
-            params = jax.jit(lambda params: params, out_shardings=meshes.whole())(params)
-        params = jax.tree.map(lambda x: x.addressable_data(0), params)
+        params = meshes.fetched(params)
         if not made:
             made.append(Sampler(graphdef, params, config, grammar, text, tokenizer, mesh=here))
         sampler = made[0]

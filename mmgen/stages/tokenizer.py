@@ -74,7 +74,7 @@ def setup(config, workdir):
         model.discriminator = None  # no part of a tokenizer, nor of its hash
         model = Tokenizer(model)
         images, codes, back = reconstructed(model, held_out, config.data.max_bad)
-        _preview(workdir / "previews" / f"{step:07d}.png", images[:32, ..., :3], back[:32, ..., :3])
+        preview(workdir / "previews" / f"{step:07d}.png", images[:32, ..., :3], back[:32, ..., :3])
         return {**reconstruction(images, back), **usage(codes, model.levels)}
 
     return Stage(
@@ -139,8 +139,15 @@ def warnings(measured):
 def reconstructed(model, source, max_bad=0.1, tile=None):
     """-> images uint8 [N, H, W, C], codes int32 [N, h, w] and images again, of a source's good documents: the first
     image of each."""
+    images = real_images(model, source, max_bad)
+    codes = model.encode(images)
+    return images, codes, model.decode(codes, tile=tile)
+
+
+def real_images(model, source, max_bad=0.1, most=None):
+    """Images uint8 [N, H, W, C] of a source's good documents (of the first `most`), as the tokenizer `model` takes them."""
     images, bad = [], Bad(source, max_bad)
-    for i in range(len(source)):
+    for i in range(min(len(source), most or len(source))):
         try:
             images.append(pictures.fit(source.pixels(i), *source.size))
             bad.saw()
@@ -151,8 +158,7 @@ def reconstructed(model, source, max_bad=0.1, tile=None):
     images = np.stack(images)
     if model.alpha and images.shape[-1] == 3:
         images = pictures.opaque(images)
-    codes = model.encode(images)
-    return images, codes, model.decode(codes, tile=tile)
+    return images
 
 
 def loss(model, batch, key, *, weights, noise, recolor, color_digits, floor, gan, tower=None):
@@ -189,7 +195,7 @@ def loss(model, batch, key, *, weights, noise, recolor, color_digits, floor, gan
         repainted = jnp.concatenate([painted[..., :color_digits], values[..., color_digits:]], -1)
         chosen = (jnp.arange(len(images)) < recolor * len(images))[:, None, None, None]
         given, images = jnp.where(chosen, repainted, values), jnp.where(chosen, other, images)
-    back = model.decode(_disturbed(given, key, noise) if noise else given)
+    back = model.decode(disturbed(given, key, noise) if noise else given)
     mse = image_losses.l2(back, images)
     measured = {"batch_psnr": 10 * jnp.log10(4.0 / (mse + 1e-6)), **watched}
     terms = {  # of those that have a weight: [B] or []
@@ -215,7 +221,7 @@ def loss(model, batch, key, *, weights, noise, recolor, color_digits, floor, gan
     return {name: (jnp.mean(value) * n, n) for name, value in {"loss": total, **measured}.items()}
 
 
-def _disturbed(values, key, noise):
+def disturbed(values, key, noise):
     """Quantized values [B, h, w, C] where each image has lost a share of up to `noise` to values from
     anywhere in the batch."""
     share, which, whose = jax.random.split(key, 3)
@@ -272,10 +278,8 @@ def _entropy(counts):
     return float(-np.sum(p * np.log(p)))
 
 
-def _preview(path, images, back):
-    """Originals above their reconstructions, eight a row."""
+def preview(path, *rows):
+    """Originals above what became of them, eight a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i in range(0, len(images), 8):
-        rows += [np.concatenate(list(images[i : i + 8]), 1), np.concatenate(list(back[i : i + 8]), 1)]
-    Image.fromarray(np.concatenate(rows, 0)).save(path)
+    lines = [np.concatenate(list(row[i : i + 8]), 1) for i in range(0, len(rows[0]), 8) for row in rows]
+    Image.fromarray(np.concatenate(lines, 0)).save(path)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmgen.world.judge import judge, parse
-from mmgen.world.pages import Page, strings
-from mmgen.world.pages_judge import judge_page
+from mmgen.world.pages import Page, kind_of, strings
+from mmgen.world.pages_judge import judge_page, read_page
 from mmgen.world.scene import ALL_SIZES, Claim, Group, Scene, fits, related
 from mmgen.world.tasks import Edit, Exchange, only
 
@@ -100,6 +100,18 @@ def alike(a: Scene, b: Scene) -> bool:
         and not _matched(a.objects, b.objects)
         and (a.background, a.style) == (b.background, b.style)
     )
+
+
+def shows(pixels, shown) -> dict[str, bool]:
+    """Whether a picture (uint8 [H, W, 3]) shows a Scene or a page: "right", all of it; of a page with "words" those that
+    are in it, each letter, whatever else is wrong."""
+    if isinstance(shown, Scene):
+        reading = parse(pixels)
+        return {"right": not reading.faults and alike(reading.scene, shown)}
+    said = sorted(strings(shown))
+    page = read_page(pixels, kind_of(shown)).page
+    found = {"right": judge_page(pixels, shown).ok}
+    return found | ({"words": page is not None and sorted(strings(page)) == said} if said else {})
 
 
 def done(edit: Edit, before: Scene, found: Scene, faults: int = 0) -> tuple[bool, bool]:

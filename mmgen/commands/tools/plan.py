@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from mmgen.grammar import Grammar
-from mmgen.models import autoencoders, classifier, contrastive, transformer
+from mmgen.models import autoencoders, classifier, contrastive, refiner, transformer
 from mmgen.runtime import config as configs
 from mmgen.runtime import hardware
 from mmgen.runtime import mesh as meshes
@@ -93,6 +93,10 @@ def _make(config, vocabulary):
         "contrastive": lambda rngs: contrastive.Contrastive(m, vocabulary.grammar.pieces, rngs),
         "classifier": lambda rngs: classifier.Classifier(m, classifier.groups_of(config.labels), rngs),
         "tokenizer": lambda rngs: autoencoders.Autoencoder(m, rngs),
+        # Its tokenizer is not at hand: codes of as many digits, and squares as large as the grids ask for.
+        "refiner": lambda rngs: refiner.RefinerNet(
+            m, 3, len(vocabulary.manifest["levels"]), m.patch * 2 ** (len(m.channels) - 1) // m.scale, rngs
+        ),
     }
     return makes[config.stage]
 
