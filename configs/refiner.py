@@ -23,6 +23,7 @@ def get_config(variant):
     m.scale = 2  # output pixels for one of the tokenizer, along each side: 1, 2 or 4
     m.patch = 4  # output pixels a side that a place of the finest grid stands for
     m.channels, m.blocks = (64, 96, 128), 1  # widths of the grids, each of half the size of the last
+    m.certain = 1  # cosines along each side of such a square that are told, not drawn: what is larger than it
     m.angles = 128  # width of what is told of the angles of a step
     m.flow = True  # False: the deterministic up-sampler
     m.dtype = "float32"

@@ -95,7 +95,7 @@ def test_normal_detail_is_drawn_in_any_number_of_steps():
 def test_a_step_that_is_right_has_no_loss(monkeypatch):
     """A network that tells nothing takes every step alike, so that few-step targets ask nothing of it; and its flow's
     error is the velocity's own deviation of 1, where the detail has the deviation that it should."""
-    model = net()
+    model = net(certain=0)
     images = jax.random.randint(jax.random.key(0), (64, 32, 32, 3), 0, 256).astype(jnp.uint8)
     y = jax.random.normal(jax.random.key(1), (64, 32, 32, 3))
     flat = SimpleNamespace(encode=lambda x: jnp.zeros((64, 4, 4, 5)), quantizer=None)
@@ -114,7 +114,8 @@ def test_a_step_that_is_right_has_no_loss(monkeypatch):
 class Linear:
     """Stands for the network: what it tells depends on all that it is given, and it keeps what it was asked."""
 
-    flow, scale, spread = True, 1, np.ones(48, np.float32)
+    flow, scale, spread, certain = True, 1, np.ones(48, np.float32), np.zeros(48, bool)
+    step = RefinerNet.step
     detail = staticmethod(lambda difference: difference[:, ::4, ::4].repeat(16, -1))
 
     def __init__(self):
@@ -195,6 +196,24 @@ def test_networks_that_do_not_fit_say_so():
         net(scale=3)
     with pytest.raises(ValueError, match="at least 1"):
         net(patch=0)
+    with pytest.raises(ValueError, match="below model.patch=4, found 4"):
+        net(certain=4)
+
+
+def test_the_coarsest_coefficients_are_told_whatever_was_drawn():
+    """Their noise does not matter, and what the network tells of them is what comes out."""
+    model = net(seed=1, certain=2)
+    assert (
+        model.certain.reshape(4, 4, 3).any(-1).tolist() == [[True] * 2 + [False] * 2] * 2 + [[False] * 4] * 2
+    )
+    z, base, values = given(2, 32, 4)
+    at, to, there = jnp.full(2, 1.5), jnp.full(2, 0.2), jnp.ones(2, bool)
+    told = model(z, base, values, at, to, there)
+    other = model(jnp.where(model.certain, 7.0, z), base, values, at, to, there)
+    np.testing.assert_array_equal(told, other)
+    moved = model.step(z, told, at, to)
+    np.testing.assert_array_equal(moved[..., model.certain], told[..., model.certain])
+    assert np.abs(moved[..., ~model.certain] - told[..., ~model.certain]).min() > 0
 
 
 def test_noise_is_of_its_seed_alone():

@@ -22,6 +22,9 @@ of which `mean_velocity` is exact, for steps of any length, as long as detail is
 nothing, is s = 0, and no noise is left there even by one step. All else is in how m and s depend on z, from one step to the
 next. A network that tells nothing has m = 0 and s = 1: the base and noise of the deviation `spread`.
 
+The coarsest cosines of each square are not drawn but told (`certain`): what is larger than a few pixels is what codes are about,
+and a sample of it, by a network that is not perfect, is further from the image than the base is.
+
 Shapes: images [B, H, W, c] in [-1, 1] of the refined size; detail, noise and what is between, [B, H / patch, W / patch, K]
 with K = patch * patch * c; values [B, h, w, C] of the quantizer; angles [B].
 """
@@ -85,8 +88,9 @@ class RefinerNet(nnx.Module):
 
     config: `scale` (refined pixels for one of the tokenizer, along each side: 1, 2 or 4), `patch` (refined pixels a
     side of what a place of the finest grid stands for), `channels` (widths of the grids, each next of half the size),
-    `blocks` (of a grid, on the way down and again up), `angles` (width of what the angles say), `spread` (see above),
-    `flow` (False: the deterministic up-sampler, which sees no noise and tells the detail), `dtype`.
+    `blocks` (of a grid, on the way down and again up), `angles` (width of what the angles say), `certain` (so many
+    cosines along each side of a square are told, the others drawn), `flow` (False: the deterministic up-sampler, which sees
+    no noise and tells the detail), `dtype`.
 
     channels and code_channels: of images and of quantized values; code_patch: pixels a side of the tokenizer's patch.
     The codes come in at the coarsest grid, of whose squares a whole number must make up a code's. spread: float [K]; left out
@@ -100,7 +104,12 @@ class RefinerNet(nnx.Module):
             raise ValueError(
                 "model.patch and model.blocks are at least 1, model.channels has one number at least"
             )
+        if not 0 <= config.certain < config.patch:
+            raise ValueError(
+                f"model.certain is from 0 to below model.patch={config.patch}, found {config.certain}"
+            )
         self.scale, self.patch, self.flow, self.channels = config.scale, config.patch, config.flow, channels
+        self.coarsest = config.certain
         widths, dtype = tuple(config.channels), jnp.dtype(config.dtype)
         self.blocks, self.grids = config.blocks, len(widths)
         coarsest, stride = config.patch * 2 ** (self.grids - 1), config.scale * code_patch
@@ -148,14 +157,14 @@ class RefinerNet(nnx.Module):
         )
 
     def __call__(self, z, base, values, at, to, given):
-        """-> the mean velocity dz / da from the angle `at` to `to`, of z's shape; of the deterministic up-sampler, the
-        detail, and z is not looked at. given bool [B]: whether it sees the condition, base and values; without, it knows what detail is like, and
-        nothing of this image."""
+        """-> the mean velocity dz / da from the angle `at` to `to`, of z's shape; of what is `certain` the detail
+        itself, and its z is not looked at, as with all of the deterministic up-sampler. given bool [B]: whether it sees the
+        condition, base and values; without, it knows what detail is like, and nothing of this image."""
         there = given[:, None, None, None].astype(values.dtype)
         base, values = base * there, values * there
         angles = jax.nn.silu(self.angles_out(jax.nn.silu(self.angles_in(_waves(at, to, given)))))
         seen = patchify(base, self.patch)
-        x = self.stem(jnp.concatenate([z, seen], -1) if self.flow else seen)
+        x = self.stem(jnp.concatenate([jnp.where(self.certain, 0.0, z), seen], -1) if self.flow else seen)
         inside = jnp.broadcast_to(
             there, (*values.shape[:-1], 1)
         )  # tells zeros from what is outside the image
@@ -180,7 +189,18 @@ class RefinerNet(nnx.Module):
         if not self.flow:
             return told
         mean, deviation = jnp.split(told, 2, -1)
-        return mean_velocity(z, mean, jnp.exp(_MOST * jnp.tanh(deviation / _MOST)), at, to)
+        velocity = mean_velocity(z, mean, jnp.exp(_MOST * jnp.tanh(deviation / _MOST)), at, to)
+        return jnp.where(self.certain, mean, velocity)
+
+    @property
+    def certain(self):
+        """bool [K]: which coefficients are told and not drawn."""
+        coarse = np.arange(self.patch) < self.coarsest
+        return np.repeat(np.outer(coarse, coarse), self.channels)
+
+    def step(self, z, told, at, to):
+        """Where z at the angle `at` comes at `to`, by what the network told."""
+        return jnp.where(self.certain, told, z - (at - to)[:, None, None, None] * told)
 
     def upsampled(self, base, values):
         """The detail that the deterministic up-sampler tells."""
@@ -284,7 +304,7 @@ class Refiner:
             v = tell(True)
             if guidance is not None:
                 v = (free := tell(False)) + guidance * (v - free)
-            return z - (at - to) * v
+            return model.step(z, v, full(at), full(to))
 
         self._step = run(step)
         self._tell = run(lambda params, base, values: nnx.merge(graphdef, params).upsampled(base, values))

@@ -147,6 +147,7 @@ def loss(model, batch, key, *, autoencoder, drop, noise, near, uniform, mean, wi
     flow: the squared error of the velocity at the angle of a time t, a logistic of a normal number of `mean` and deviation
     `width`; or, with a chance of `uniform`, any angle as likely as any other (arXiv:2403.03206; the ends would else be all
     but unknown). Coefficients count as much as their deviation is: between alike, and by what is seen of them.
+    told: the squared error of the coefficients that are not drawn (`model.certain`), at any angle.
 
     few: one image in `few_every` instead learns that one step of 1, 2, 4 ... `most_steps` equal ones comes out where two
     of half the length do; of the smallest, where two steps of the flow's own velocity do (self-consistency,
@@ -197,15 +198,19 @@ def loss(model, batch, key, *, autoencoder, drop, noise, near, uniform, mean, wi
 
         def go(z, at, to):
             told = model(z, *condition[0], at, jnp.where(finest, at, to), condition[1])
-            return z - column(at - to) * told
+            return model.step(z, told, at, to)
 
         arrived = jax.lax.stop_gradient(go(go(one_in(z), start, middle), middle, end))
         target = put(target, (one_in(z) - arrived) / column(start - end))
+    target = jnp.where(model.certain, y, target)
     counts = model.spread[...] / model.spread[...].mean()
-    each = jnp.mean(counts * jnp.square(model(z, base, values, at, to, given) - target), (1, 2, 3))
-    found = {"loss": (each.sum(), n)}
+    error = counts * jnp.square(model(z, base, values, at, to, given) - target)
+    told, drawn = (
+        jnp.mean(jnp.where(which, error, 0.0), (1, 2, 3)) for which in (model.certain, ~model.certain)
+    )
+    found = {"loss": ((told + drawn).sum(), n), "told": (told.sum(), n)}
     for name, chosen in (("flow", ~few), ("few", few)):
-        found[name] = (jnp.where(chosen, each, 0.0).sum(), chosen.sum().astype(jnp.float32))
+        found[name] = (jnp.where(chosen, drawn, 0.0).sum(), chosen.sum().astype(jnp.float32))
     return found
 
 
