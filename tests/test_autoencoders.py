@@ -17,6 +17,7 @@ from mmgen.models.autoencoders import (
     to_float,
     to_uint8,
     unpatchify,
+    windows,
 )
 from mmgen.models.quantizers import FSQ
 from mmgen.runtime import config as configs
@@ -306,14 +307,15 @@ def test_a_tile_has_a_code_at_least():
         Tokenizer(make()).decode(np.zeros((1, 2, 2), np.int32), tile=0)
 
 
-@pytest.mark.parametrize("decoder", ["conv", "attention"])
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("n", [3, 12, 13, 14, 20, 31])
-def test_windows_cover_an_axis_and_count_for_one(decoder, n):
-    tokenizer = Tokenizer(make("patch", decoder))
-    starts, size, weights = tokenizer._windows(n, 5)
-    assert size == min(n, 5 + 2 * tokenizer.halo) and starts[0] == 0 and starts[-1] == n - size
+def test_windows_cover_an_axis_and_count_for_one(exact, n):
+    halo, p = 4, 3
+    starts, size, weights = windows(n, 5, halo, p, exact)
+    assert size == min(n, 5 + 2 * halo) and starts[0] == 0 and starts[-1] == n - size
     np.testing.assert_allclose(weights.sum(0), 1, atol=1e-6)
-    pixels, p = np.arange(n * tokenizer.patch), tokenizer.patch
+    assert not exact or set(weights.ravel()) <= {0.0, 1.0}
+    pixels = np.arange(n * p)
     for start, weight in zip(starts, weights):
         outside = (pixels < start * p) | (pixels >= (start + size) * p)
         assert weight.min() >= 0 and not weight[outside].any()
