@@ -343,7 +343,7 @@ def test_evaluate_writes_retrieval_and_wrong_attributes(run, tmp_path, capsys):
     assert report["metrics"]["text_r10"] == pytest.approx(expected["text_r10"])
     assert report["config"]["data"]["spec"] == "world:valid" in capsys.readouterr().out
     assert mmgen("evaluate", *flags, "--towers", run.workdir) == 1
-    assert "suite world" in capsys.readouterr().err
+    assert "suites world" in capsys.readouterr().err
 
 
 def test_wrong_attributes_are_told_by_who_reads_them(monkeypatch):
