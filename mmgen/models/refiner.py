@@ -120,7 +120,6 @@ class RefinerNet(nnx.Module):
                 f"model.patch={config.patch} end with squares of {coarsest}, which must divide that: make model.patch "
                 "smaller, or leave grids out"
             )
-        # Matrices over windows and squares lie along a mesh by their rows, whatever place these stand for.
         shrink = (4 * config.blocks * self.grids) ** -0.5
         block = functools.partial(ModulatedBlock, angles=config.angles, rngs=rngs, shrink=shrink, dtype=dtype)
         linear = functools.partial(layers.Linear, rngs=rngs, dtype=dtype)
@@ -128,6 +127,7 @@ class RefinerNet(nnx.Module):
         self.spread = nnx.Param(
             jnp.ones(pixels) if spread is None else jnp.asarray(spread), axes=("pixels",), frozen=True
         )
+        # Matrices over windows and squares lie along a mesh by their rows, whatever place these stand for.
         self.stem = linear((pixels * (2 if config.flow else 1), widths[0]), ("pixels", "embed"), bias=True)
         self.codes = Conv(code_channels + 1, widths[-1], ("window", "embed"), rngs, bias=True, dtype=dtype)
         self.finer_codes = linear((widths[-1], self.finer**2 * widths[-1]), ("embed", "mlp"))
