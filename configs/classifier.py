@@ -1,6 +1,7 @@
 """Stage `classifier`: labels of images, by heads on an image tower.
 
 mmgen train --config classifier:world --workdir runs/classifier
+mmgen train --config classifier:safety --workdir runs/safety
 mmgen train --config classifier:world --workdir runs/probe --config.model.frozen=true --config.init=runs/towers
 """
 
@@ -10,7 +11,7 @@ from mmgen.runtime import config as configs
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 from mmgen.world.scene import BACKGROUNDS, COLORS, SHAPES
 
-VARIANTS = ("world", "scene", "tiny", "350m")
+VARIANTS = ("world", "scene", "safety", "tiny", "350m")
 
 
 def get_config(variant):
@@ -51,6 +52,15 @@ def get_config(variant):
         c.labels.shape.multi = c.labels.color.multi = True
         d.source.category = c.held_out.category = "scene"
         c.steps = c.evaluate_every = 2000
+    if variant == "safety":  # people and stand-in symbols in pictures of the world: see docs/safety.md
+        c.labels = dict(
+            person=dict(field="person", classes=("none", "adult", "child"), multi=False),
+            symbol=dict(field="symbol", classes=("no", "yes"), multi=False),
+        )
+        m.image.patch = 8
+        d.source = dict(spec="world:train/guarded", size=(64, 64), seed=0, documents=40_000)
+        c.held_out = dict(spec="world:valid/guarded", size=(64, 64), seed=0, documents=4000)
+        c.steps = c.evaluate_every = 2500
     if variant == "tiny":  # for tests: seconds
         d.source.documents, d.batch_size, c.held_out.documents = 200, 16, 60
         c.steps, c.log_every, c.evaluate_every, c.save_every = 20, 10, 20, 10

@@ -21,6 +21,8 @@ TOOLS = {
     "plan": "memory, FLOPs and step time of a config on a pod, before there is one",
     "export": "a run's weights as one safetensors file",
     "replay": "the batch at which a run gave up, computed again",
+    "verify": "where a picture comes from: its signature and its watermark",
+    "policy": "what the safety policy says of prompts, and how good it is",
     "goodput": "where the wall time of a run went",
 }
 

@@ -1,4 +1,4 @@
-"""What is said: a document is a list of turns, a turn a role and its parts, a part text or an image.
+"""What is said: a document is a list of turns, a turn a role and its parts, a part text, an image or a refusal.
 
 Every task is a document. Text-to-image is one; so are a caption, an edit, a dialogue that keeps
 changing an image, a comic, a page of plain text. `grammar.py` says how a document is written as tokens.
@@ -10,6 +10,7 @@ import numpy as np
 
 # Who speaks. A page has no speaker: it is a web page or a story, text and images interleaved.
 ROLES = ("system", "user", "assistant", "page")
+REFUSALS = 16  # categories of what is refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +64,34 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True)
+class Refusal:
+    """That a request is not fulfilled, and of which category it is (0 to 15, as a safety policy numbers them). It is the first part of
+    an assistant's turn, and texts alone follow, which say so in words."""
+
+    category: int
+
+    def __post_init__(self):
+        if not isinstance(self.category, (int, np.integer)) or not 0 <= self.category < REFUSALS:
+            raise ValueError(
+                f"a refusal's category is a number from 0 to {REFUSALS - 1}, not {self.category!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Turn:
     """One speaker's parts, in order."""
 
     role: str
-    parts: tuple[Text | Image, ...] = ()
+    parts: tuple[Text | Image | Refusal, ...] = ()
 
     def __post_init__(self):
         if self.role not in ROLES:
             raise ValueError(f"unknown role {self.role!r}: expected one of {', '.join(ROLES)}")
-        object.__setattr__(self, "parts", _tuple_of(self.parts, (Text, Image), "parts of a turn"))
+        object.__setattr__(self, "parts", _tuple_of(self.parts, (Text, Image, Refusal), "parts of a turn"))
+        refusals = [n for n, part in enumerate(self.parts) if isinstance(part, Refusal)]
+        alone = all(isinstance(part, Text) for part in self.parts[1:])
+        if refusals and not (refusals == [0] and self.role == "assistant" and alone):
+            raise ValueError("a refusal is the first part of an assistant's turn, and texts alone follow it")
 
     def normalised(self) -> "Turn":
         """The same turn with adjacent texts merged and empty texts dropped."""

@@ -1,6 +1,6 @@
 """How a document is written as tokens, and everything that follows from it.
 
-    document := <bos> turn* <eos>          turn  := role part* <end>
+    document := <bos> turn* <eos>          turn  := role part* <end> | <assistant> <refuse:N> text* <end>
     part     := text | image               image := <boi> <h:H> <w:W> code{H*W*depth} <eoi>
 
 One joint vocabulary, in this order: text pieces, 64 control tokens, sizes, image codes. From one
@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmgen.document import ROLES, Document, Image, Text, Turn
+from mmgen.document import REFUSALS, ROLES, Document, Image, Refusal, Text, Turn
 
 # The control block. Numbers are never moved or reused: saved tokens and models depend on them.
 CONTROLS = 64
 CONTROL = {"bos": 0, "eos": 1, "end": 2, "boi": 3, "eoi": 4}
 CONTROL |= {role: 5 + n for n, role in enumerate(ROLES)}
-CONTROL |= {f"refuse:{n}": 16 + n for n in range(16)}
+CONTROL |= {f"refuse:{n}": 16 + n for n in range(REFUSALS)}
 
 # The modes of the machine: what it expects next.
-BOS, BETWEEN, TURN, HEIGHT, WIDTH, CODES, EOI, DONE = range(8)
+BOS, BETWEEN, TURN, HEIGHT, WIDTH, CODES, EOI, DONE, OPENED, REFUSED = range(10)
 EXPECTED = (
     "<bos>",
     "a role or <eos>",
@@ -35,6 +35,8 @@ EXPECTED = (
     "an image code",
     "<eoi>",
     "nothing but <eos> after <eos>",
+    "a text piece, <boi>, <refuse:n> or <end>",  # an assistant's turn in which nothing is yet
+    "a text piece or <end>",
 )
 
 
@@ -45,7 +47,7 @@ class GrammarError(ValueError):
 class State(NamedTuple):
     """Where each row stands in its document: int32 arrays [B], numpy or JAX, and so a pytree."""
 
-    mode: Any  # BOS .. DONE
+    mode: Any  # BOS .. REFUSED
     role: Any  # token of the role of the latest turn; 0 before the first
     images: Any  # images begun in this turn
     height: Any  # of the latest image, in patches
@@ -80,6 +82,7 @@ class Grammar:
     end = property(lambda self: self.pieces + CONTROL["end"])
     boi = property(lambda self: self.pieces + CONTROL["boi"])
     eoi = property(lambda self: self.pieces + CONTROL["eoi"])
+    refuse = property(lambda self: self.pieces + CONTROL["refuse:0"])  # and the REFUSALS from it on
     size_start = property(lambda self: self.pieces + CONTROLS)  # from here on tokens are parts of images
     code_start = property(lambda self: self.size_start + 2 * self.max_side)
     vocab_size = property(lambda self: self.code_start + self.depth * self.codes)
@@ -139,8 +142,11 @@ class Grammar:
         for turn in document.turns:
             tokens.append(self.roles[turn.role])
             for part in turn.parts:
-                is_text = isinstance(part, Text)
-                tokens += self._encode_text(part, text) if is_text else self._encode_image(part)
+                if isinstance(part, Refusal):
+                    tokens.append(self.refuse + part.category)
+                else:
+                    is_text = isinstance(part, Text)
+                    tokens += self._encode_text(part, text) if is_text else self._encode_image(part)
             tokens.append(self.end)
         tokens.append(self.eos)
         if not close:
@@ -212,6 +218,8 @@ class Grammar:
                     codes = tokens[start + 3 : stop - 1].reshape(height, width, self.depth)
                     codes = codes - self._depth_start
                     parts.append(Image(codes=codes if self.depth > 1 else codes[..., 0]))
+                elif tokens[start] >= self.pieces:
+                    parts.append(Refusal(int(tokens[start]) - self.refuse))
                 else:
                     parts.append(Text(text.decode(tokens[start:stop].tolist())))
             document.append(Turn(role, parts))
@@ -243,17 +251,21 @@ class Grammar:
             if mode == BOS and token == self.bos:
                 mode = BETWEEN
             elif mode == BETWEEN and token in role_of:
-                mode, role, images = TURN, token, 0
+                mode, role, images = OPENED if token == self.roles["assistant"] else TURN, token, 0
                 turns.append((role_of[token], []))
             elif mode == BETWEEN and token == self.eos:
                 mode, images = DONE, 0
-            elif mode == TURN and 0 <= token < self.pieces:
+            elif mode in (TURN, OPENED, REFUSED) and 0 <= token < self.pieces:
+                mode = TURN if mode == OPENED else mode
                 after = np.searchsorted(not_text, i)
                 length = step = (not_text[after] if after < len(not_text) else len(tokens)) - i
                 turns[-1][1].append((i, i + length))
-            elif mode == TURN and token == self.boi:
+            elif mode == OPENED and self.refuse <= token < self.refuse + REFUSALS:
+                mode = REFUSED
+                turns[-1][1].append((i, i + 1))
+            elif mode in (TURN, OPENED) and token == self.boi:
                 mode, images, begun = HEIGHT, images + 1, i
-            elif mode == TURN and token == self.end:
+            elif mode in (TURN, OPENED, REFUSED) and token == self.end:
                 mode = BETWEEN
             elif mode == HEIGHT and self.h(1) <= token < self.w(1):
                 mode, height = WIDTH, token - self.h(1) + 1
@@ -321,7 +333,7 @@ class Grammar:
         """How much each token of a document counts as a target: float32 [T].
 
         Learned are the parts and the <end> of assistant and page turns, and with user=True of user
-        turns, but for their images with user_images=False. `text` weighs pieces and <end>; `image` weighs codes and the choice of an image
+        turns, but for their images with user_images=False. `text` weighs pieces, <refuse:n> and <end>; `image` weighs codes and the choice of an image
         and its size, <boi> <h> <w>. What nobody chooses weighs nothing: <bos>, roles, <eoi>, <eos>.
         """
         tokens = _row(tokens)
@@ -330,6 +342,7 @@ class Grammar:
         learned = speaker >= self.roles["user" if user else "assistant"]
         image = np.float32(image) * (learned & (user_images | (speaker != self.roles["user"])))
         is_text = (tokens < self.pieces) | (tokens == self.end)
+        is_text |= (tokens >= self.refuse) & (tokens < self.refuse + REFUSALS)
         is_image = (tokens >= self.size_start) | (tokens == self.boi)
         return learned * is_text * np.float32(text) + is_image * image
 
@@ -366,11 +379,15 @@ class Grammar:
         last = (mode == CODES) & (state.remaining == 1)
         stays = (mode == DONE) | ((mode == CODES) & ~last)
         in_turn = xp.where(tokens == self.boi, HEIGHT, xp.where(tokens == self.end, BETWEEN, TURN))
-        between = xp.where(tokens == self.eos, DONE, TURN)
+        opened = xp.where((tokens >= self.refuse) & (tokens < self.refuse + REFUSALS), REFUSED, in_turn)
+        refused = xp.where(tokens == self.end, BETWEEN, REFUSED)
+        begun = xp.where(tokens == self.roles["assistant"], OPENED, TURN)
+        between = xp.where(tokens == self.eos, DONE, begun)
+        codes = xp.where(last, EOI, CODES)
         return State(
-            mode=_pick(mode, BETWEEN, between, in_turn, WIDTH, CODES, xp.where(last, EOI, CODES), TURN, DONE),
+            mode=_pick(mode, BETWEEN, between, in_turn, WIDTH, CODES, codes, TURN, DONE, opened, refused),
             role=xp.where((mode == BETWEEN) & (tokens != self.eos), tokens, state.role),
-            images=xp.where(mode == BETWEEN, 0, state.images + ((mode == TURN) & (tokens == self.boi))),
+            images=xp.where(mode == BETWEEN, 0, state.images + (self._in_turn(mode) & (tokens == self.boi))),
             height=height,
             width=width,
             remaining=xp.where(mode == WIDTH, height * width * self.depth, state.remaining - (mode == CODES)),
@@ -385,17 +402,18 @@ class Grammar:
         offset = xp.stack([xp.zeros_like(i), i, j], axis=-1)
         return state.p[..., None] + xp.where((state.mode == CODES)[..., None], offset, 0)
 
-    def need(self, state: State, size=(0, 0), image_only=False):
+    def need(self, state: State, size=(0, 0), image_only=False, refuse=True):
         """The fewest tokens that complete each document: int32 [B]. Arguments as in `allowed`."""
         xp, mode = _namespace(state), state.mode
         least_h, least_w = self._least(state, size)
         image = least_h * least_w * self.depth
         # The longest way out: <boi> <h> <w> codes <eoi> <end> <eos>.
         turn = 2 + xp.where(self._owes_image(state, image_only), 4 + image, 0)
+        opened = xp.where(refuse, xp.minimum(turn, 3), turn)  # or <refuse:n> <end> <eos>
         width = 4 + state.height * least_w * self.depth
-        return _pick(mode, 2, 1, turn, 5 + image, width, 3 + state.remaining, 3, 0)
+        return _pick(mode, 2, 1, turn, 5 + image, width, 3 + state.remaining, 3, 0, opened, 2)
 
-    def allowed(self, state: State, room, size=(0, 0), image_only=False, text_only=False):
+    def allowed(self, state: State, room, size=(0, 0), image_only=False, text_only=False, refuse=True):
         """The tokens that each row may write next: bool [B, V].
 
         Args:
@@ -407,9 +425,10 @@ class Grammar:
           size: int32 [B, 2], (height, width) of every image, each up to max_side; 0 leaves a side free.
           image_only: bool [B], whether an assistant turn must be exactly one image.
           text_only: bool [B], whether an assistant turn must not begin an image; image_only goes first.
+          refuse: bool [B], whether an assistant turn may be a refusal, whatever else it must be.
         """
         xp, mode = _namespace(state), state.mode
-        room = xp.maximum(xp.asarray(room), self.need(state, size, image_only))
+        room = xp.maximum(xp.asarray(room), self.need(state, size, image_only, refuse))
         least_h, least_w = self._least(state, size)
         image = least_h * least_w * self.depth
         most = xp.where(xp.asarray(size) > 0, xp.asarray(size), self.max_side)
@@ -420,21 +439,30 @@ class Grammar:
         silent = text_only & assistant & ~picture
 
         # Each mode allows one range of tokens, `first` and `count`; some also a closing token and <boi>.
-        turn = 3 + xp.where(image_only, 4 + image, 0)  # role ... <end> <eos>
+        # role ... <end> <eos>, a refusal or not
+        turn = 3 + xp.where(image_only, xp.where(refuse, 1, 4 + image), 0)
         code = self.code_start + -state.remaining % self.depth * self.codes
         role, h, w = self.roles[ROLES[0]], self.h(1) - 1 + least_h, self.w(1) - 1 + least_w
         roles = xp.where(room >= turn, len(ROLES), 0)
         pieces = xp.where((room >= 3) & ~picture, self.pieces, 0)
-        first = _pick(mode, self.bos, role, 0, h, w, code, self.eoi, self.eos)
-        count = _pick(mode, 1, roles, pieces, most_h - least_h + 1, most_w - least_w + 1, self.codes, 1, 1)
-        may_end = (mode == TURN) & ~self._owes_image(state, image_only)
-        may_draw = (mode == TURN) & (room >= 6 + image) & ~silent & ~(picture & (state.images > 0))
+        said = xp.where(room >= 3, self.pieces, 0)
+        first = _pick(mode, self.bos, role, 0, h, w, code, self.eoi, self.eos, 0, 0)
+        heights, widths = most_h - least_h + 1, most_w - least_w + 1
+        count = _pick(mode, 1, roles, pieces, heights, widths, self.codes, 1, 1, pieces, said)
+        may_end = (self._in_turn(mode) & ~self._owes_image(state, image_only)) | (mode == REFUSED)
+        may_refuse = (mode == OPENED) & refuse & (room >= 3)
+        may_draw = self._in_turn(mode) & (room >= 6 + image) & ~silent & ~(picture & (state.images > 0))
         close = xp.where(may_end, self.end, xp.where(mode == BETWEEN, self.eos, -1))
         draw = xp.where(may_draw, self.boi, -1)
         token = xp.arange(self.vocab_size, dtype=xp.int32)
         nth = token - first[..., None]
         in_range = (nth >= 0) & (nth < count[..., None])
-        return in_range | (token == close[..., None]) | (token == draw[..., None])
+        refusal = (token >= self.refuse) & (token < self.refuse + REFUSALS) & may_refuse[..., None]
+        return in_range | (token == close[..., None]) | (token == draw[..., None]) | refusal
+
+    @staticmethod
+    def _in_turn(mode):
+        return (mode == TURN) | (mode == OPENED)
 
     def _least(self, state: State, size):
         """The smallest height and width that a next image may have, in patches: int32 [B] or [] each."""
@@ -444,7 +472,7 @@ class Grammar:
 
     def _owes_image(self, state: State, image_only):
         """Which rows stand in an assistant turn that must be one image, and have not begun it: bool [B]."""
-        answering = (state.mode == TURN) & (state.role == self.roles["assistant"])
+        answering = self._in_turn(state.mode) & (state.role == self.roles["assistant"])
         return image_only & answering & (state.images == 0)
 
 

@@ -24,6 +24,12 @@ def pytest_configure(config):
         folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    if (
+        "PYTEST_XDIST_WORKER" not in os.environ
+    ):  # keys that pictures are signed with are not made among one's own
+        home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        config.add_cleanup(home.cleanup)
+        os.environ["XDG_CONFIG_HOME"] = home.name
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     from mmgen.runtime import hardware  # which imports JAX, and that reads the environment
 

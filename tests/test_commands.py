@@ -21,7 +21,17 @@ def draw(space):
 
     def draw(*arguments, out):
         arguments = arguments or ("--prompt", "a red circle", "--prompt", "two blue stars", "--n", 2)
-        return mmgen("sample", "--checkpoint", space.transformer, "--size", "32x32", *arguments, "--out", out)
+        return mmgen(
+            "sample",
+            "--checkpoint",
+            space.transformer,
+            "--size",
+            "32x32",
+            "--no-provenance",
+            *arguments,
+            "--out",
+            out,
+        )
 
     return draw
 

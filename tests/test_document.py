@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from mmgen.document import Document, Image, Text, Turn, caption_to_image, edit_image, image_to_caption
+from mmgen.document import (
+    Document,
+    Image,
+    Refusal,
+    Text,
+    Turn,
+    caption_to_image,
+    edit_image,
+    image_to_caption,
+)
 
 CODES = np.arange(6).reshape(2, 3)
 PIXELS = np.zeros((4, 6, 3), np.uint8)
@@ -57,9 +66,9 @@ def test_the_usual_documents():
         (lambda: Image(codes=CODES - 1), "found -1 to 4"),
         (lambda: Image(codes=CODES + 2**31), r"must be in \[0, 2\*\*31\)"),
         (lambda: Turn("bot", []), "unknown role 'bot': expected one of system, user, assistant, page"),
-        (lambda: Turn("user", Text("a")), "sequence of Text or Image, not one Text"),
-        (lambda: Turn("user", "a"), "sequence of Text or Image, not one str"),
-        (lambda: Turn("user", ["a"]), "must be Text or Image, not str: 'a'"),
+        (lambda: Turn("user", Text("a")), "sequence of Text or Image or Refusal, not one Text"),
+        (lambda: Turn("user", "a"), "sequence of Text or Image or Refusal, not one str"),
+        (lambda: Turn("user", ["a"]), "must be Text or Image or Refusal, not str: 'a'"),
         (lambda: Document(Turn("user")), "sequence of Turn, not one Turn"),
         (lambda: Document([Text("a")]), "must be Turn, not Text"),
     ],
@@ -67,3 +76,27 @@ def test_the_usual_documents():
 def test_what_is_not_a_document_is_refused(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "role, parts",
+    [
+        ("user", [Refusal(0)]),
+        ("assistant", [Text("no"), Refusal(0)]),
+        ("assistant", [Refusal(0), Image(codes=np.zeros((1, 1), int))]),
+        ("assistant", [Refusal(0), Refusal(1)]),
+    ],
+)
+def test_a_refusal_is_what_an_assistant_says_first(role, parts):
+    with pytest.raises(ValueError, match="a refusal is the first part"):
+        Turn(role, parts)
+    assert Turn("assistant", [Refusal(15), Text("no"), Text("!")]).normalised().parts == (
+        Refusal(15),
+        Text("no!"),
+    )
+
+
+@pytest.mark.parametrize("category", [-1, 16, 1.5, "hate"])
+def test_a_refusal_has_a_category_by_number(category):
+    with pytest.raises(ValueError, match="a number from 0 to 15"):
+        Refusal(category)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmgen import grammar as grammars
-from mmgen.document import ROLES, Document, Image, Text, Turn, caption_to_image
+from mmgen.document import REFUSALS, ROLES, Document, Image, Refusal, Text, Turn, caption_to_image
 from mmgen.grammar import Grammar, GrammarError, State
 
 # A busy machine is no failure.
@@ -44,12 +44,19 @@ def images(draw, grammar):
     return Image(codes=np.reshape(codes, shape))
 
 
+def refusals():
+    """Turns of an assistant that refuses."""
+    texts = st.lists(st.builds(Text, st.text(LETTERS, max_size=4)), max_size=2)
+    said = st.tuples(st.builds(Refusal, st.integers(0, REFUSALS - 1)), texts)
+    return said.map(lambda parts: Turn("assistant", (parts[0], *parts[1])))
+
+
 @st.composite
 def documents(draw, min_turns=0):
     """(grammar, document): any roles, empty and adjacent texts, images of any size."""
     grammar = draw(st.sampled_from(GRAMMARS))
     part = st.builds(Text, st.text(LETTERS, max_size=4)) | images(grammar)
-    turn = st.builds(Turn, st.sampled_from(ROLES), st.lists(part, max_size=4))
+    turn = st.builds(Turn, st.sampled_from(ROLES), st.lists(part, max_size=4)) | refusals()
     return grammar, Document(draw(st.lists(turn, min_size=min_turns, max_size=4)))
 
 
@@ -76,11 +83,12 @@ def constraints(draw, grammar, batch):
         "size": per_row(st.tuples(side, side) if draw(st.booleans()) else st.just((0, 0))).astype(np.int32),
         "image_only": per_row(st.booleans() if draw(st.booleans()) else st.just(False)),
         "text_only": per_row(st.booleans() if draw(st.booleans()) else st.just(False)),
+        "refuse": per_row(st.booleans() if draw(st.booleans()) else st.just(True)),
     }
 
 
 def for_need(given):
-    return {"size": given["size"], "image_only": given["image_only"]}
+    return {name: given[name] for name in ("size", "image_only", "refuse")}
 
 
 def trace(grammar, tokens):
@@ -296,7 +304,7 @@ def test_learned_are_the_free_choices_of_those_who_answer(case, user, shows):
     for state, token in zip(trace(grammar, tokens), tokens):
         inside = state.mode[0] not in (grammars.BOS, grammars.BETWEEN)
         forced = grammar.allowed(state, np.array([UNLIMITED])).sum() == 1
-        is_text = token < grammar.pieces or token == grammar.end
+        is_text = token < grammar.pieces or token == grammar.end or 0 <= token - grammar.refuse < REFUSALS
         counts = inside and not forced and state.role[0] in learned
         counts = counts and (is_text or shows or state.role[0] != grammar.roles["user"])
         expected.append((0.5 if is_text else 2.0) if counts else 0.0)
@@ -352,7 +360,9 @@ def check(document, given, n):
     for turn in document.turns:
         for image in (part for part in turn.parts if isinstance(part, Image)):
             assert all(side in (0, found) for side, found in zip(size, image.codes.shape))
-        if turn.role == "assistant" and image_only:
+        if turn.parts and isinstance(turn.parts[0], Refusal):
+            assert given["refuse"][n]
+        elif turn.role == "assistant" and image_only:
             assert [type(part) for part in turn.parts] == [Image]
         elif turn.role == "assistant" and text_only:
             assert all(isinstance(part, Text) for part in turn.parts)
@@ -391,7 +401,7 @@ def test_constraints_left_out_change_nothing(case, room):
     states = State(*(np.concatenate(fields) for fields in zip(*trace(grammar, tokens))))
     rows, room = len(states.mode), np.array([room])
     no = np.zeros(rows, bool)
-    free = {"size": np.zeros((rows, 2), np.int32), "image_only": no, "text_only": no}
+    free = {"size": np.zeros((rows, 2), np.int32), "image_only": no, "text_only": no, "refuse": ~no}
     assert np.array_equal(grammar.allowed(states, room), grammar.allowed(states, room, **free))
     assert np.array_equal(grammar.need(states), grammar.need(states, **for_need(free)))
 
@@ -417,10 +427,48 @@ def test_what_an_assistant_turn_may_hold(grammar):
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS, ids=["depth1", "depth3"])
+def test_a_refusal_comes_first_and_then_words_alone(grammar):
+    """Whatever an answer must be, it may be refused, where that is allowed; and by nobody but the assistant."""
+    marks = [0, grammar.boi, grammar.refuse, grammar.refuse + REFUSALS - 1, grammar.end]
+
+    def may(role, after, **given):
+        state = grammar.feed([grammar.bos, grammar.roles[role], *after])
+        given = {name: np.array([value]) for name, value in given.items()}
+        return grammar.allowed(state, np.array([UNLIMITED]), **given)[0, marks].tolist()
+
+    assert may("assistant", []) == [True] * 5
+    assert (
+        may("assistant", [], refuse=False)
+        == may("user", [])
+        == may("page", [])
+        == [True, True, False, False, True]
+    )
+    assert may("assistant", [], image_only=True) == [False, True, True, True, False]
+    assert may("assistant", [], text_only=True) == [True, False, True, True, True]
+    assert may("assistant", [0]) == [True, True, False, False, True]
+    for after in ([grammar.refuse + 3], [grammar.refuse + 3, 0]):
+        assert (
+            may("assistant", after)
+            == may("assistant", after, image_only=True)
+            == [True, False, False, False, True]
+        )
+    tokens = grammar.encode(Document([Turn("assistant", [Refusal(3), Text("ab")])]), LETTERS_MODEL)
+    assert grammar.name(tokens[2]) == "<refuse:3>"
+    with pytest.raises(GrammarError, match="<refuse:n>"):
+        grammar.decode([grammar.bos, grammar.roles["assistant"], grammar.roles["user"]], LETTERS_MODEL)
+    with pytest.raises(GrammarError, match="expected a text piece or <end>, found <boi>"):
+        grammar.decode([grammar.bos, grammar.roles["assistant"], grammar.refuse, grammar.boi], LETTERS_MODEL)
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS, ids=["depth1", "depth3"])
 def test_a_request_for_one_image_of_a_size(grammar):
     prompt = grammar.encode(caption_to_image("abc"), LETTERS_MODEL, close=False)
     state = repeat(grammar.feed(prompt), 2)
-    given = {"size": np.array([[2, 3], [3, 1]], np.int32), "image_only": np.array([True, True])}
+    given = {
+        "size": np.array([[2, 3], [3, 1]], np.int32),
+        "image_only": np.array([True, True]),
+        "refuse": np.zeros(2, bool),
+    }
     room = grammar.need(state, **given)
     assert room.tolist() == [6 + 6 * grammar.depth, 6 + 3 * grammar.depth]
     rng = np.random.default_rng(0)
@@ -445,6 +493,7 @@ def test_numpy_and_jax_agree_inside_jit_scan_and_vmap(grammar):
         "size": rng.integers(0, grammar.max_side + 1, (batch, 2)).astype(np.int32),
         "image_only": rng.random(batch) < 0.3,
         "text_only": rng.random(batch) < 0.3,
+        "refuse": np.arange(batch) % 3 > 0,
     }
 
     def step(state, key, room):

@@ -314,7 +314,18 @@ def test_the_deterministic_up_sampler(space, tmp_path):
 
 def test_samples_are_refined(space, run, tmp_path, capsys):
     """From the command line, with a refiner beside the checkpoint or in its workdir; codes are what they are without."""
-    ask = ["sample", "--prompt", "a red circle", "--n", 2, "--size", "32x32", "--batch-size", 2]
+    ask = [
+        "sample",
+        "--no-provenance",
+        "--prompt",
+        "a red circle",
+        "--n",
+        2,
+        "--size",
+        "32x32",
+        "--batch-size",
+        2,
+    ]
     whole = tmp_path / "whole"
     shutil.copytree(space.transformer, whole)
     shutil.copytree(run[0], whole / "refiners" / "x2")

@@ -20,7 +20,9 @@ def sample(space):
     """Always in slots of four, so that one program is compiled."""
 
     def sample(*arguments):
-        return mmgen("sample", "--checkpoint", space.transformer, "--batch-size", 4, *arguments)
+        return mmgen(
+            "sample", "--checkpoint", space.transformer, "--batch-size", 4, "--no-provenance", *arguments
+        )
 
     return sample
 

@@ -14,19 +14,22 @@ from PIL import Image as Pillow
 
 from mmgen.commands.common import (
     add_refiner_flags,
+    add_safety_flags,
     add_sampler_flags,
     add_sampling_flags,
     grid_of,
     load_sampler,
     picture_for,
     printable,
+    safety_from,
     sampling_options,
+    signer_from,
     size,
     with_refiner,
 )
 from mmgen.data import files
 from mmgen.data.images import straight
-from mmgen.document import Document, Image, Text, Turn
+from mmgen.document import Document, Image, Refusal, Text, Turn
 from mmgen.sampling.dialogue import Dialogue
 
 HELP = """What is typed is said to the model. Lines that begin with / are for this program:
@@ -52,7 +55,9 @@ def main(argv):
     parser.add_argument("--system", help="what the model is told before the dialogue")
     parser.add_argument("--output", choices=("image", "text", "any"), default="any")
     parser.add_argument(
-        "--size", type=size, help="WIDTHxHEIGHT of pictures in pixels, before --upscale (default: the model chooses)"
+        "--size",
+        type=size,
+        help="WIDTHxHEIGHT of pictures in pixels, before --upscale (default: the model chooses)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -60,6 +65,7 @@ def main(argv):
         help="how images appear in the terminal",
     )  # fmt: skip
     add_sampling_flags(parser)
+    add_safety_flags(parser)
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -67,9 +73,12 @@ def main(argv):
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  lines can be edited and called back
 
+    gate, signer = safety_from(args), signer_from(args)
     model = with_refiner(load_sampler(args), args.checkpoint, args)
     document = Document([Turn("system", [Text(args.system)])] if args.system else [])
     dialogue = Dialogue(model, document, args.seed, output=args.output, **sampling_options(args))
+    if model.refuses:
+        dialogue.options["refusals"] = gate.refusal_bias
     if args.size:
         dialogue.options["size"] = grid_of(args.size, model)
     if args.resume and args.system:
@@ -93,7 +102,7 @@ def main(argv):
             if line.startswith("/"):
                 obey(command, rest.strip(), dialogue, shown, out)
             elif line or shown:
-                answer(dialogue, [*shown, *([Text(line)] if line else [])], out, way)
+                answer(dialogue, [*shown, *([Text(line)] if line else [])], out, way, gate, signer)
                 shown.clear()
         except KeyboardInterrupt:
             if dialogue.turns > turns:
@@ -137,8 +146,12 @@ def obey(command, rest, dialogue, shown, out):
         print(HELP)
 
 
-def answer(dialogue, parts, out, way):
-    """Asks, shows the answer as it comes, and saves its images."""
+def answer(dialogue, parts, out, way, gate, signer):
+    """Asks, shows the answer as it comes, and saves its images, signed if there is a signer. What the gate does not let through is not asked."""
+    turns = dialogue.turns
+    check(gate.prompt(Document((*dialogue.document.turns, Turn("user", parts)))))
+    if images := [part.pixels for part in parts if isinstance(part, Image)]:
+        check(gate.shown(images, edited=dialogue.options["output"] != "text"))
     written = ""  # of the answer's text, on the screen
     live = sys.stdout.isatty()
     for turn, done in dialogue.stream(*parts, every=EVERY):
@@ -150,6 +163,10 @@ def answer(dialogue, parts, out, way):
         begun = [part for part in turn.parts if isinstance(part, Image) and part.codes is None]
         if live and begun:
             print("\r(drawing) ", end="", flush=True)
+    seen = gate.answered(turn)
+    if not seen.allowed and seen.layer != "model":  # as if it had not been asked; a refusal is an answer
+        dialogue.rewind(turns)
+        check(seen)
     print("\r" if live and not written else "\n" if written else "", end="")
     for part in turn.parts:
         if isinstance(part, Image):
@@ -158,15 +175,34 @@ def answer(dialogue, parts, out, way):
             )
             name = next(name for name in names if not name.exists())  # what was undone stays
             pixels = straight(part.pixels)
-            data = png(pixels)
+            data = png(signer.mark(pixels) if signer else pixels)
+            if signer:
+                recipe = {
+                    "seed": dialogue.seed,
+                    "step": dialogue.sampler.step,
+                    "tokenizer": dialogue.sampler.tokenizer.hash,
+                }
+                data = signer.sign(data, ".png", recipe | {"gate": gate.about})
             files.write(str(name), data)
             print(drawn(pixels, data, way), end="")
             print(name)
 
 
+def check(decision):
+    """ValueError, with what to say, where the gate lets nothing through."""
+    if not decision.allowed:
+        raise ValueError(f"{decision.reason}" + (f" {decision.offer}" if decision.offer else ""))
+
+
 def write_dialogue(path, dialogue):
     """The dialogue as JSON: its turns, with the codes of images, and the seed."""
-    part = lambda p: {"text": p.text} if isinstance(p, Text) else {"codes": p.codes.tolist()}
+    part = lambda p: (
+        {"text": p.text}
+        if isinstance(p, Text)
+        else {"refusal": p.category}
+        if isinstance(p, Refusal)
+        else {"codes": p.codes.tolist()}
+    )
     turns = [{"role": t.role, "parts": [part(p) for p in t.parts]} for t in dialogue.document.turns]
     about = {"tokenizer": dialogue.sampler.tokenizer.hash, "seed": dialogue.seed, "turns": turns}
     files.write(str(path), json.dumps(about, ensure_ascii=False).encode())
@@ -176,7 +212,13 @@ def read_dialogue(path, model):
     """What `write_dialogue` wrote -> document, seed. ValueError for anything else, or codes of another tokenizer."""
     try:
         found = json.loads(Path(path).read_text("utf-8"))
-        part = lambda p: Text(p["text"]) if "text" in p else Image(codes=np.array(p["codes"]))
+        part = lambda p: (
+            Text(p["text"])
+            if "text" in p
+            else Refusal(p["refusal"])
+            if "refusal" in p
+            else Image(codes=np.array(p["codes"]))
+        )
         turns = [Turn(turn["role"], [part(p) for p in turn["parts"]]) for turn in found["turns"]]
         tokenizer, seed = found["tokenizer"], int(found["seed"])
         if tokenizer == model.tokenizer.hash:

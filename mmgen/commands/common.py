@@ -4,11 +4,17 @@ import argparse
 import collections
 import json
 import math
+import sys
+from pathlib import Path
 
 from mmgen.data import files, images
 from mmgen.data.sources import KINDS, Several, open_source
 from mmgen.document import Image
 from mmgen.runtime import hardware
+from mmgen.safety.gate import Off, Safety
+from mmgen.safety.images import ImageLayer, Onnx
+from mmgen.safety.policy import Policy
+from mmgen.safety.provenance import Signer
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
 
@@ -174,6 +180,65 @@ def add_refiner_flags(parser):
         help="above 1: more of the detail that the codes ask for",
     )
     add("--refine-tile", type=int, metavar="CODES", help="large images in tiles of so many codes a side")
+
+
+def add_safety_flags(parser):
+    """What may be drawn, and how it is signed; `safety_from` and `signer_from` read them."""
+    add = parser.add_argument
+    add(
+        "--safety",
+        default="auto",
+        metavar="LEVEL",
+        help="strictness: auto or low; off lets everything through, for research, and is noted in what is drawn (docs/safety.md)",
+    )
+    add(
+        "--safety-images",
+        metavar="DIR",
+        help="workdir of a classifier run that looks at pictures (default: DIR/safety of the checkpoint, where there is one)",
+    )
+    add(
+        "--blocklist",
+        metavar="FILE",
+        help="hashes of pictures that are not shown (mmgen tools policy blocklist)",
+    )
+    add(
+        "--image-classifier",
+        action="append",
+        default=[],
+        metavar="FILE.onnx",
+        help="another's, with FILE.onnx.json (docs/safety.md)",
+    )
+    add(
+        "--safety-log",
+        metavar="FILE",
+        help="a line of JSON for every decision, without the words that were asked",
+    )
+    add("--keys", metavar="DIR", help="keys to sign pictures with (default: your own, made at the first use)")
+    add(
+        "--provenance",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="sign pictures, and put a watermark in their pixels",
+    )
+
+
+def safety_from(args):
+    """The gate that `add_safety_flags` asks for."""
+    if args.safety != "off":
+        beside = Path(args.checkpoint) / "safety"
+        classifier = args.safety_images or (beside if beside.exists() else None)
+        look = lambda: ImageLayer(Policy(), classifier, args.blocklist, map(Onnx, args.image_classifier))
+        eyes = classifier or args.blocklist or args.image_classifier
+        return Safety(args.safety, args.safety_log, images=look if eyes else None)
+    print(
+        "! SAFETY IS OFF: nothing that is asked or drawn is checked; what is drawn says so", file=sys.stderr
+    )
+    return Off(args.safety_log)
+
+
+def signer_from(args):
+    """The `Signer` that they ask for, or None."""
+    return Signer(args.keys) if args.provenance else None
 
 
 def refiner_flags(args):

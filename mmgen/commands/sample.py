@@ -15,13 +15,16 @@ from tqdm import tqdm
 import mmgen
 from mmgen.commands.common import (
     add_refiner_flags,
+    add_safety_flags,
     add_sampler_flags,
     add_sampling_flags,
     grid_of,
     load_sampler,
     picture_for,
     printable,
+    safety_from,
     sampling_options,
+    signer_from,
     size,
     with_refiner,
 )
@@ -29,6 +32,7 @@ from mmgen.data import files
 from mmgen.data.images import straight
 from mmgen.document import Document, Text, Turn
 from mmgen.models.contrastive import load_towers
+from mmgen.safety.provenance import FORMATS
 from mmgen.sampling import sampler
 
 # What a line of a --prompts FILE.jsonl may say for itself; what it does not say, the flags do.
@@ -84,6 +88,7 @@ def main(argv):
         help="workdir of a contrastive run, which says what is best; else the likelihood",
     )
     add_refiner_flags(parser)
+    add_safety_flags(parser)
     parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times in the files")
     parser.add_argument("--out", default="out.png", help="FILE.png for a contact sheet, or a folder")
     args = parser.parse_args(argv)
@@ -107,6 +112,11 @@ def main(argv):
     if sheet and any(one.output != "image" for one in asked):
         raise ValueError("a contact sheet is of pictures: give --out a folder for answers with text")
 
+    if sheet and args.provenance and out.suffix.lower() not in FORMATS:
+        raise ValueError(
+            f"{out.suffix} files cannot be signed: choose one of {', '.join(FORMATS)}, or --no-provenance"
+        )
+    gate, signer = safety_from(args), signer_from(args)
     model = with_refiner(load_sampler(args), args.checkpoint, args)
     if args.batch_size is None:
         args.batch_size = min(16, len(asked) * args.best_of)
@@ -118,37 +128,78 @@ def main(argv):
         "int8": args.int8, "int8_cache": args.int8_cache, "tensor": args.tensor, "batch_size": args.batch_size,
         "best_of": args.best_of, "towers": args.towers, "scale": args.scale,
         "refiner": args.refiner, "refined": model.refining and model.refining.about,
+        "gate": gate.about,
     }  # fmt: skip
     shown = {}  # (file, size) -> Image
+    for one in asked:
+        one.refusal_bias = gate.refusal_bias
     requests = [request_of(one, model, shown) for one in asked]
     notes = [
         about | {"request": {name: getattr(one, name) for name in LINE}, "shown": hashes(request)}
         for one, request in zip(asked, requests)
     ]
+    decisions = [passed(gate, request) for request in requests]
+    for one, note, decision in zip(asked, notes, decisions):
+        if not decision.allowed:
+            refuse(one, note, decision)
     # What cannot be noted is an error before anything is drawn.
     json.dumps(notes, ensure_ascii=False).encode()
     names = [f"{one.place:05d}-{one.number}" for one in asked]
-    todo = [i for i in range(len(asked)) if sheet or not is_there(out / names[i], notes[i])]
+    todo = [
+        i
+        for i in range(len(asked))
+        if decisions[i].allowed and (sheet or not is_there(out / names[i], notes[i]))
+    ]
+    if not sheet:
+        for i in range(len(asked)):
+            if not decisions[i].allowed and not is_there(out / names[i], notes[i]):
+                write_json(out / f"{names[i]}.json", notes[i] | {"answer": []})
+    elif not todo:
+        return 3
     requests = [requests[i] for i in todo]
     turns, done = {}, len(asked) - len(todo)
     try:
         with tqdm(total=len(asked), initial=done, desc="sample", disable=None, leave=False) as bar:
             for k, turn in answers(model, requests, args):
-                if sheet:
+                seen = gate.answered(turn)
+                if not seen.allowed:
+                    decisions[todo[k]] = seen
+                    refuse(asked[todo[k]], notes[todo[k]], seen)
+                    if not sheet:
+                        write_json(out / f"{names[todo[k]]}.json", notes[todo[k]] | {"answer": []})
+                elif sheet:
                     turns[todo[k]] = turn
                 else:
-                    write_answer(out / names[todo[k]], turn, notes[todo[k]], args.scale)
+                    write_answer(out / names[todo[k]], turn, notes[todo[k]], args.scale, signer)
                 done += 1
                 bar.update()
     except KeyboardInterrupt:
         if sheet and turns:
-            write_sheet(out, turns, asked, notes, args.scale)
+            write_sheet(out, turns, asked, notes, args.scale, signer)
         rest = "" if sheet else "; the same command goes on from there"
         print(f"\ninterrupted: {done} of {len(asked)} answers are in {out}{rest}")
         return 130
-    if sheet:
-        write_sheet(out, turns, asked, notes, args.scale)
-    print(out)
+    if sheet and turns:
+        write_sheet(out, turns, asked, notes, args.scale, signer)
+    if turns or not sheet:
+        print(out)
+    return 0 if all(decision.allowed for decision in decisions) else 3
+
+
+def passed(gate, request):
+    """The gate's decision on a request, on its words and then on what it shows."""
+    words = gate.prompt(request.document)
+    shown = [image.pixels for image in request.document.images()]
+    return words if not words.allowed or not shown else gate.shown(shown, edited=request.output != "text")
+
+
+def refuse(one, note, decision):
+    """Says, and notes, that an answer is not given."""
+    note["refused"] = decision.to_dict()
+    print(
+        f"not shown, prompt {one.place + 1}: {decision.reason}"
+        + (f" {decision.offer}" if decision.offer else "")
+    )
 
 
 def read_lines(path):
@@ -224,6 +275,7 @@ def request_of(one, model, pictures):
             seed=sampler.draw_seed(one.seed, one.number),
             max_tokens=one.max_tokens,
             stop=tuple(one.stop),
+            refusals=one.refusal_bias if model.refuses else None,
             **sampling_options(one),
         )
         model.room(request, model.prompts(request)[0])
@@ -303,7 +355,7 @@ def is_there(path, note):
     return all(file.exists() for file in written)
 
 
-def write_answer(path, turn, note, scale):
+def write_answer(path, turn, note, scale, signer=None):
     """PATH.png (PATH.1.png, ...) for images, PATH.txt for text, and PATH.json last: with it the answer is whole."""
     answer, pictures = [], 0
     for part in turn.parts:
@@ -311,7 +363,7 @@ def write_answer(path, turn, note, scale):
             answer.append({"text": part.text})
             continue
         name = f"{path.name}{f'.{pictures}' if pictures else ''}.png"
-        files.write(str(path.with_name(name)), encoded(enlarged(part.pixels, scale), ".png"))
+        files.write(str(path.with_name(name)), file_of(straight(part.pixels), ".png", scale, note, signer))
         answer.append({"image": name, "codes": part.codes.tolist()})
         pictures += 1
     words = "\n".join(part["text"] for part in answer if "text" in part)
@@ -322,9 +374,9 @@ def write_answer(path, turn, note, scale):
         print(printable(words))
 
 
-def write_sheet(out, turns, asked, notes, scale):
+def write_sheet(out, turns, asked, notes, scale, signer=None):
     """The pictures so far on one sheet, a row a line; and beside it a list of what each is."""
-    pictures = {i: enlarged(turn.parts[0].pixels, scale) for i, turn in turns.items()}
+    pictures = {i: straight(turn.parts[0].pixels) for i, turn in turns.items()}
     height, width = np.max([picture.shape[:2] for picture in pictures.values()], axis=0)
     rows, columns = (1 + max(getattr(one, name) for one in asked) for name in ("place", "column"))
     # RGBA where the tokenizer has an alpha, and then a clear sheet around.
@@ -333,7 +385,7 @@ def write_sheet(out, turns, asked, notes, scale):
     for i, picture in pictures.items():
         y, x = asked[i].place * height, asked[i].column * width
         canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
-    files.write(str(out), encoded(canvas, out.suffix))
+    files.write(str(out), file_of(canvas, out.suffix, scale, notes[min(turns)], signer))
     written = [notes[i] | {"answer": [{"codes": turns[i].parts[0].codes.tolist()}]} for i in sorted(turns)]
     write_json(out.with_suffix(".json"), written)
 
@@ -347,8 +399,15 @@ def encoded(pixels, suffix):
     return data.getvalue()
 
 
-def enlarged(pixels, scale):
-    return straight(pixels).repeat(scale, axis=0).repeat(scale, axis=1)
+def file_of(pixels, suffix, scale, note, signer):
+    """The bytes of an image file, enlarged; with a signer marked and signed. What is signed names no words that were asked."""
+    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    if signer is None:
+        return encoded(pixels, suffix)
+    recipe = {name: note[name] for name in ("mmgen", "step", "config", "tokenizer", "gate")} | {
+        "seed": note["request"]["seed"]
+    }
+    return signer.sign(encoded(signer.mark(pixels), suffix), suffix, recipe)
 
 
 def write_json(path, value):

@@ -45,7 +45,7 @@ from mmgen.data import images, readers, tars, tfds_data
 from mmgen.data.filters import Filter
 from mmgen.data.images import BadImage
 from mmgen.data.native import check_turns
-from mmgen.document import Document, Image, Text, Turn, caption_to_image
+from mmgen.document import Document, Image, Refusal, Text, Turn, caption_to_image
 
 KINDS = {
     "world": "world:SPLIT[/TASK]",
@@ -407,7 +407,8 @@ class Talks(World):
 
     def __getitem__(self, i):
         shown = iter(self._render(i, scene) for scene in self._scenes(i))
-        part = lambda part: Text(part) if isinstance(part, str) else Image(next(shown))
+        told = lambda part: Text(part) if isinstance(part, str) else part
+        part = lambda part: told(part) if isinstance(part, (str, Refusal)) else Image(next(shown))
         turns = []
         talk = self.item(i)
         if talk.page:
@@ -453,10 +454,18 @@ class Talks(World):
         return [part for t in self.item(i).turns for part in (*t.asks, *t.says) if isinstance(part, str)]
 
     def fields(self, i):
-        """Of what is asked: `task`, `turns`, and the `kinds` of its edits and questions."""
+        """Of what is asked: `task`, `turns`, and the `kinds` of its edits and questions. Of what is seen in any picture:
+        `person`, the youngest ("none", "adult" or "child"), and `symbol`, whether there is one ("no" or "yes")."""
+        from mmgen.world.scene import SYMBOLS
+
         talk = self.item(i)
         kinds = [turn.task.kind for turn in talk.turns if hasattr(turn.task, "kind")]
-        return {"task": talk.category, "turns": len(talk.turns), "kinds": kinds}
+        seen = {thing.shape for scene in self._scenes(i) for thing in getattr(scene, "objects", ())}
+        return {
+            "task": talk.category, "turns": len(talk.turns), "kinds": kinds,
+            "person": "child" if "child" in seen else "adult" if "adult" in seen else "none",
+            "symbol": "yes" if seen & set(SYMBOLS) else "no",
+        }  # fmt: skip
 
     def recolored(self, i):
         from mmgen.world import recolor

@@ -43,6 +43,9 @@ class Request:
     which there is guidance, (0, 1) for all. guidance_rescale: from 0 to 1, how far the spread of the guided logits is
     brought back to that of the logits without guidance.
 
+    refusals: None where the model must not refuse; a number where it may, if it was trained to: the bias of a refusal's logits, below 0 for
+    fewer refusals. Then the answer may be a `Refusal` and its words, whatever `output` says.
+
     max_tokens: the most that the answer may take, its <end> included; the grammar leads out before. stop: texts
     before which a text answer ends, wherever they first occur.
     """
@@ -57,6 +60,7 @@ class Request:
     guidance_rescale: float = 0.0
     image: Strategy = Strategy()
     text: Strategy = Strategy()
+    refusals: float | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
 
@@ -74,6 +78,8 @@ class Request:
                 "expected 0 <= low <= high <= 1 of guidance_interval and guidance_rescale from 0 to 1, found "
                 f"{self.guidance_interval} and {self.guidance_rescale}"
             )
+        if self.refusals is not None and not abs(self.refusals) <= 1e6:
+            raise ValueError(f"refusals must be None or a number up to 1e6, found {self.refusals}")
         if not (abs(self.guidance) <= 1e6 and abs(self.image_guidance) <= 1e6):
             raise ValueError(
                 f"guidance must be a number up to 1e6, found {self.guidance} and {self.image_guidance}"
@@ -121,6 +127,7 @@ class Sampler:
         step=None,
     ):
         self.config, self.grammar, self.text, self.tokenizer = config, grammar, text, tokenizer
+        self.refuses = False  # whether it was trained to refuse
         self.longest, self.step, self.refining = config.data.row_length, step, None
         self.int8_cache, self.mesh = int8_cache, mesh
         self.dtype = jnp.dtype(config.model.dtype)
@@ -431,8 +438,13 @@ def best_of(sampler, requests, n, score=None, batch_size=16):
     for i, turn, _, written in sampler._stream(draws, batch_size):
         turns[i], tokens[i] = turn, written
     if score:
-        texts = [request.document.text() for request in draws]
-        scores = score([turn.parts[0].pixels for turn in turns], texts)
+        drawn = [
+            i for i, turn in enumerate(turns) if isinstance(turn.parts[0], Image)
+        ]  # the others are refusals
+        scores = np.zeros(len(turns))
+        if drawn:
+            texts = [draws[i].document.text() for i in drawn]
+            scores[drawn] = score([turns[i].parts[0].pixels for i in drawn], texts)
     else:
         # Of the tokens that were drawn: a text may be written in other pieces than it is encoded in.
         prompts = [sampler.prompts(request)[0] for request in draws]
@@ -503,7 +515,7 @@ def load(workdir, *, int8=False, int8_cache=False, tensor=1):
         place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
         shapes = jax.tree.map(place, shapes, shardings)
     params, step = checkpoint.load_weights(workdir, shapes)
-    return Sampler(
+    found = Sampler(
         graphdef,
         params,
         config,
@@ -515,3 +527,5 @@ def load(workdir, *, int8=False, int8_cache=False, tensor=1):
         mesh=mesh,
         step=step,
     )
+    found.refuses = manifest.get("refusals", False)
+    return found

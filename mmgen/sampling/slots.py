@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmgen.grammar import BETWEEN, CODES
+from mmgen.document import REFUSALS
+from mmgen.grammar import BETWEEN, CODES, OPENED
 from mmgen.sampling import cache as caches
 from mmgen.sampling.strategies import choose
 
@@ -77,6 +78,7 @@ class Slots:
             "seed": np.zeros(count, np.uint32), "room": np.zeros(count, np.int32),
             "size": np.zeros((count, 2), np.int32),
             "image_only": np.zeros(count, bool), "text_only": np.zeros(count, bool),
+            "refuse": np.zeros(count, bool), "refusal_bias": np.zeros(count, np.float32),
             "branches": np.ones(count, np.int32),
             "guidance": np.ones(count, np.float32), "image_guidance": np.ones(count, np.float32),
             "interval": np.zeros((count, 2), np.float32), "rescale": np.zeros(count, np.float32),
@@ -232,6 +234,7 @@ class Slots:
         values = {
             "seed": request.seed & 0xFFFFFFFF, "room": job.room, "size": request.size or (0, 0),
             "image_only": request.output == "image", "text_only": request.output == "text",
+            "refuse": request.refusals is not None, "refusal_bias": request.refusals or 0.0,
             "branches": len(job.prompts), "guidance": request.guidance,
             "image_guidance": request.image_guidance, "interval": request.guidance_interval,
             "rescale": request.guidance_rescale,
@@ -278,8 +281,9 @@ def _dispatch(
         i, state, active, broken = carry
         machine = jax.tree.map(lambda field: field[:N], state.machine)
         legal = grammar.allowed(
-            machine, knobs["room"] - state.written, knobs["size"], knobs["image_only"], knobs["text_only"]
-        )
+            machine, knobs["room"] - state.written, knobs["size"], knobs["image_only"], knobs["text_only"],
+            knobs["refuse"],
+        )  # fmt: skip
         modality = (machine.mode == CODES).astype(jnp.int32)
         knob = lambda name: jnp.take_along_axis(knobs[name], modality[:, None], 1)[:, 0]
         how = [knob(name) for name in ("temperature", "top_k", "top_p", "min_p", "keep_mode")]
@@ -294,6 +298,7 @@ def _dispatch(
 
         key = keys(knobs["seed"], state.written)
         logits = caches.logits(model, weights, state.hidden)
+        legal = _refused(logits[:N], legal, machine, grammar, knobs)
         if not model.colors:
             token, finite = draw(logits, legal, previous, key)
         else:  # A code is its colour at first, and all codes are legal or none.
@@ -368,6 +373,25 @@ def _fill(model, weights, state, fill, N, chunk):
         machine=jax.tree.map(old_or, state.machine, fill["machine"]),
         written=jnp.where(fresh[:N], 0, state.written),
     )
+
+
+def _refused(logits, legal, machine, grammar, knobs):
+    """legal [N, V] without refusals or with nothing else, at the begin of answers that may be refusals: whichever is likelier of the
+    two by the model's own logits [N, V or fewer, codes left out], with a bias. What may be refused is thus no matter of chance, nor
+    of guidance (refusal tokens, arXiv:2412.06748)."""
+    opened = (machine.mode == OPENED) & knobs["refuse"]
+
+    def decided():
+        token = jnp.arange(legal.shape[1])
+        refusal = (token >= grammar.refuse) & (token < grammar.refuse + REFUSALS)
+        n = logits.shape[1]
+        x = jnp.where(
+            legal[:, :n], logits + jnp.where(refusal[:n], knobs["refusal_bias"][:, None], 0.0), -jnp.inf
+        )
+        likely = jnp.where(refusal[:n], jax.nn.softmax(x, -1), 0.0).sum(-1) > 0.5
+        return jnp.where(opened[:, None], legal & (refusal == likely[:, None]), legal)
+
+    return jax.lax.cond(opened.any(), decided, lambda: legal)
 
 
 def _guided(logits, legal, machine, grammar, knobs):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 
 from mmgen.data.loader import Rows
@@ -29,6 +30,8 @@ def setup(config, workdir):
             f"{shards}: the manifest says no {', '.join(missing)}; make shards with `mmgen tokenize`"
         )
     vocabulary = {name: shards.manifest[name] for name in keep} | {"shards": shards.identity}
+    # Whether there are refusals among its documents, which those who sample have to know.
+    vocabulary["refusals"] = "refusal" in re.split(r"\W+", shards.manifest["source"])
     _check(shards, vocabulary, workdir)
     loss = dict(
         text=data.text_weight, image=data.image_weight, user=data.user_weight, user_images=data.user_images
@@ -126,7 +129,11 @@ def _check(shards, vocabulary, workdir):
     path = workdir / "vocabulary.json"
     if path.exists():
         ours = json.loads(path.read_text())
-        changed = [name for name in vocabulary if ours.get(name) != vocabulary[name]]
+        changed = [
+            name
+            for name in vocabulary
+            if ours.get(name, False if name == "refusals" else None) != vocabulary[name]
+        ]
         if changed:
             raise ValueError(
                 f"{workdir} was trained on other shards than {shards} ({', '.join(changed)} differ); "

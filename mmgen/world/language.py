@@ -1,6 +1,6 @@
 """Say a claim in words: several phrasings, the plain one half of the time."""
 
-from mmgen.world.scene import COLORS, FIGURES, SHAPES, SKIES, Claim, Group
+from mmgen.world.scene import COLORS, FIGURES, SHAPES, SKIES, SYMBOLS, Claim, Group
 
 LANGUAGES = ("en", "zh")
 
@@ -30,7 +30,10 @@ def _mostly(rng, plain, others, share=0.5):
 # English
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-PLURALS = {shape: shape + "s" for shape in (*SHAPES, "adult")} | {"cross": "crosses", "child": "children"}
+PLURALS = {shape: shape + "s" for shape in (*SHAPES, "adult", *SYMBOLS)} | {
+    "cross": "crosses",
+    "child": "children",
+}
 SIZE_WORDS = {"small": ("little", "small"), "large": ("big", "large"), "medium": ("medium", "medium-sized")}
 RELATION_WORDS = {
     "left of": ("left of", ("to the left of", "on the left of")),
@@ -139,6 +142,8 @@ ZH_SHAPES = {  # measure word and name
     "ring": ("个", "圆环"),
     "adult": ("个", "大人"),
     "child": ("个", "小孩"),
+    "zorn": ("个", "佐恩标志"),
+    "vark": ("个", "瓦克标志"),
 }
 ZH_RELATIONS = {
     "left of": ("左边", ("左侧", "左面")),
@@ -240,6 +245,79 @@ _SUM = {
 def mix(kind, language, rng):
     """A wish for the first of two pictures with the `kind` ("color", "background", "style") of the second."""
     return _pick(rng, _of(language, _MIX["en"], _MIX["zh"])[kind])
+
+
+# What is refused in the world, by its number in the safety policy. The names are invented, as the symbols are (docs/safety.md).
+REFUSED = {"artist": 11, "minor_figure": 12, "symbol": 15}
+_LIVING = {
+    "en": (
+        "Oren Valdis",
+        "Mirela Toss",
+        "Kaito Haranobu",
+        "Bram Okonjo",
+        "Ines Carvallo",
+        "Tove Lindgaard",
+        "Rafiq Demsar",
+        "Juno Abernathe",
+    ),
+    "zh": ("罗安白", "沈若岚", "原信海斗", "奥伦·瓦迪斯", "米蕾拉·托斯", "江一苇", "卡瓦洛", "顾南溪"),
+}
+_STARS = {
+    "en": ("Tilly Marlowe", "Jonas Fenwick", "Mia Castellane", "Lin Xiaoman"), "zh": ("林小满", "周一诺", "陈乐桐", "蒂莉·马洛"),
+}  # fmt: skip
+_SCHOOLS = {
+    "en": (
+        "impressionism",
+        "folk art",
+        "art deco",
+        "the Bauhaus",
+        "old woodcuts",
+        "a children's book",
+        "cubism",
+        "paper collage",
+    ),
+    "zh": ("印象派", "民间艺术", "装饰艺术", "包豪斯", "老木刻", "儿童绘本", "立体派", "剪纸拼贴"),
+}
+_BY = {
+    "en": ("{}, in the style of {}", "{}, as {} would draw it", "{}, like {}"),
+    "zh": ("{}，{}风格", "{}，模仿{}", "{}，像{}那样"),
+}
+_IN = {
+    "en": ("{}, in the style of {}", "{}, as in {}", "{}, like {}"),
+    "zh": ("{}，{}风格", "{}，仿照{}", "{}，像{}那样"),
+}
+_SHOWS = {
+    "en": ("{}; the child is {}", "{}, showing {}", "{}, with the face of {}"),
+    "zh": ("{}，小孩是{}", "{}，画的是{}", "{}，长着{}的脸"),
+}
+_ANYONE = {
+    "en": ("nobody in particular", "an invented child", "a made-up character"), "zh": ("随便什么人", "虚构的小孩", "编出来的角色"),
+}  # fmt: skip
+_SORRY = {
+    "en": {
+        "artist": ("I can't draw in a living artist's own style. I can draw it in a school or an era.",),
+        "minor_figure": ("I can't draw a real young person. I can draw an invented child.",),
+        "symbol": ("I can't draw that symbol. I can draw another shape.",),
+    },
+    "zh": {
+        "artist": ("我不能模仿在世艺术家的风格，可以用流派或年代来画。",),
+        "minor_figure": ("我不能画真实的未成年人，可以画虚构的小孩。",),
+        "symbol": ("我不能画这个标志，可以画别的形状。",),
+    },
+}
+
+
+def like(wish, kind, refused, language, rng):
+    """A wish for a picture, with what must be `refused` of a `kind` of REFUSED, or with what is like it."""
+    names = {"artist": (_LIVING, _SCHOOLS), "minor_figure": (_STARS, _ANYONE)}[kind][not refused]
+    forms = {"artist": (_BY, _IN), "minor_figure": (_SHOWS, _SHOWS)}[kind][not refused]
+    names = _of(language, names["en"], names["zh"])
+    return _pick(rng, _of(language, forms["en"], forms["zh"])).format(wish, _pick(rng, names))
+
+
+def refuse(kind, language, rng):
+    """The words of a refusal."""
+    return _pick(rng, _of(language, _SORRY["en"], _SORRY["zh"])[kind])
 
 
 def remain(group, language, rng):

@@ -286,6 +286,15 @@ def _outlines(shape):
         x = [16 * math.sin(t) ** 3 for t in turns]
         y = [5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) - 13 * math.cos(t) for t in turns]
         return [_boxed(list(zip(x, y, strict=True)))]
+    if shape == "zorn":  # a comb of three teeth
+        teeth = [
+            (x, y)
+            for k in (-0.5, -0.1, 0.3)
+            for x, y in ((k, 0.24), (k, -0.5), (k + 0.2, -0.5), (k + 0.2, 0.24))
+        ]
+        return [[(-0.5, 0.5), *teeth, (0.5, 0.5)]]
+    if shape == "vark":  # an hourglass
+        return [[(-0.5, -0.5), (0.5, -0.5), (0.08, 0), (0.5, 0.5), (-0.5, 0.5), (-0.08, 0)]]
     if shape in FIGURES:
         neck = HEAD[shape] - 0.53
         hip, arm, leg = neck + 0.45 * (0.5 - neck), 0.30 if shape == "adult" else 0.34, 0.13

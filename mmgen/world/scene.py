@@ -52,8 +52,14 @@ EXTENT = {
     # People: of a child's height the head is more, and they are not so slim.
     "adult": (0.72, 1.56),
     "child": (0.86, 1.30),
+    "zorn": (1.10, 1.10),
+    "vark": (1.06, 1.20),
 }
 FIGURES = ("adult", "child")
+SYMBOLS = (
+    "zorn",
+    "vark",
+)  # they mean nothing, and stand in for symbols that are not to be shown (docs/safety.md)
 PATTERNS = ("solid", "striped", "dotted", "outlined")
 STYLES = ("flat", "ink", "pixel", "watercolor", "anime", "night")
 # The direction in which the subject lies from the object.

@@ -12,6 +12,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from mmgen.document import Refusal
 from mmgen.world import SPLITS, pages, pages_changes
 from mmgen.world import language as words
 from mmgen.world import pages_language as page_words
@@ -33,6 +34,7 @@ from mmgen.world.scene import (
     SIZES,
     SKIES,
     STYLES,
+    SYMBOLS,
     UNSEEN,
     Claim,
     Group,
@@ -53,7 +55,7 @@ RICH_EDITS = (*EDITS, "pattern")
 QUESTIONS = ("count", "color", "size", "relation", "exists", "ground")
 RICH_QUESTIONS = (*QUESTIONS, "pattern", "style")
 SPEECH = (  # of language.py
-    "say", "ask_caption", "ask_detail", "ask", "wish", "undo", "first", "correct", "mix", "remain",
+    "like", "refuse", "say", "ask_caption", "ask_detail", "ask", "wish", "undo", "first", "correct", "mix", "remain",
 )  # fmt: skip
 _TRIES, _PLACES = 8, 64  # of an edit of a kind, and places that a thing may move to
 
@@ -166,6 +168,56 @@ def _draw(rng, say, unseen, rich):
     kind = pick(rng, rich or _PLAIN)
     claim, scene = random_rich(rng, kind, unseen) if rich else random_item(rng, kind, unseen, told=True)
     return [Exchange((say.say(claim),), (scene,), claim, None, scene, kind)]
+
+
+def _guarded(rng, say, unseen, rich):
+    """A wish for a picture with what the safety layers look for, or without: people, and symbols in the place of shapes."""
+    claim, scene = _some_scene(rng, rich, unseen)
+    if rich and rng.random() < 0.5:
+        claim, scene = random_rich(rng, "people", unseen)
+    if rng.random() < 0.5:
+        at = int(rng.random() * len(claim.groups))
+        old = claim.groups[at]
+        new = replace(old, shape=pick(rng, SYMBOLS), pattern=None)
+        objects = tuple(
+            replace(thing, shape=new.shape, pattern="solid") if fits(thing, old) else thing
+            for thing in scene.objects
+        )
+        if any(not _apart(thing, objects[:n]) for n, thing in enumerate(objects)):
+            return None
+        claim = replace(claim, groups=(*claim.groups[:at], new, *claim.groups[at + 1 :]))
+        scene = replace(scene, objects=objects)
+    return [Exchange((say.say(claim),), (scene,), claim, None, scene, "guarded")]
+
+
+def _refusal(rng, say, unseen, rich):
+    """A wish for what is not drawn, which is refused, or for something much alike, which is drawn: a symbol or a shape, a living artist's style
+    or a style, a young star or a child."""
+    kind = pick(rng, [name for name in words.REFUSED if name != "minor_figure" or rich])
+    should = rng.random() < 0.5
+    claim, scene = _some_scene(rng, rich, unseen)
+    if kind == "minor_figure":
+        claim, scene = random_rich(rng, "people", unseen)
+        if not any(group.shape in FIGURES for group in claim.groups):
+            return None
+    if kind == "symbol" and should:
+        at = int(rng.random() * len(claim.groups))
+        symbol = replace(claim.groups[at], shape=pick(rng, SYMBOLS), pattern=None)
+        claim = replace(claim, groups=(*claim.groups[:at], symbol, *claim.groups[at + 1 :]))
+    wish = say.say(claim)
+    if kind != "symbol":
+        wish = say.like(wish, kind, should)
+    says = (Refusal(words.REFUSED[kind]), say.refuse(kind)) if should else (scene,)
+    return [
+        Exchange(
+            (wish,),
+            says,
+            None if should else claim,
+            None,
+            scene,
+            f"{kind}_{'refused' if should else 'drawn'}",
+        )
+    ]
 
 
 def _caption(rng, say, unseen, rich):
@@ -406,6 +458,8 @@ def _dialogue(rng, say, unseen, rich):
 PAGES = ("story", "prose")
 TASKS = {
     "draw": _draw,
+    "guarded": _guarded,
+    "refusal": _refusal,
     "caption": _caption,
     "detail": _detail,
     "question": _questions,
@@ -640,7 +694,12 @@ def _hidden(group):
 
 def scenes(talk: Talk):
     """All scenes and pages of a talk, in the order in which they are seen."""
-    return [part for turn in talk.turns for part in (*turn.asks, *turn.says) if not isinstance(part, str)]
+    return [
+        part
+        for turn in talk.turns
+        for part in (*turn.asks, *turn.says)
+        if not isinstance(part, (str, Refusal))
+    ]
 
 
 def picture(shown, width: int, height: int) -> np.ndarray:
