@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from mmgen.safety.normalise import CJK, Repair, plain
+from mmgen.safety.normalise import CJK, plain
 
 LAYERS, ACTIONS = ("prompt", "image", "model"), ("block", "refuse", "allow")
 AILUMINATE = (

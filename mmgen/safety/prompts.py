@@ -159,7 +159,7 @@ def examples(intents, n, rng, more=(), context=0.3):
 
 
 def train(
-    intents, out, words, *, more=(), buckets=2**16, width=24, steps=3000, batch=256, seed=0, drop=0.3, decay=1e-4, rate=3e-3,
+    intents, out, words, *, more=(), buckets=2**16, width=24, steps=3000, batch=256, seed=0, drop=0.3, decay=2e-5, rate=3e-3,
     held_out=0.1, keep=None,
 ):  # fmt: skip
     """Learns from `read_intents`' templates and writes OUT.npz -> {metric: value} on templates that were held out: a share of
