@@ -32,7 +32,11 @@ def main():
     flags.add_argument("--upsampler", help="workdir of one of model.flow=False, of the same tokenizer")
     flags.add_argument("--steps", default="1,2,4,8,32", help="numbers of steps, with commas")
     flags.add_argument("--documents", type=int, help="held-out images; left out: those of the run")
-    flags.add_argument("--guidance", type=float, default=1.0)
+    flags.add_argument(
+        "--temperatures",
+        default="1",
+        help="of the noise, from 0 to 1, with commas; each with each number of steps",
+    )
     flags.add_argument(
         "--torch-python", default=sys.executable, help="of the environment with the classifier"
     )
@@ -60,8 +64,9 @@ def main():
         if other.tokenizer.hash != model.tokenizer.hash:
             sys.exit(f"{args.upsampler} reads the codes of another tokenizer than {args.refiner}")
         made["up-sampler"] = other.refine(codes, range(len(codes)))
-    for n in map(int, args.steps.split(",")):
-        made[f"{n} steps"] = model.refine(codes, range(len(codes)), n, args.guidance)
+    for heat in map(float, args.temperatures.split(",")):
+        for n in map(int, args.steps.split(",")):
+            made[f"{n} steps at {heat:g}"] = model.refine(codes, range(len(codes)), n, temperature=heat)
 
     seen = {}
     with tempfile.TemporaryDirectory() as folder:

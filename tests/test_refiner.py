@@ -285,11 +285,15 @@ def test_images_are_of_their_codes_and_seed_alone(run):
     assert (model.refine(codes[:1], [9], steps=2, batch=4) != images[:1]).any()
     assert (model.refine(codes[:1], [0], steps=3, batch=4) != images[:1]).any()
     assert (model.refine(codes[:1], [0], steps=2, guidance=1.5, batch=4) != images[:1]).any()
+    cold = [model.refine(codes[:1], [seed], steps=2, batch=4, temperature=0.0) for seed in (0, 9)]
+    assert (cold[0] == cold[1]).all() and (cold[0] != images[:1]).any()  # the mean has no use for a seed
     assert model.bicubic(codes).shape == images.shape
     with pytest.raises(ValueError, match="a seed for each, found 5 and 1"):
         model.refine(codes, [1])
     with pytest.raises(ValueError, match="at least 1 step"):
         model.refine(codes, range(5), steps=0)
+    with pytest.raises(ValueError, match="temperature from 0 to 1"):
+        model.refine(codes, range(5), temperature=1.5)
 
 
 def test_tiles_are_the_whole(run):
@@ -415,7 +419,7 @@ def test_evaluated_with_and_without(space, run, tmp_path):
     assert mmgen("evaluate", *flags) == 0
     metrics = json.loads((tmp_path / "own" / "report.json").read_text())["metrics"]
     assert {"base_psnr", "steps1_psnr", "steps32_ssim", "steps4_power_2", "steps8_seconds"} <= metrics.keys()
-    for more in (["--refine", 2], ["--upscale", 2], ["--refine-guidance", 2]):
+    for more in (["--refine", 2], ["--upscale", 2], ["--refine-temperature", 0.5], ["--refine-guidance", 2]):
         assert mmgen("evaluate", *flags, *more) != 0
 
 

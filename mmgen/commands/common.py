@@ -179,6 +179,12 @@ def add_refiner_flags(parser):
         default=1.0,
         help="above 1: more of the detail that the codes ask for",
     )
+    add(
+        "--refine-temperature",
+        type=share,
+        default=1.0,
+        help="below 1: less detail, and less that is wrong of it (docs/refiner.md)",
+    )
     add("--refine-tile", type=int, metavar="CODES", help="large images in tiles of so many codes a side")
 
 
@@ -243,7 +249,14 @@ def signer_from(args):
 
 def refiner_flags(args):
     """Those of `add_refiner_flags` that were given, as they are written."""
-    left_out = {"refine": None, "upscale": None, "refiner": "", "refine_guidance": 1.0, "refine_tile": None}
+    left_out = {
+        "refine": None,
+        "upscale": None,
+        "refiner": "",
+        "refine_guidance": 1.0,
+        "refine_temperature": 1.0,
+        "refine_tile": None,
+    }
     return [f"--{name.replace('_', '-')}" for name, value in left_out.items() if getattr(args, name) != value]
 
 
@@ -262,7 +275,7 @@ def with_refiner(model, workdir, args):
         raise ValueError(f"expected a finite --refine-guidance, found {args.refine_guidance}")
     model.refining = sampler.refining(
         workdir, model.tokenizer, refiner=args.refiner, upscale=args.upscale, steps=args.refine,
-        guidance=args.refine_guidance, tile=args.refine_tile,
+        guidance=args.refine_guidance, tile=args.refine_tile, temperature=args.refine_temperature,
     )  # fmt: skip
     return model
 

@@ -330,26 +330,30 @@ class Refiner:
         enlarge = lambda part: np.asarray(to_uint8(self._enlarge(self.tokenizer.decode(part, batch))))
         return np.concatenate([enlarge(part) for part in parts])
 
-    def refine(self, codes, seeds, steps=4, guidance=1.0, tile=None, batch=16):
+    def refine(self, codes, seeds, steps=4, guidance=1.0, tile=None, batch=16, temperature=1.0):
         """Codes int32 [B, h, w] -> images uint8 [B, scale * patch * h, ...], by `steps` calls of the network.
 
         1, 2, 4 ... `most_steps` steps are those that were learned; for other numbers each follows the flow's own
         velocity. guidance: above 1 it goes further than that from the detail that any image might have to that of this
         image; each step is then two calls. seeds: one int an image, from which its noise comes. What comes out depends
-        on its codes and its seed alone. The deterministic up-sampler has no use for seeds, steps and guidance.
+        on its codes and its seed alone. temperature: what the noise is multiplied by; below 1 there is less detail, and less of it is
+        wrong, down to the mean of what may be there (0). The deterministic up-sampler has no use for seeds, steps, guidance and temperature.
 
         With `tile`, grids longer than tile + 2 * halo codes along an axis go through the network in windows of so many
         codes, `batch` windows at a time. That gives the image it gives without (but for a gray level where another
         program rounds otherwise): at each step windows overlap by all that the network sees. For the base, see
         `Tokenizer.decode`.
 
-        ValueError where seeds are not as many as images, steps are below 1, or the guidance is not finite.
+        ValueError where seeds are not as many as images, steps are below 1, the guidance is not finite, or the temperature
+        not from 0 to 1.
         """
         codes = np.asarray(codes)
         if len(codes) != len(seeds) or not len(codes):
             raise ValueError(f"expected images with a seed for each, found {len(codes)} and {len(seeds)}")
         if steps < 1 or not np.isfinite(guidance):
             raise ValueError(f"expected at least 1 step and a finite guidance, found {steps} and {guidance}")
+        if not 0 <= temperature <= 1:
+            raise ValueError(f"expected a temperature from 0 to 1, found {temperature}")
         out = []
         for start in range(0, len(codes), batch):
             rows = min(batch, len(codes) - start)
@@ -357,17 +361,19 @@ class Refiner:
                 *range(start, start + rows),
                 *[start] * (batch - rows if tile is None else 0),
             ]  # one program
-            images = self._refined(codes[fill], [seeds[i] for i in fill], steps, guidance, tile, batch)
+            images = self._refined(
+                codes[fill], [seeds[i] for i in fill], steps, guidance, tile, batch, temperature
+            )
             out.append(np.asarray(images)[:rows])
         return np.concatenate(out)
 
-    def _refined(self, codes, seeds, steps, guidance, tile, batch):
+    def _refined(self, codes, seeds, steps, guidance, tile, batch, temperature):
         values = self._lookup(codes)
         base = self._enlarge(self.tokenizer.decode(codes, batch=batch, tile=tile))
         if self.flow:
             learned = steps <= self.most_steps and steps & (steps - 1) == 0
             B, H, W, c = base.shape
-            z = noise(seeds, (H // self.patch, W // self.patch, self.patch**2 * c))
+            z = temperature * noise(seeds, (H // self.patch, W // self.patch, self.patch**2 * c))
             angles = np.linspace(np.pi / 2, 0, steps + 1, dtype=np.float32)
             for at, to in zip(angles[:-1], angles[1:]):
                 how = dict(at=at, to=to, told=to if learned else at)

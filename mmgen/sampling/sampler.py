@@ -94,13 +94,14 @@ class Refining:
     steps: int = 4
     guidance: float = 1.0
     tile: int | None = None
+    temperature: float = 1.0
 
     @property
     def about(self):
         """What a note says of it."""
         return {
             "refiner": self.refiner.hash, "scale": self.refiner.scale, "steps": self.steps, "guidance": self.guidance,
-            "tile": self.tile,
+            "tile": self.tile, "temperature": self.temperature,
         }  # fmt: skip
 
 
@@ -332,7 +333,13 @@ class Sampler:
             if refined:
                 how = self.refining
                 decoded = how.refiner.refine(
-                    codes, [seeds[n] for n in found], how.steps, how.guidance, how.tile, batch_size
+                    codes,
+                    [seeds[n] for n in found],
+                    how.steps,
+                    how.guidance,
+                    how.tile,
+                    batch_size,
+                    how.temperature,
                 )
             else:
                 decoded = self.tokenizer.decode(codes, batch=batch_size)
