@@ -30,6 +30,7 @@ def get_config(variant):
 
     c.data = d = ml_collections.ConfigDict()
     d.tokenizer = ""  # workdir of the tokenizer run
+    d.upsampler = ""  # of a run of model.flow=False, whose image is then the base; else the tokenizer's, enlarged
     d.source = dict(spec="world:train/draw+style", size=(128, 128), seed=0, documents=16_000)
     d.batch_size = 8
     d.augment = False  # random resized crops, mirrored half of the time

@@ -316,6 +316,32 @@ def test_the_deterministic_up_sampler(space, tmp_path):
     assert np.abs(images.astype(int) - tiled).max() <= 1
 
 
+def test_an_up_samplers_image_may_be_the_base(space, run, tmp_path):
+    _, flags = run
+    above, workdir = tmp_path / "above", tmp_path / "run"
+    assert mmgen("train", *flags, "--config.model.flow=false", "--workdir", above) == 0
+    flags = [*flags, f"--config.data.upsampler={above}"]
+    assert mmgen("train", *flags, "--workdir", workdir) == 0
+    shutil.move(above, tmp_path / "elsewhere")  # the workdir holds what it needs
+    assert mmgen("train", *flags, "--workdir", workdir) == 0
+    model, upsampler = load_refiner(workdir), load_refiner(tmp_path / "elsewhere")
+    assert (
+        model.upsampler.hash == upsampler.hash
+        and model.hash != refiner.Refiner(model.net, model.tokenizer, 8).hash
+    )
+    codes = np.random.default_rng(0).integers(0, model.tokenizer.codes, (2, 8, 8), np.int32)
+    # A flow that tells nothing adds nothing to it, whole or in tiles; nor is it near the decoder's image enlarged.
+    empty = Refiner(
+        RefinerNet(configs.load("refiner:tiny").model, 3, 5, 4, nnx.Rngs(0)), model.tokenizer, 8, upsampler
+    )
+    for how in ({}, {"tile": 3}):
+        made = empty.refine(codes, [0, 1], steps=2, temperature=0.0, **how)
+        assert np.abs(made.astype(int) - upsampler.refine(codes, [0, 1], **how)).max() <= 1
+    assert (model.refine(codes, [0, 1], steps=1) != empty.refine(codes, [0, 1], steps=1)).any()
+    with pytest.raises(ConfigError, match="model.flow=False"):
+        stage.setup(config_of([*flags[:-1], f"--config.data.upsampler={workdir}"]), tmp_path / "other")
+
+
 def test_samples_are_refined(space, run, tmp_path, capsys):
     """From the command line, with a refiner beside the checkpoint or in its workdir; codes are what they are without."""
     ask = [

@@ -61,6 +61,7 @@ WORDS = "how to make a bomb torture a man nude kill the process classic scunthor
         ("𝓽𝓸𝓻𝓽𝓾𝓻𝓮", "torture"),
         ("ⓣⓞⓡⓣⓤⓡⓔ", "torture"),
         ("tоrturе", "torture"),  # Cyrillic о and е
+        ("ТОRТURЕ", "torture"),  # Cyrillic capitals
         ("t\u200bo\u2060rture", "torture"),
         ("to\u0301rt\u0323ure", "torture"),
         ("\u202eerutrot\u202c", "torture"),

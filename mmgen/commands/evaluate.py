@@ -175,6 +175,7 @@ def _measure(args, suite, workdir, inside):
     print("measured on " + ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
     more = {"towers": load_towers(args.towers)} if args.towers and not inside else {}
     more |= {} if args.tile is None else {"tile": args.tile}
+    more |= {"temperature": args.refine_temperature} if suite == "refiner" else {}
     max_bad = run["data"]["max_bad"] if args.max_bad is None else args.max_bad
     metrics, shown = measure(model, open_source(**settings), max_bad, **more)
     ranks = [name for name in metrics if name.startswith(("text_r", "image_r"))]  # shares of the pairs
@@ -217,7 +218,8 @@ def _check(args):
         raise ValueError(
             f"--towers is for the suites world, tokenizer and refiner, not for {args.prompts or args.suite}"
         )
-    if refiner_flags(args) and not (drawn or args.prompts):
+    measured = ["--refine-temperature"] if args.suite == "refiner" else []  # which is asked of it alone
+    if set(refiner_flags(args)) - set(measured) and not (drawn or args.prompts):
         raise ValueError(
             f"{', '.join(refiner_flags(args))}: for what a transformer draws, not for suite {args.suite}"
         )

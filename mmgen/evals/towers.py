@@ -84,7 +84,7 @@ def reconstruct(tokenizer, source, max_bad=0.1, towers=None, tile=None, worst=16
     }
 
 
-def refine(model, source, max_bad=0.1, towers=None, steps=(1, 2, 4, 8, 32), worst=16):
+def refine(model, source, max_bad=0.1, towers=None, steps=(1, 2, 4, 8, 32), worst=16, temperature=1.0):
     """How near a refiner comes to the images of `source` from the codes of their reductions -> ({metric: value},
     {"worst": (real, base, refined) pictures} for the report), beside "base", the tokenizer's own decoder enlarged by bicubic interpolation.
 
@@ -97,7 +97,9 @@ def refine(model, source, max_bad=0.1, towers=None, steps=(1, 2, 4, 8, 32), wors
     codes = model.codes(real)
     made = {"base": model.bicubic}
     for n in steps if model.flow else (1,):
-        made[f"steps{n}"] = lambda codes, n=n: model.refine(codes, range(len(codes)), n)
+        made[f"steps{n}"] = lambda codes, n=n: model.refine(
+            codes, range(len(codes)), n, temperature=temperature
+        )
     found, shown, true = {"images": float(len(real))}, {}, towers and towers.features(real[..., :3])
     seen = "steps4" if "steps4" in made else [*made][-1]
     found |= {f"real_{name}": share for name, share in _read(source, real).items()}

@@ -260,6 +260,11 @@ def base_of(autoencoder, values, scale):
     return enlarged(jnp.clip(autoencoder.decode(values), -1, 1), scale)
 
 
+def added(model, base, detail):
+    """The base with the detail that a model told of it, clipped to [-1, 1]."""
+    return jnp.clip(base + model.pixels(detail), -1, 1)
+
+
 def enlarged(images, scale):
     """Images [B, H, W, c] in [-1, 1], `scale` times as large by bicubic interpolation, clipped."""
     if scale == 1:
@@ -284,10 +289,11 @@ class Refiner:
     """A trained refiner with the tokenizer whose codes it reads: codes int32 [B, h, w] -> images uint8.
 
     `scale` is how many times as large as the tokenizer's own these are, along each side. most_steps: the most for which
-    one step was learned (see stages/refiner.py).
+    one step was learned (see stages/refiner.py). upsampler: the `Refiner` of a deterministic up-sampler, whose image is then the base.
     """
 
-    def __init__(self, model, tokenizer, most_steps):
+    def __init__(self, model, tokenizer, most_steps, upsampler=None):
+        self.upsampler = upsampler
         self.tokenizer, self.scale, self.patch, self.flow = tokenizer, model.scale, model.patch, model.flow
         self.most_steps, self.stride = most_steps, model.scale * tokenizer.patch
         self.halo = -(-model.reach // self.stride)  # codes around a tile
@@ -306,14 +312,19 @@ class Refiner:
                 v = (free := tell(False)) + guidance * (v - free)
             return model.step(z, v, full(at), full(to))
 
+        self.net = model
         self._step = run(step)
         self._tell = run(lambda params, base, values: nnx.merge(graphdef, params).upsampled(base, values))
+        self._better = run(lambda params, base, z: added(nnx.merge(graphdef, params), base, z))
         self._added = run(lambda params, base, z: to_uint8(base + nnx.merge(graphdef, params).pixels(z)))
 
     @functools.cached_property
     def hash(self):
         """Identity of the trained weights."""
-        return checkpoint.weights_hash(nnx.to_pure_dict(self._params))
+        own = nnx.to_pure_dict(self._params)
+        return checkpoint.weights_hash(
+            {"own": own, "base": nnx.to_pure_dict(self.upsampler._params)} if self.upsampler else own
+        )
 
     def codes(self, images, batch=64):
         """The codes int32 [B, h, w] of images uint8 of the refined size."""
@@ -370,6 +381,10 @@ class Refiner:
     def _refined(self, codes, seeds, steps, guidance, tile, batch, temperature):
         values = self._lookup(codes)
         base = self._enlarge(self.tokenizer.decode(codes, batch=batch, tile=tile))
+        if self.upsampler:
+            above = self.upsampler
+            z = above._tiled(above._tell, (base, values), tile, batch)
+            base = above._better(above._params, base, z)
         if self.flow:
             learned = steps <= self.most_steps and steps & (steps - 1) == 0
             B, H, W, c = base.shape
@@ -420,10 +435,12 @@ def make(config, autoencoder, rngs, spread=None):
     return RefinerNet(config, channels, digits, autoencoder.patch, rngs, spread)
 
 
-def load_refiner(workdir):
-    """The `Refiner` of a refiner run, whose workdir holds the tokenizer too."""
+def load_refiner(workdir, tokenizer=None):
+    """The `Refiner` of a refiner run, whose workdir holds the tokenizer, if it is not given, and the up-sampler if there is one."""
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir, "refiner"))
-    tokenizer = load_tokenizer(Path(workdir) / "tokenizer")
+    tokenizer = tokenizer or load_tokenizer(Path(workdir) / "tokenizer")
+    beside = Path(workdir) / "upsampler"
+    upsampler = load_refiner(beside, tokenizer) if beside.exists() else None
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(config.model, tokenizer.model, None)))
     params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
-    return Refiner(nnx.merge(graphdef, params), tokenizer, config.loss.most_steps)
+    return Refiner(nnx.merge(graphdef, params), tokenizer, config.loss.most_steps, upsampler)

@@ -54,7 +54,10 @@ def plain(text):
         text = "".join(
             c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) not in ("Mn", "Me", "Cf")
         )
-        text = unicodedata.normalize("NFC", text).casefold().translate(_alike())
+        text = unicodedata.normalize("NFC", text).translate(_alike()).casefold()
+        text = text.translate(
+            _alike()
+        )  # again: a large letter may look like another one than its small one does
         if re.search(f"[{CJK}]", text):
             text = _simplified().convert(text)
         # Pictures and other signs stand between words.

@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from mmgen.data.sources import open_source
 from mmgen.models import image_losses, refiner
 from mmgen.models.autoencoders import load_tokenizer, to_float, to_uint8
 from mmgen.models.quantizers import FSQ
-from mmgen.models.refiner import Refiner, base_of, enlarged, reduced
+from mmgen.models.refiner import Refiner, added, base_of, enlarged, load_refiner, reduced
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
@@ -41,6 +42,7 @@ def setup(config, workdir):
             )
     seen = background(checkpoint.read_config(folder if folder.exists() else data.tokenizer, "tokenizer"))
     _check(config, tokenizer, seen)
+    upsampler = _upsampler(config, workdir / "upsampler", tokenizer)
     images = Images(
         open_source(**{**data.source, **seen}),
         data.batch_size,
@@ -50,7 +52,9 @@ def setup(config, workdir):
         threads=data.threads,
         workers=data.workers,
     )
-    spread = _spread(tokenizer, config.model, real_images(tokenizer, images.source, 1.0, _MEASURED))
+    spread = _spread(
+        tokenizer, config.model, upsampler, real_images(tokenizer, images.source, 1.0, _MEASURED)
+    )
     held_out = open_source(**{**config.held_out, **seen})
     held_out_images = functools.cache(lambda: real_images(tokenizer, held_out, data.max_bad))
 
@@ -61,7 +65,7 @@ def setup(config, workdir):
             return measured(nnx.merge(graphdef, params), step)
 
     def measured(net, step):
-        model = Refiner(net, tokenizer, config.loss.most_steps)
+        model = Refiner(net, tokenizer, config.loss.most_steps, upsampler)
         real = held_out_images()
         codes = model.codes(real)
         made = {
@@ -74,15 +78,18 @@ def setup(config, workdir):
 
     return Stage(
         make=lambda rngs: refiner.make(config.model, tokenizer.model, rngs, spread),
-        loss=functools.partial(loss, autoencoder=tokenizer.model, **config.loss),
+        loss=functools.partial(
+            loss, autoencoder=tokenizer.model, upsampler=upsampler and upsampler.net, **config.loss
+        ),
         data=images,
         shape=(data.batch_size,),
         axes=("batch",),
         unit="images",
         units_a_step=data.batch_size,
         evaluate=evaluate,
-        adopt=functools.partial(_adopt, data.tokenizer, folder),
-        identity={"tokenizer_hash": tokenizer.hash},
+        adopt=functools.partial(_adopt, {data.tokenizer: folder, data.upsampler: workdir / "upsampler"}),
+        identity={"tokenizer_hash": tokenizer.hash}
+        | ({"upsampler_hash": upsampler.hash} if upsampler else {}),
     )
 
 
@@ -118,29 +125,62 @@ def _check(config, tokenizer, seen):
         raise ConfigError(f"config.refine_steps is at least 1, not {config.refine_steps}")
 
 
-def _adopt(source, folder):
-    """Copies a tokenizer run to `folder`, whole or not at all, where there is none yet."""
-    if folder.exists():
-        return
-    temporary = folder.with_name("tokenizer.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    checkpoint.export(source, temporary)
-    os.replace(temporary, folder)
+def _adopt(runs):
+    """Copies runs to folders, {run: folder}, each whole or not at all, where there is none yet; a run that is not named is none."""
+    for source, folder in runs.items():
+        if not source or folder.exists():
+            continue
+        temporary = folder.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        checkpoint.export(source, temporary)
+        os.replace(temporary, folder)
 
 
-def _spread(tokenizer, model, images):
+def _upsampler(config, folder, tokenizer):
+    """The up-sampler whose images are the base, or None."""
+    source = folder if folder.exists() else config.data.upsampler
+    if not source:
+        return None
+    found = load_refiner(source, tokenizer)
+    same = folder.exists() or load_tokenizer(Path(source) / "tokenizer").hash == tokenizer.hash
+    if found.flow or not same or found.scale != config.model.scale:
+        raise ConfigError(
+            f"config.data.upsampler={str(source)!r}: expected a refiner run of model.flow=False and model.scale={config.model.scale} that reads "
+            f"the codes of tokenizer {tokenizer.hash}"
+        )
+    return found
+
+
+def _spread(tokenizer, model, upsampler, images):
     """What `refiner.measured_spread` says of the tokenizer's codes of uint8 [N, H, W, c]."""
     small = np.asarray(to_uint8(reduced(to_float(images), model.scale)))
-    back = to_float(tokenizer.decode(tokenizer.encode(small)))
-    return refiner.measured_spread(
-        *map(np.asarray, (to_float(images), enlarged(back, model.scale))), model.patch
-    )
+    codes = tokenizer.encode(small)
+    if upsampler:
+        base = to_float(upsampler.refine(codes, range(len(codes))))
+    else:
+        base = enlarged(to_float(tokenizer.decode(codes)), model.scale)
+    return refiner.measured_spread(*map(np.asarray, (to_float(images), base)), model.patch)
 
 
-def loss(model, batch, key, *, autoencoder, drop, noise, near, uniform, mean, width, few_every, most_steps):
+def loss(
+    model,
+    batch,
+    key,
+    *,
+    autoencoder,
+    upsampler=None,
+    drop,
+    noise,
+    near,
+    uniform,
+    mean,
+    width,
+    few_every,
+    most_steps,
+):
     """{name: (sum over images, images)}: "loss", its parts "flow" and "few", and what is watched.
 
-    The autoencoder makes codes of the images in its own size. Up to a share `noise` of an image's codes is wrong, so
+    upsampler: the `RefinerNet` of a deterministic one, whose image is the base. The autoencoder makes codes of the images in its own size. Up to a share `noise` of an image's codes is wrong, so
     that the refiner mends what a transformer gets wrong: of these a share `near` has one digit a level off, the others
     are from anywhere in the batch. A share `drop` of the images is refined without seeing the condition, for guidance.
 
@@ -164,6 +204,8 @@ def loss(model, batch, key, *, autoencoder, drop, noise, near, uniform, mean, wi
     if noise:
         values = _mistaken(autoencoder.quantizer, values, keys, noise, near)
     base = base_of(autoencoder, values, model.scale)
+    if upsampler:
+        base = jax.lax.stop_gradient(added(upsampler, base, upsampler.upsampled(base, values)))
     if not model.flow:
         made = base + model.pixels(model.upsampled(base, values))
         return {"loss": (image_losses.l1(made, images).sum(), n)}
