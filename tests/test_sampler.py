@@ -198,7 +198,7 @@ def test_greedy_is_the_argmax_of_the_full_model(space, sampler, forward, guidanc
     while branches[0][-1] != grammar.end:
         state = grammar.feed(branches[0])
         left = np.array([room - len(branches[0]) + start])
-        legal = grammar.allowed(state, left, np.array([size]), np.array([True]))[0]
+        legal = grammar.allowed(state, left, np.array([size]), np.array([True]), refuse=False)[0]
         full, *others = (forward(params, grammar, tokens)[-1] for tokens in branches)
         logits = full
         share = (total - state.remaining[0]) / total

@@ -173,9 +173,9 @@ def _draw(rng, say, unseen, rich):
 def _guarded(rng, say, unseen, rich):
     """A wish for a picture with what the safety layers look for, or without: people, and symbols in the place of shapes."""
     claim, scene = _some_scene(rng, rich, unseen)
-    if rich and rng.random() < 0.5:
-        claim, scene = random_rich(rng, "people", unseen)
-    if rng.random() < 0.5:
+    if rich and rng.random() < 0.5 and not unseen:
+        claim, scene = random_rich(rng, "people")
+    if rng.random() < 0.5 and not unseen:  # symbols and people have no pairs that are held out
         at = int(rng.random() * len(claim.groups))
         old = claim.groups[at]
         new = replace(old, shape=pick(rng, SYMBOLS), pattern=None)
@@ -194,10 +194,12 @@ def _refusal(rng, say, unseen, rich):
     """A wish for what is not drawn, which is refused, or for something much alike, which is drawn: a symbol or a shape, a living artist's style
     or a style, a young star or a child."""
     kind = pick(rng, [name for name in words.REFUSED if name != "minor_figure" or rich])
-    should = rng.random() < 0.5
+    should = rng.random() < 0.5 and not unseen  # unseen is what is drawn
     claim, scene = _some_scene(rng, rich, unseen)
+    if kind == "minor_figure" and unseen:
+        return None
     if kind == "minor_figure":
-        claim, scene = random_rich(rng, "people", unseen)
+        claim, scene = random_rich(rng, "people")
         if not any(group.shape in FIGURES for group in claim.groups):
             return None
     if kind == "symbol" and should:
@@ -458,8 +460,6 @@ def _dialogue(rng, say, unseen, rich):
 PAGES = ("story", "prose")
 TASKS = {
     "draw": _draw,
-    "guarded": _guarded,
-    "refusal": _refusal,
     "caption": _caption,
     "detail": _detail,
     "question": _questions,
@@ -471,9 +471,11 @@ TASKS = {
     "dialogue": _dialogue,
     "story": _story,
     "prose": _prose,
+    "guarded": _guarded,
+    "refusal": _refusal,
 } | {kind: functools.partial(_page, kind) for kind in pages.KINDS}
 RICH_FROM = 48  # pixels of the short side from which on what is rich is legible
-LEAST = {"style": RICH_FROM} | pages.LEAST
+LEAST = {"style": RICH_FROM, "guarded": RICH_FROM} | pages.LEAST
 
 
 # ---- edits ------------------------------------------------------------------------------------------
