@@ -300,6 +300,7 @@ def test_branches_of_guidance_are_what_training_sees(random, models):
             np.testing.assert_allclose(found, logits(models["cross"], *row)[-1], atol=5e-4)
 
 
+@pytest.mark.soak
 def test_who_comes_and_goes_changes_nobodys_tokens(random):
     requests, expected = list(some_requests(random, 8, 5)), []
     assert sum(len(list(request.document.images())) for request in requests) > 6

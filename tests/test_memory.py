@@ -21,6 +21,7 @@ print(min(b - a for a, b in zip(faults, faults[1:])))
 """
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_kept_pages_are_not_faulted_in_again():
     faults = {}
