@@ -219,6 +219,7 @@ def add_safety_flags(parser):
         metavar="FILE",
         help="a line of JSON for every decision, without the words that were asked",
     )
+    add("--safety-log-words", action="store_true", help="the log has the words of prompts too")
     add("--keys", metavar="DIR", help="keys to sign pictures with (default: your own, made at the first use)")
     add(
         "--provenance",
@@ -235,7 +236,7 @@ def safety_from(args):
         classifier = args.safety_images or (beside if beside.exists() else None)
         look = lambda: ImageLayer(Policy(), classifier, args.blocklist, map(Onnx, args.image_classifier))
         eyes = classifier or args.blocklist or args.image_classifier
-        return Safety(args.safety, args.safety_log, images=look if eyes else None)
+        return Safety(args.safety, args.safety_log, args.safety_log_words, images=look if eyes else None)
     print(
         "! SAFETY IS OFF: nothing that is asked or drawn is checked; what is drawn says so", file=sys.stderr
     )

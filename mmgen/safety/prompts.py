@@ -160,16 +160,16 @@ def examples(intents, n, rng, more=(), context=0.3):
 
 def train(
     intents, out, words, *, more=(), buckets=2**16, width=24, steps=3000, batch=256, seed=0, drop=0.3, decay=2e-5, rate=3e-3,
-    held_out=0.1, keep=None,
+    held_out=0.1,
 ):  # fmt: skip
     """Learns from `read_intents`' templates and writes OUT.npz -> {metric: value} on templates that were held out: a share of
     those of each category, by the seed, whose phrases in slots are those of the others.
 
     words: those of the policy, which are repaired where they are disguised, as those of the templates are. more: ordinary texts.
-    drop: share of a text's pieces that is not seen, each time another. keep: classes, if not those of the templates.
+    drop: share of a text's pieces that is not seen, each time another.
     """
     rng = np.random.default_rng(seed)
-    classes = keep or (ALLOW, *sorted({label for _, label, *_ in intents} - {ALLOW}))
+    classes = (ALLOW, *sorted({label for _, label, *_ in intents} - {ALLOW}))
     aside = set()
     for kind in sorted({(category, label) for _, label, category, _ in intents}):
         rows = [i for i, (_, label, category, _) in enumerate(intents) if (category, label) == kind]
