@@ -24,13 +24,14 @@ def get_config(variant):
     m.patch = 4  # output pixels a side that a place of the finest grid stands for
     m.channels, m.blocks = (64, 96, 128), 1  # widths of the grids, each of half the size of the last
     m.certain = 1  # cosines along each side of such a square that are told, not drawn: what is larger than it
+    m.discriminator = dict(width=32, layers=3)  # where loss.gan.weight is not 0
     m.angles = 128  # width of what is told of the angles of a step
     m.flow = True  # False: the deterministic up-sampler
     m.dtype = "float32"
 
     c.data = d = ml_collections.ConfigDict()
     d.tokenizer = ""  # workdir of the tokenizer run
-    d.upsampler = ""  # of a run of model.flow=False, whose image is then the base; else the tokenizer's, enlarged
+    d.upsampler = ""  # run of model.flow=False, whose image is then the base; else the tokenizer's, enlarged
     d.source = dict(spec="world:train/draw+style", size=(128, 128), seed=0, documents=16_000)
     d.batch_size = 8
     d.augment = False  # random resized crops, mirrored half of the time
@@ -42,10 +43,14 @@ def get_config(variant):
     l.drop, l.noise, l.near = 0.1, 0.05, 0.5
     l.uniform, l.mean, l.width = 0.2, 0.0, 1.2
     l.few_every, l.most_steps = 4, 8
+    l.gan = dict(weight=0.0, kind="hinge", start=0, r1_weight=0.0, r1_every=16)  # of what one step makes
 
     c.steps = 4000
     c.refine_steps = 4  # of the refinement that is measured
     c.optimizer = OPTIMIZER | dict(adam_learning_rate=2e-3)
+    c.optimizer.groups = dict(
+        discriminator=dict(name="adamw", learning_rate=4e-4, beta1=0.5, beta2=0.99, clip=0.0)
+    )
     c.ema = 0.999
     c.log_every, c.evaluate_every, c.save_every, c.keep = 100, 1000, 500, 2
     c.mesh, c.sharding = MESH, SHARDING

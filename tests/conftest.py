@@ -78,6 +78,20 @@ def make_space(here):
 
 
 @pytest.fixture(scope="session")
+def policy():
+    from mmgen.safety.policy import Policy
+
+    return Policy()
+
+
+@pytest.fixture(scope="session")
+def layer(policy):
+    from mmgen.safety.gate import PromptLayer
+
+    return PromptLayer(policy)
+
+
+@pytest.fixture(scope="session")
 def sampler(space):
     from mmgen.sampling.sampler import load
 

@@ -1,5 +1,6 @@
 """The refiner: its flow against what is known of normal distributions, tiles, seeds, and runs of the stage."""
 
+import functools
 import json
 import re
 import shutil
@@ -100,7 +101,17 @@ def test_a_step_that_is_right_has_no_loss(monkeypatch):
     y = jax.random.normal(jax.random.key(1), (64, 32, 32, 3))
     flat = SimpleNamespace(encode=lambda x: jnp.zeros((64, 4, 4, 5)), quantizer=None)
     monkeypatch.setattr(stage, "base_of", lambda *_: stage.to_float(images) - y)
-    how = dict(drop=0.1, noise=0.0, near=0.0, uniform=0.2, mean=0.0, width=1.2, few_every=4, most_steps=8)
+    how = dict(
+        drop=0.1,
+        noise=0.0,
+        near=0.0,
+        uniform=0.2,
+        mean=0.0,
+        width=1.2,
+        few_every=4,
+        most_steps=8,
+        gan={"weight": 0},
+    )
     graphdef, params = nnx.split(model)
     ask = lambda params: stage.loss(
         nnx.merge(graphdef, params), {"images": images}, jax.random.key(2), autoencoder=flat, **how
@@ -134,7 +145,15 @@ def test_steps_learn_where_two_of_half_the_length_come_out(monkeypatch):
     flat = SimpleNamespace(encode=lambda x: jnp.zeros((B, 1, 1, 5)), quantizer=None)
     monkeypatch.setattr(stage, "base_of", lambda *_: stage.to_float(images) - y)
     how = dict(
-        drop=0.25, noise=0.0, near=0.0, uniform=0.2, mean=-1.0, width=0.8, few_every=every, most_steps=most
+        drop=0.25,
+        noise=0.0,
+        near=0.0,
+        uniform=0.2,
+        mean=-1.0,
+        width=0.8,
+        few_every=every,
+        most_steps=most,
+        gan={"weight": 0},
     )
     found = stage.loss(model, {"images": images}, jax.random.key(2), autoencoder=flat, **how)
     z, at, to, given = model.asked[-1]
@@ -332,6 +351,52 @@ def test_a_flow_that_tells_nothing_adds_nothing_to_an_up_samplers_image(run):
 
 
 @pytest.mark.soak  # two trainings
+def test_a_discriminator_may_judge_what_one_step_makes(space, tmp_path):
+    """It learns from the first step on and is heard from `start` on; the refiner that is left has no part of it."""
+    autoencoder = Autoencoder(configs.load("tokenizer:tiny").model, nnx.Rngs(0))
+    config = configs.load("refiner:tiny", ["loss.gan.start=5", "loss.gan.weight=0.1"])
+    model = refiner.make(config.model, autoencoder, nnx.Rngs(0))
+    model.head.w[...] = 0.1 * jax.random.normal(jax.random.key(3), model.head.w.shape)
+    model.discriminator = stage.PatchGAN(config.model.discriminator, nnx.Rngs(1), dtype=jnp.float32)
+    graphdef, params = nnx.split(model)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+
+    def gradients(params, step, weight):
+        def loss(params):
+            how = dict(config.loss, gan=dict(config.loss.gan, weight=weight))
+            batch = {"images": images, "step": step}
+            found = stage.loss(
+                nnx.merge(graphdef, params), batch, jax.random.key(1), autoencoder=autoencoder, **how
+            )
+            return found["loss"][0]
+
+        found = jax.grad(loss)(params)
+        return found["head"]["w"][...], found["discriminator"]["head"]["w"][...]
+
+    gradients = functools.partial(jax.jit(gradients, static_argnums=2), params)
+    (before, learns), (after, _), (without, none) = gradients(4, 0.1), gradients(5, 0.1), gradients(5, 0.0)
+    np.testing.assert_allclose(before, without, rtol=1e-4, atol=1e-5)
+    assert np.abs(after - before).max() > 1e-3 and np.abs(learns).max() > 0 and not none.any()
+
+    flags = [
+        "--config",
+        "refiner:tiny",
+        f"--config.data.tokenizer={space.tokenizer}",
+        "--config.loss.gan.weight=0.1",
+    ]
+    flags += [
+        "--config.steps=3",
+        "--config.save_every=2",
+        "--config.log_every=1",
+        "--config.evaluate_every=3",
+    ]
+    loop.train(config_of(flags), tmp_path, stop_at=2)
+    loop.train(config_of(flags), tmp_path)
+    assert {"adversarial", "discriminator", "discriminator_right", "psnr"} <= records(tmp_path)[-1].keys()
+    model = load_refiner(tmp_path)
+    assert not hasattr(model.net, "discriminator") and model.refine(np.zeros((1, 4, 4), np.int32), [0]).any()
+
+
 def test_an_up_samplers_image_may_be_the_base(space, run, tmp_path):
     _, flags = run
     above, workdir = tmp_path / "above", tmp_path / "run"
@@ -465,6 +530,7 @@ def test_mistakes_in_a_config_are_said(space, tmp_path):
         ("loss.most_steps=6", "a power of two"),
         ("loss.few_every=3", "must divide the 8 images"),
         ("refine_steps=0", "refine_steps is at least 1"),
+        ("loss.gan.weight=-1.0", "gan.weight is at least 0"),
     ):
         config = configs.load("refiner:tiny", [f"data.tokenizer={space.tokenizer}", override])
         with pytest.raises(ConfigError, match=words.replace("*", r"\*")):

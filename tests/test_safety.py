@@ -1,52 +1,23 @@
 """The policy, the layer that reads prompts, the gate, and where pictures come from."""
 
 import datetime
-import io
 import json
-import struct
 
 import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image as Pillow
 
-from mmgen.commands import chat
-from mmgen.data.sources import open_source
 from mmgen.document import Document, Image, Refusal, Text, Turn, caption_to_image
-from mmgen.evals import talks
-from mmgen.models.classifier import Group
-from mmgen.safety import images as looks
-from mmgen.safety import pdq, prompts, provenance, watermark
 from mmgen.safety import policy as policies
+from mmgen.safety import prompts
 from mmgen.safety.gate import FAILED, Off, PromptLayer, Safety
-from mmgen.safety.images import ImageLayer
 from mmgen.safety.normalise import Repair, plain
 from mmgen.safety.policy import Policy, PolicyError
-from mmgen.sampling import sampler as samplers
-from mmgen.sampling.dialogue import Dialogue
-from mmgen.sampling.sampler import Request
-from mmgen.world import language as words
-from mmgen.world import tasks
 from tests.conftest import mmgen
 
 FOLDER = policies.Path(policies.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return Policy()
-
-
-@pytest.fixture(scope="module")
-def layer(policy):
-    return PromptLayer(policy)
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    return provenance.make_keys(tmp_path_factory.mktemp("keys") / "own")
 
 
 # ---- what a text says beneath its disguises ------------------------------------------------------
@@ -291,6 +262,23 @@ def test_all_turns_count_and_what_is_spread_over_them(layer):
     ).allowed
 
 
+def test_words_that_a_model_reads_in_a_picture_count(layer):
+    gate, picture = Safety(prompts=lambda: layer), Image(pixels=np.zeros((8, 8, 3), np.uint8))
+    harmful = "a photo of a man being tortured in a basement"
+    ask = [Turn("user", [picture, Text("what does the sign say?")])]
+    read = [*ask, Turn("assistant", [Text(harmful)])]
+    more = [Turn("user", [Text("draw what it says")])]
+    assert (
+        not gate.answered(read[-1]).allowed
+        and gate.answered(Turn("assistant", [Text("a red circle")])).allowed
+    )
+    assert not gate.prompt(Document([*read, *more])).allowed
+    # What a model says of itself is not what somebody asks for, and neither are the words of its refusals.
+    assert gate.prompt(Document([Turn("user", [Text("hello")]), *read[1:], *more])).allowed
+    refused = Turn("assistant", [Refusal(2), Text(harmful)])
+    assert gate.prompt(Document([*ask, refused, *more])).allowed
+
+
 def test_the_log_has_decisions_and_no_words(layer, tmp_path):
     gate = Safety(log=tmp_path / "log.jsonl", prompts=lambda: layer)
     gate.prompt(caption_to_image("in the style of Hayao Miyazaki"))
@@ -377,409 +365,3 @@ def test_policy_measure_counts_by_category(tmp_path, capsys):
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["all files ALL harmful"]["right"] == 1 and found["all files ALL fine"]["of"] == 2
     assert found["set.jsonl near illicit"]["of"] == 1 and "[" in capsys.readouterr().out
-
-
-# ---- where a picture comes from ------------------------------------------------------------------------------------
-
-
-def textured(side, seed=0):
-    """A picture with things of all sizes, as photographs have them: uint8 [side, side, 3]."""
-    rng, out = np.random.default_rng(seed), np.zeros((side, side, 3))
-    for cells in (4, 8, 16, 32, 64):
-        noise = rng.normal(size=(cells, cells, 3)) * 200 / cells
-        noise = (noise - noise.min()) / np.ptp(noise) * 255
-        large = Pillow.fromarray(noise.astype(np.uint8)).resize((side, side), Pillow.Resampling.BICUBIC)
-        out += (np.asarray(large, float) - 128) * 4 / cells
-    return np.clip(out + 128, 0, 255).astype(np.uint8)
-
-
-def encoded(pixels, kind="PNG", **more):
-    data = io.BytesIO()
-    Pillow.fromarray(pixels).save(data, kind, **more)
-    return data.getvalue()
-
-
-def test_the_watermark_survives_jpeg_and_halving_and_no_other_key_finds_it():
-    for seed in range(4):
-        pixels = textured(256, seed)
-        marked = watermark.embed(pixels, b"ours")
-        assert 10 * np.log10(255**2 / np.mean(np.square(marked.astype(float) - pixels))) > 30
-        image = Pillow.open(io.BytesIO(encoded(marked, "JPEG", quality=75)))
-        for worn in (image, image.resize((128, 128), Pillow.Resampling.LANCZOS), image.resize((400, 300))):
-            assert watermark.detect(np.asarray(worn), b"ours")
-        assert not watermark.detect(pixels, b"ours") and not watermark.detect(marked, b"theirs")
-    scores = [watermark.score(textured(64, seed), bytes([seed])) for seed in range(200)]
-    assert abs(np.mean(scores)) < 0.3 and 0.7 < np.std(scores) < 1.3  # a standard normal number without it
-
-
-def test_a_file_is_valid_tampered_marked_or_unsigned(keys, tmp_path):
-    signer = provenance.Signer(keys)
-    pixels = textured(128)
-    marked = signer.mark(pixels)
-    recipe = {"seed": 7, "gate": {"policy": "abc"}}
-    signed = signer.sign(encoded(marked), ".png", recipe)
-    state = lambda name, data: (
-        (tmp_path / name).write_bytes(data) and provenance.verify(tmp_path / name, keys)
-    )
-    found = state("a.png", signed)
-    assert found["state"] == "valid" and found["trusted"] and found["recipe"] == recipe
-    assert np.array_equal(np.asarray(Pillow.open(tmp_path / "a.png")), marked)
-    # Pixels of another picture under the same manifest.
-    swapped = signed.replace(chunk(signed, b"IDAT"), chunk(encoded(255 - marked), b"IDAT"))
-    assert swapped != signed and state("b.png", swapped)["state"] == "tampered"
-    assert state("c.jpg", encoded(marked, "JPEG", quality=75))["state"] == "watermark only"
-    assert state("d.png", encoded(pixels))["state"] == "unsigned"
-    for kind, suffix in (("JPEG", ".jpg"), ("WEBP", ".webp")):
-        assert state(f"e{suffix}", signer.sign(encoded(marked, kind), suffix, {}))["state"] == "valid"
-    # By others' keys it is as it was signed, and nobody's that we know.
-    other = provenance.verify(tmp_path / "a.png", provenance.make_keys(tmp_path / "other"))
-    assert other["state"] == "valid" and not other["trusted"] and other["watermark"] < watermark.FOUND
-    with pytest.raises(ValueError, match="gif"):
-        signer.sign(b"", ".gif", {})
-
-
-def chunk(png, name):
-    """The first chunk of that name, whole."""
-    start = png.index(name) - 4
-    return png[start : start + 12 + struct.unpack(">I", png[start : start + 4])[0]]
-
-
-def test_keys_are_made_once_and_kept_secret(keys, tmp_path, monkeypatch):
-    assert all((keys / name).stat().st_mode & 0o077 == 0 for name in provenance.FILES)
-    with pytest.raises(FileExistsError):
-        provenance.make_keys(keys)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    first = (provenance.Signer().folder / "key.pem").read_bytes()
-    assert (provenance.Signer().folder / "key.pem").read_bytes() == first
-    (provenance.keys_folder() / "chain.pem").unlink()
-    with pytest.raises(FileNotFoundError, match="chain.pem"):
-        provenance.Signer()
-
-
-def test_verify_command(keys, tmp_path, capsys):
-    signed = provenance.Signer(keys).sign(encoded(textured(64)), ".png", {"seed": 1})
-    (tmp_path / "a.png").write_bytes(signed)
-    (tmp_path / "b.png").write_bytes(
-        signed.replace(chunk(signed, b"IDAT"), chunk(encoded(textured(64, 1)), b"IDAT"))
-    )
-    assert mmgen("tools", "verify", "--keys", keys, tmp_path / "a.png") == 0
-    assert "valid, by our keys" in capsys.readouterr().out
-    assert mmgen("tools", "verify", "--keys", keys, "--json", tmp_path / "a.png", tmp_path / "b.png") == 1
-    assert [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()] == [
-        "valid",
-        "tampered",
-    ]
-    assert mmgen("tools", "verify") == 1
-
-
-def test_what_sample_draws_has_passed_the_gate_and_is_signed(space, keys, tmp_path, capsys):
-    draw = lambda *more: mmgen(
-        "sample",
-        "--checkpoint",
-        space.transformer,
-        "--batch-size",
-        4,
-        "--size",
-        "32x32",
-        "--scale",
-        2,
-        "--keys",
-        keys,
-        *more,
-    )
-    asked = ["--prompt", "a red circle", "--prompt", "in the style of Hayao Miyazaki"]
-    assert draw(*asked, "--out", tmp_path / "folder", "--safety-log", tmp_path / "log.jsonl") == 3
-    assert "not shown, prompt 2" in capsys.readouterr().out
-    assert not (tmp_path / "folder" / "00001-0.png").exists()
-    note = json.loads((tmp_path / "folder" / "00001-0.json").read_text())
-    assert (
-        note["answer"] == []
-        and note["refused"]["categories"] == ["artist"]
-        and note["gate"]["safety"] == "on"
-    )
-    found = provenance.verify(tmp_path / "folder" / "00000-0.png", keys)
-    assert (
-        found["state"] == "valid"
-        and found["trusted"]
-        and found["recipe"]["gate"]["policy"] == note["gate"]["policy"]
-    )
-    assert found["watermark"] > watermark.FOUND
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
-    # Gone on with, nothing is asked or drawn anew; a sheet shows what may be shown.
-    before = (tmp_path / "folder" / "00000-0.png").read_bytes()
-    assert draw(*asked, "--out", tmp_path / "folder") == 3
-    assert (tmp_path / "folder" / "00000-0.png").read_bytes() == before
-    assert draw(*asked, "--out", tmp_path / "sheet.png") == 3
-    assert draw("--prompt", "in the style of Hayao Miyazaki", "--out", tmp_path / "none.png") == 3
-    assert not (tmp_path / "none.png").exists()
-    capsys.readouterr()
-    assert draw(*asked, "--safety", "off", "--no-provenance", "--out", tmp_path / "off") == 0
-    assert "SAFETY IS OFF" in capsys.readouterr().err
-    assert json.loads((tmp_path / "off" / "00001-0.json").read_text())["gate"] == {"safety": "off"}
-    assert provenance.verify(tmp_path / "off" / "00001-0.png", keys)["state"] == "unsigned"
-
-
-def test_chat_does_not_ask_what_the_gate_stops(space, keys, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("in the style of Hayao Miyazaki\na red circle\n"))
-    flags = ["--size", "32x32", "--output", "image", "--out", tmp_path, "--keys", keys, "--show", "none"]
-    assert mmgen("chat", "--checkpoint", space.transformer, *flags) == 0
-    out = capsys.readouterr().out
-    assert "! A living artist" in out and len([*tmp_path.glob("*.png")]) == 1
-    assert provenance.verify(next(tmp_path.glob("*.png")), keys)["state"] == "valid"
-
-
-# ---- layer 2: what pictures show ------------------------------------------------------------------------------------
-
-
-def test_a_hash_knows_a_picture_again_and_no_other():
-    hashes = np.array([pdq.pdq(textured(256, seed))[0] for seed in range(30)])
-    apart = (hashes[:, None] != hashes[None]).sum(-1)
-    assert apart[~np.eye(30, dtype=bool)].min() > 2 * pdq.CLOSE
-    pixels = textured(256)
-    known = pdq.variants(pixels)
-    distance = lambda image: (known != pdq.pdq(np.asarray(image))[0]).sum(1).min()
-    image = Pillow.fromarray(pixels)
-    assert distance(image.resize((128, 128))) <= pdq.CLOSE
-    assert distance(Pillow.open(io.BytesIO(encoded(pixels, "JPEG", quality=30)))) <= pdq.CLOSE
-    for turned in (pixels[:, ::-1], np.rot90(pixels), np.rot90(pixels[::-1], 3), pixels[13:-13, 13:-13]):
-        assert distance(np.ascontiguousarray(turned)) <= pdq.CLOSE
-    assert pdq.pdq(np.full((64, 64, 3), 200, np.uint8))[1] < 20 < pdq.pdq(pixels)[1]
-
-
-def test_a_listed_picture_is_blocked_by_the_command_that_lists_it(policy, tmp_path, capsys):
-    (tmp_path / "bad.png").write_bytes(encoded(textured(128)))
-    path = tmp_path / "blocked.jsonl"
-    flags = ["--out", path, "--category", "violence", "--why", "as reported"]
-    assert mmgen("tools", "policy", "blocklist", tmp_path / "bad.png", *flags) == 0
-    assert (
-        mmgen(
-            "tools",
-            "policy",
-            "blocklist",
-            tmp_path / "bad.png",
-            "--out",
-            path,
-            "--category",
-            "none",
-            "--why",
-            "x",
-        )
-        == 1
-    )
-    layer = ImageLayer(policy, blocklist=path)
-    found = layer.decide([textured(128)[:, ::-1]])
-    assert (found.decision, found.categories, found.rule) == (
-        "block",
-        ("violence",),
-        "blocklist",
-    ) and "as reported" in found.reason
-    assert layer.decide([textured(128, 1), np.zeros((32, 32, 3), np.uint8)]).allowed
-    path.write_text(json.dumps({"hash": "00" * 32, "category": "nothing", "why": ""}))
-    with pytest.raises(ValueError, match="nothing"):
-        ImageLayer(policy, blocklist=path)
-
-
-class Eyes:
-    """A classifier that says what it is told to say."""
-
-    groups = (
-        Group("person", "person", ("none", "adult", "child"), False, 0),
-        Group("symbol", "symbol", ("no", "yes"), False, 3),
-    )
-
-    def __init__(self, person, symbol=False):
-        self.person, self.symbol = person, symbol
-
-    def probabilities(self, images):
-        return {
-            "person": np.array([self.person]),
-            "symbol": np.array([[1 - self.symbol, self.symbol]], float),
-        }
-
-    def flags(self, images):
-        return [{"symbol": ["yes"] if self.symbol else ["no"], "person": []}]
-
-
-@pytest.mark.parametrize(
-    "eyes, edited, rule",
-    [
-        (Eyes((0.9, 0.07, 0.03)), True, None),
-        (Eyes((0.9, 0.04, 0.06)), True, "person-classifier"),  # doubtful counts as a child
-        (Eyes((0.0, 0.0, 1.0)), False, None),  # who is drawn, or asked about, may be one
-        (Eyes((0.0, 1.0, 0.0)), True, None),
-        (Eyes((1.0, 0.0, 0.0), True), False, "symbol-classifier"),
-    ],
-)
-def test_what_is_seen_decides(policy, monkeypatch, eyes, edited, rule):
-    monkeypatch.setattr(looks, "load_classifier", lambda _: eyes)
-    found = ImageLayer(policy, classifier="there").decide([textured(64)], edited)
-    assert found.rule == rule and found.allowed == (rule is None)
-
-
-def test_the_gate_looks_at_what_is_shown_and_drawn_and_blocks_if_it_cannot(
-    layer, policy, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(looks, "load_classifier", lambda _: Eyes((0.0, 0.0, 1.0)))
-    log = tmp_path / "log.jsonl"
-    gate = Safety(log=log, prompts=lambda: layer, images=lambda: ImageLayer(policy, classifier="there"))
-    image = textured(64)
-    assert not gate.shown([image], edited=True).allowed and gate.shown([image], edited=False).allowed
-    assert gate.answered(Turn("assistant", [Image(pixels=image)])).allowed
-    refused = gate.answered(Turn("assistant", [Refusal(11), Text("I can't.")]))
-    assert (refused.decision, refused.categories, refused.layer, refused.reason) == (
-        "refuse",
-        ("artist",),
-        "model",
-        "I can't.",
-    )
-    assert [json.loads(line)["layer"] for line in log.read_text().splitlines()] == [
-        "image",
-        "image",
-        "image",
-        "model",
-    ]
-    monkeypatch.undo()
-    broken = Safety(prompts=lambda: layer, images=lambda: ImageLayer(policy, classifier=tmp_path / "nowhere"))
-    assert (
-        broken.answered(Turn("assistant", [Image(pixels=image)])).rule == FAILED
-        and broken.about["safety"] == "broken"
-    )
-    assert broken.prompt(caption_to_image("a red circle")).allowed  # which shows nothing yet
-
-
-def test_a_classifier_of_other_things_is_an_error(policy, monkeypatch):
-    eyes = Eyes((1.0, 0.0, 0.0))
-    eyes.groups = eyes.groups[:1]
-    monkeypatch.setattr(looks, "load_classifier", lambda _: eyes)
-    with pytest.raises(ValueError, match="symbol"):
-        ImageLayer(policy, classifier="there")
-
-
-def test_anybodys_classifier_by_onnx(policy, tmp_path):
-    """Of the mean colour: red is for the category, blue for nothing."""
-    path = tmp_path / "red.onnx"
-    path.write_bytes(onnx_of_mean_color([[20, 0, -20], [-20, 0, 20]]))
-    about = {
-        "size": [8, 8],
-        "mean": [0, 0, 0],
-        "std": [1, 1, 1],
-        "labels": ["violence", None],
-        "softmax": True,
-        "threshold": 0.9,
-    }
-    (tmp_path / "red.onnx.json").write_text(json.dumps(about))
-    layer = ImageLayer(policy, others=[looks.Onnx(path)])
-    plain = lambda color: np.full((16, 12, 3), color, np.uint8)
-    assert layer.decide([plain((0, 0, 255))]).allowed
-    found = layer.decide([plain((255, 0, 0))])
-    assert (found.rule, found.categories) == ("red", ("violence",)) and found.harm > 0.99
-    (tmp_path / "red.onnx.json").write_text(json.dumps(about | {"labels": ["violence"]}))
-    with pytest.raises(ValueError, match="2 numbers"):
-        looks.Onnx(path).decide(plain(0))
-    (tmp_path / "red.onnx.json").write_text("{}")
-    with pytest.raises(ValueError, match="lacks labels"):
-        looks.Onnx(path)
-
-
-def onnx_of_mean_color(weights):
-    """The bytes of an ONNX model: mean of the pixels, then a matrix (its protocol buffers, field by field)."""
-
-    def number(value):
-        return bytes([value & 127 | 128]) + number(value >> 7) if value > 127 else bytes([value])
-
-    def field(at, value):
-        if isinstance(value, int):
-            return number(at << 3) + number(value)
-        value = value.encode() if isinstance(value, str) else value
-        return number(at << 3 | 2) + number(len(value)) + value
-
-    def value_info(name, shape):
-        dims = b"".join(field(1, field(1, side)) for side in shape)
-        return field(1, name) + field(2, field(1, field(1, 1) + field(2, dims)))
-
-    def node(kind, inputs, output):
-        return field(1, b"".join(field(1, name) for name in inputs) + field(2, output) + field(4, kind))
-
-    matrix = np.array(weights, np.float32).T
-    tensor = (
-        b"".join(field(1, side) for side in matrix.shape)
-        + field(2, 1)
-        + field(8, "w")
-        + field(9, matrix.tobytes())
-    )
-    nodes = (
-        node("GlobalAveragePool", ["x"], "p") + node("Flatten", ["p"], "f") + node("MatMul", ["f", "w"], "y")
-    )
-    graph = nodes + field(2, "g") + field(5, tensor)
-    graph += field(11, value_info("x", (1, 3, 8, 8))) + field(12, value_info("y", (1, 2)))
-    return field(1, 8) + field(7, graph) + field(8, field(2, 13))
-
-
-# ---- layer 3: the model ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_world_refuses_what_stands_in_for_harm_and_draws_what_is_like_it(language, policy):
-    refused, drawn = [], []
-    for i in range(200):
-        (turn,) = tasks.talk(0, "train", i, "refusal", language, size=(64, 64)).turns
-        assert (turn.kind.endswith("_refused")) == isinstance(turn.says[0], Refusal)
-        (refused if isinstance(turn.says[0], Refusal) else drawn).append(turn)
-    assert 60 < len(refused) < 140
-    named = {each["token"]: name for name, each in policy.categories.items()}
-    assert (
-        {named[turn.says[0].category] for turn in refused}
-        == set(words.REFUSED)
-        == {"artist", "minor_figure", "symbol"}
-    )
-    assert all(len(turn.says) == 2 and turn.says[1] for turn in refused)
-    symbols = ("zorn", "vark", "佐恩", "瓦克")
-    assert not any(symbol in turn.asks[0] for turn in drawn for symbol in symbols)
-    stars = next(turn for turn in refused if turn.kind == "minor_figure_refused")
-    assert any(name in stars.asks[0] for name in words._STARS[language])
-
-
-def test_documents_of_refusals_are_written_and_read(space):
-    source = open_source("world:train/refusal", size=(32, 32), seed=0, documents=20)
-    sampler = samplers.load(space.transformer)
-    for document in map(source.__getitem__, range(20)):
-        tokens = sampler.grammar.encode(sampler.encoded(document), sampler.text)
-        back = sampler.grammar.decode(tokens, sampler.text)
-        assert [type(p) for turn in back.turns for p in turn.parts] == [
-            type(p) for turn in document.turns for p in turn.parts
-        ]
-
-
-@pytest.mark.parametrize("output", ["image", "text", "any"])
-def test_a_bias_decides_whether_a_model_may_refuse(space, output):
-    sampler = samplers.load(space.transformer)
-    ask = lambda seed, bias: Request(
-        caption_to_image("a red circle"), output=output, size=(8, 8), seed=seed, refusals=bias, max_tokens=80
-    )
-    biases = [1e4, -1e4, None, 1e4]
-    turns = sampler.generate([ask(seed, bias) for seed, bias in enumerate(biases)], batch_size=4)
-    refused = [bool(turn.parts) and isinstance(turn.parts[0], Refusal) for turn in turns]
-    assert refused == [True, False, False, True]
-    assert all(isinstance(part, Text) for part in turns[0].parts[1:])
-    # Beside one that may refuse, the others are as they would be alone.
-    alone = sampler.generate([ask(2, None)] + [ask(9, None)] * 3, batch_size=4)[0]
-    assert alone == turns[2]
-    with pytest.raises(ValueError, match="refusals"):
-        ask(0, float("nan"))
-
-
-def test_the_refusal_suite_counts_what_is_refused_and_what_is_not(space):
-    sampler = samplers.load(space.transformer)
-    for bias, right in ((-1e4, "_drawn"), (1e4, "_refused")):  # a model that draws all, or nothing
-        cases = talks.run(
-            sampler, "refusal", seen=12, unseen=0, size=(32, 32), seed=0, batch_size=4, refusals=bias
-        )
-        assert all(case.ok == case.suite.endswith(right) and case.ceiling for case in cases)
-        assert {case.ok for case in cases} == {True, False}
-
-
-def test_a_saved_dialogue_keeps_its_refusals(space, tmp_path):
-    sampler = samplers.load(space.transformer)
-    document = Document([Turn("user", [Text("draw it")]), Turn("assistant", [Refusal(4), Text("no")])])
-    chat.write_dialogue(tmp_path / "d.json", Dialogue(sampler, document, seed=3))
-    assert chat.read_dialogue(tmp_path / "d.json", sampler) == (document, 3)

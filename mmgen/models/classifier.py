@@ -245,15 +245,16 @@ class Classes:
         likeliest = lambda g, i: g.classes[int(found[g.name][i].argmax())]
         return [
             {g.name: each[g.name] if g.multi else likeliest(g, i) for g in self.groups}
-            for i, each in enumerate(self._flags(found))
+            for i, each in enumerate(self.flagged(found))
         ]
 
     def flags(self, images):
         """-> for each image {group: the classes whose probability reaches its threshold}: at the rate of false
         alarms that was asked for, one class or of any group several or none."""
-        return self._flags(self.probabilities(images))
+        return self.flagged(self.probabilities(images))
 
-    def _flags(self, found):
+    def flagged(self, found):
+        """The same of what `probabilities` gives."""
         def of(group, p):
             limits = self.calibration.get(group.name, {}).get("thresholds", {})
             return [name for name, each in zip(group.classes, p) if each >= limits.get(name, 0.5)]

@@ -442,5 +442,5 @@ def load_refiner(workdir, tokenizer=None):
     beside = Path(workdir) / "upsampler"
     upsampler = load_refiner(beside, tokenizer) if beside.exists() else None
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(config.model, tokenizer.model, None)))
-    params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract))
+    params, _ = checkpoint.load_weights(workdir, nnx.to_pure_dict(abstract), beside=("discriminator",))
     return Refiner(nnx.merge(graphdef, params), tokenizer, config.loss.most_steps, upsampler)

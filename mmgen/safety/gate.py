@@ -44,7 +44,7 @@ class PromptLayer:
             return self.policy.decided(
                 found.categories[0], found.rule, "prompt", language, span=found.span, reason=found.reason
             )
-        p = self.prompts.probabilities(views[-1])
+        p = self.prompts.probabilities(self.policy.unexcepted(views[-1]))
         harm = 1 - p.pop(ALLOW)
         if harm < self.policy.levels[level]["probability"]:
             return Decision(harm=harm)
@@ -95,12 +95,12 @@ class Safety:
 
     def prompt(self, document):
         """The `Decision` on what the users of a document say: each turn, and all of them together, as what is harmful may be
-        spread over turns."""
-        turns = [
-            " ".join(part.text for part in turn.parts if isinstance(part, Text))
-            for turn in document.turns
-            if turn.role in ("system", "user")
-        ]
+        spread over turns. What a model has said of a picture that it was shown counts as said by who showed it: the words in it."""
+        turns, before = [], None
+        for turn in document.turns:
+            if turn.role in ("system", "user") or _reads(before, turn):
+                turns.append(_words(turn))
+            before = turn
         texts = [text for text in turns if text.strip()]
         if len(texts) > 1:
             texts.append("\n".join(texts))
@@ -118,7 +118,8 @@ class Safety:
         return self._decided("image", lambda layer: layer.decide(images), *images)
 
     def answered(self, turn):
-        """The `Decision` on a model's turn: its own refusal, if it is one, else what its pictures show."""
+        """The `Decision` on a model's turn: its own refusal, if it is one, else what its pictures show and its words say: it may have read
+        them in a picture."""
         if turn.parts and isinstance(turn.parts[0], Refusal):
             categories = self._layers["prompt"].policy.categories if self._layers.get("prompt") else {}
             names = tuple(
@@ -127,7 +128,11 @@ class Safety:
             words = " ".join(part.text for part in turn.parts[1:]) or "The model refused."
             found = Decision("refuse", names, "model", "model", reason=words)
             return self._decided("model", lambda _: found, words.encode())
-        return self.drawn([part.pixels for part in turn.parts if isinstance(part, Image)])
+        found = self.drawn([part.pixels for part in turn.parts if isinstance(part, Image)])
+        words = _words(turn)
+        if not found.allowed or not words.strip():
+            return found
+        return self._decided("prompt", lambda layer: layer.decide(words, self.level), words.encode())
 
     def _decided(self, name, decide, *asked):
         if name != "model" and name not in self._broken and self._layers[name] is None:
@@ -175,6 +180,16 @@ class _Nothing:
 
     def decide(self, text, level):
         return Decision()
+
+
+def _words(turn):
+    return " ".join(part.text for part in turn.parts if isinstance(part, Text))
+
+
+def _reads(asked, turn):
+    """Whether a turn is a model's answer, no refusal, to one that shows a picture."""
+    shown = asked is not None and any(isinstance(part, Image) for part in asked.parts)
+    return shown and turn.role == "assistant" and not (turn.parts and isinstance(turn.parts[0], Refusal))
 
 
 def _failed(layer, why):

@@ -49,8 +49,11 @@ class ImageLayer:
     def decide(self, images, edited=False):
         """The `Decision` on pictures that belong together. edited: they are a user's, and are to be changed: of what has a child in it
         nothing is made."""
-        for image in images:
-            image = image[..., :3]
+        images = [image[..., :3] for image in images]
+        if self.classifier and images:
+            found = self.classifier.probabilities(images)
+            flags = self.classifier.flagged(found)
+        for i, image in enumerate(images):
             if entry := self.blocklist.find(image):
                 return self.policy.decided(
                     entry["category"],
@@ -59,9 +62,8 @@ class ImageLayer:
                     reason=f"This picture is on a list: {entry['why']}.",
                 )
             if self.classifier:
-                found = self.classifier.probabilities([image])
-                p = {g.name: dict(zip(g.classes, found[g.name][0].tolist())) for g in self.classifier.groups}
-                if "yes" in self.classifier.flags([image])[0]["symbol"]:
+                p = {g.name: dict(zip(g.classes, found[g.name][i].tolist())) for g in self.classifier.groups}
+                if "yes" in flags[i]["symbol"]:
                     return self.policy.decided(
                         "symbol",
                         "symbol-classifier",

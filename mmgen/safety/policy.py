@@ -194,6 +194,12 @@ class Policy:
                 return self.decided(category, rule, "prompt", span=name, reason=reason)
         return None
 
+    def unexcepted(self, text):
+        """A normalised text without what rules except ("nude lipstick"): it counts against nobody, by any rule or classifier."""
+        for rule in self.rules:
+            text = rule.exempt.sub(" · ", text) if rule.exempt else text
+        return text
+
     def _name(self, text):
         """The longest name of a list that is in a normalised text, or None."""
         words = _WORDS.findall(_DOTS.sub("", text))

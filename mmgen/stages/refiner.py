@@ -15,13 +15,14 @@ from mmgen.data.loader import Images
 from mmgen.data.sources import open_source
 from mmgen.models import image_losses, refiner
 from mmgen.models.autoencoders import load_tokenizer, to_float, to_uint8
+from mmgen.models.discriminators import PatchGAN, adversarial
 from mmgen.models.quantizers import FSQ
 from mmgen.models.refiner import Refiner, added, base_of, enlarged, load_refiner, reduced
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
-from mmgen.stages.tokenizer import background, disturbed, preview, real_images, reconstruction
+from mmgen.stages.tokenizer import background, disturbed, preview, real_images, reconstruction, warnings
 
 _MEASURED = 128  # images by which the deviations of the detail are known
 
@@ -58,11 +59,22 @@ def setup(config, workdir):
     held_out = open_source(**{**config.held_out, **seen})
     held_out_images = functools.cache(lambda: real_images(tokenizer, held_out, data.max_bad))
 
+    def make(rngs):
+        model = refiner.make(config.model, tokenizer.model, rngs, spread)
+        if config.loss.gan.weight:
+            m = config.model
+            model.discriminator = PatchGAN(
+                m.discriminator, rngs, dtype=jnp.dtype(m.dtype), alpha=tokenizer.alpha
+            )
+        return model
+
     def evaluate(graphdef, params, step):
         # Each process for itself, as its tokenizer is: on the mesh of all, what it computes would be laid out there.
         params = jax.tree.map(np.asarray, meshes.fetched(params))
         with meshes.use(meshes.of_rows(jax.local_devices()), config.sharding):
-            return measured(nnx.merge(graphdef, params), step)
+            net = nnx.merge(graphdef, params)
+            net.discriminator = None  # no part of a refiner, nor of its hash
+            return measured(net, step)
 
     def measured(net, step):
         model = Refiner(net, tokenizer, config.loss.most_steps, upsampler)
@@ -77,7 +89,7 @@ def setup(config, workdir):
         return {name + key: value for name, found in each.items() for key, value in found.items()}
 
     return Stage(
-        make=lambda rngs: refiner.make(config.model, tokenizer.model, rngs, spread),
+        make=make,
         loss=functools.partial(
             loss, autoencoder=tokenizer.model, upsampler=upsampler and upsampler.net, **config.loss
         ),
@@ -90,6 +102,7 @@ def setup(config, workdir):
         adopt=functools.partial(_adopt, {data.tokenizer: folder, data.upsampler: workdir / "upsampler"}),
         identity={"tokenizer_hash": tokenizer.hash}
         | ({"upsampler_hash": upsampler.hash} if upsampler else {}),
+        warnings=warnings,
     )
 
 
@@ -121,6 +134,12 @@ def _check(config, tokenizer, seen):
             f"config.loss.few_every={l.few_every} must divide the {config.data.batch_size // config.accumulate} images of "
             "data.batch_size / accumulate, or be 0"
         )
+    if l.gan.weight and not config.model.flow:
+        raise ConfigError(
+            "config.loss.gan.weight is for the flow: of the deterministic up-sampler, the baseline, it must be 0"
+        )
+    if l.gan.weight < 0:
+        raise ConfigError(f"config.loss.gan.weight is at least 0, not {l.gan.weight}")
     if config.refine_steps < 1:
         raise ConfigError(f"config.refine_steps is at least 1, not {config.refine_steps}")
 
@@ -177,6 +196,7 @@ def loss(
     width,
     few_every,
     most_steps,
+    gan,
 ):
     """{name: (sum over images, images)}: "loss", its parts "flow" and "few", and what is watched.
 
@@ -192,6 +212,10 @@ def loss(
     few: one image in `few_every` instead learns that one step of 1, 2, 4 ... `most_steps` equal ones comes out where two
     of half the length do; of the smallest, where two steps of the flow's own velocity do (self-consistency,
     arXiv:2410.12557).
+
+    adversarial, where gan["weight"] is above 0: what a discriminator says of the image that a single step makes of noise
+    (models/discriminators.py, with the rest of `gan`; adversarial distillation, arXiv:2311.17042). Of all that is told
+    this alone asks that the image as a whole be like one: squares are else drawn each for itself, given the others' noise.
 
     The deterministic up-sampler learns the mean absolute error of the detail, and has none of this but the wrong codes.
     """
@@ -246,6 +270,13 @@ def loss(
         target = put(target, (one_in(z) - arrived) / column(start - end))
     target = jnp.where(model.certain, y, target)
     counts = model.spread[...] / model.spread[...].mean()
+    if gan["weight"]:
+        begin, end = jnp.full(B, np.pi / 2), jnp.zeros(B)
+        made = model.step(e, model(e, base, values, begin, end, jnp.ones(B, bool)), begin, end)
+        settings = {name: value for name, value in gan.items() if name != "weight"}
+        theirs, its, seen = adversarial(
+            model.discriminator, images, base + model.pixels(made), batch["step"], **settings
+        )
     error = counts * jnp.square(model(z, base, values, at, to, given) - target)
     told, drawn = (
         jnp.mean(jnp.where(which, error, 0.0), (1, 2, 3)) for which in (model.certain, ~model.certain)
@@ -253,6 +284,10 @@ def loss(
     found = {"loss": ((told + drawn).sum(), n), "told": (told.sum(), n)}
     for name, chosen in (("flow", ~few), ("few", few)):
         found[name] = (jnp.where(chosen, drawn, 0.0).sum(), chosen.sum().astype(jnp.float32))
+    if gan["weight"]:
+        found["loss"] = (found["loss"][0] + (gan["weight"] * theirs + its).sum(), n)
+        found |= {"adversarial": (theirs.sum(), n), "discriminator": (its.sum(), n)}
+        found |= {name: (value * n, n) for name, value in seen.items()}
     return found
 
 
