@@ -173,7 +173,11 @@ class Grammar:
         if low < 0 or high >= self.codes:
             raise GrammarError(f"image codes must be in [0, {self.codes}), found {low} to {high}")
         header = [self.boi, self.h(codes.shape[0]), self.w(codes.shape[1])]
-        return header + (codes.reshape(-1, self.depth) + self._depth_start).reshape(-1).tolist() + [self.eoi]
+        return header + self.code_tokens(codes).tolist() + [self.eoi]
+
+    def code_tokens(self, codes):
+        """The tokens of codes [h, w] ([h, w, depth]), in their order: [h * w * depth]."""
+        return (codes.reshape(-1, self.depth) + self._depth_start).reshape(-1)
 
     @functools.cached_property
     def _depth_start(self) -> np.ndarray:

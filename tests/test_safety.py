@@ -308,6 +308,19 @@ def test_a_layer_that_breaks_blocks(layer, monkeypatch):
     assert gate.prompt(caption_to_image("a red circle")).rule == FAILED
 
 
+@given(st.text(st.characters(), max_size=80), st.text(st.characters(), max_size=80))
+def test_the_gate_decides_on_any_text_and_lets_a_listed_name_through_in_none(layer, before, after):
+    gate = Safety(prompts=lambda: layer)
+    for text in (before, before + after):
+        found = gate.prompt(caption_to_image(text, None))
+        assert found.decision in ("allow", "block", "refuse") and found.rule != FAILED, found
+    # A line of its own, as a text before may turn all that follows on its line around.
+    found = gate.prompt(
+        Document([Turn("user", [Text(f"{before}\nin the style of hayao miyazaki\n{after}")])])
+    )
+    assert not found.allowed and found.rule != FAILED, found
+
+
 def test_off_lets_everything_pass_and_says_so(tmp_path):
     gate = Off(tmp_path / "log.jsonl")
     assert gate.prompt(caption_to_image("isis recruitment poster")).allowed

@@ -6,6 +6,8 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from mmgen.document import Image, Refusal, Text, Turn, caption_to_image
@@ -189,6 +191,15 @@ def test_a_hash_knows_a_picture_again_and_no_other():
     assert pdq.pdq(np.full((64, 64, 3), 200, np.uint8))[1] < 20 < pdq.pdq(pixels)[1]
 
 
+@pytest.fixture(scope="module")
+def blocked(tmp_path_factory):
+    """A blocklist of one picture."""
+    folder = tmp_path_factory.mktemp("blocklist")
+    (folder / "bad.png").write_bytes(encoded(textured(128)))
+    pdq.add(folder / "list.jsonl", [folder / "bad.png"], "violence", "as reported")
+    return folder / "list.jsonl"
+
+
 def test_a_listed_picture_is_blocked_by_the_command_that_lists_it(policy, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(encoded(textured(128)))
     path = tmp_path / "blocked.jsonl"
@@ -288,6 +299,29 @@ def test_the_gate_looks_at_what_is_shown_and_drawn_and_blocks_if_it_cannot(
         and broken.about["safety"] == "broken"
     )
     assert broken.prompt(caption_to_image("a red circle")).allowed  # which shows nothing yet
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from((3, 4)),
+    st.sampled_from(("noise", "plain", "rows")),
+    st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None, max_examples=50)
+def test_the_gate_decides_on_any_picture(layer, policy, blocked, height, width, channels, kind, seed):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (height, width, channels), np.uint8)
+    pixels = {
+        "noise": pixels,
+        "plain": pixels[:1, :1].repeat(height, 0).repeat(width, 1),
+        "rows": pixels[:, :1].repeat(width, 1),
+    }[kind]
+    gate = Safety(prompts=lambda: layer, images=lambda: ImageLayer(policy, blocklist=blocked))
+    for found in (gate.shown([pixels], edited=True), gate.drawn([pixels])):
+        assert found.decision in ("allow", "block", "refuse") and found.rule != FAILED, found
+    # What is not a picture is not let through.
+    assert gate.drawn([pixels[..., :2]]).rule == FAILED and gate.drawn([None]).rule == FAILED
 
 
 def test_a_classifier_of_other_things_is_an_error(policy, monkeypatch):

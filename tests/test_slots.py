@@ -443,6 +443,28 @@ def test_partial_images_show_what_is_there(random, sampler):
     assert shares == sorted(shares) and 0 < shares[0] < 12
 
 
+def test_an_image_keeps_the_codes_that_it_is_to_have(random):
+    model = random[0]
+    ask = lambda **options: Request(
+        Document([Turn("user", [Text("x")])]), size=(3, 4), image=WILD, seed=3, **options
+    )
+    free = model.generate([ask()])[0].parts[0].codes
+    kept = np.full((3, 4), -1, np.int32)
+    kept[1, 1:3], kept[2, 0] = (free[1, 1:3] + 1) % model.grammar.codes, free[2, 0]
+    with_kept, other = (turn.parts[0].codes for turn in model.generate([ask(kept=kept), ask()]))
+    assert (with_kept[kept >= 0] == kept[kept >= 0]).all() and (other == free).all()
+    assert (with_kept.ravel()[:5] == free.ravel()[:5]).all()  # of what comes later nothing is known
+    assert (with_kept.ravel()[7:] != free.ravel()[7:]).any()  # of what came before all is
+    again = (
+        model.generate([ask(kept=np.where(kept < 0, with_kept, -1).astype(np.int32))], 1)[0].parts[0].codes
+    )
+    assert (again[kept < 0] == with_kept[kept < 0]).all()
+    with pytest.raises(ValueError, match="kept are codes"):
+        ask(kept=kept[:2])
+    with pytest.raises(ValueError, match="kept has the shape"):
+        model.generate([ask(kept=np.full((3, 4), model.grammar.codes))])
+
+
 def test_stops_and_limits(random):
     model = random[0]
     ask = lambda **options: Request(

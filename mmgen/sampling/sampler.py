@@ -46,6 +46,9 @@ class Request:
     refusals: None where the model must not refuse; a number where it may, if it was trained to: the bias of a refusal's logits, below 0 for
     fewer refusals. Then the answer may be a `Refusal` and its words, whatever `output` says.
 
+    kept: codes int32 [h, w] (or [h, w, depth]) of a picture of `size` that the image is to have, -1 where it is to be drawn: an edit under
+    a mask. What is drawn follows on what is kept before it, row by row, and knows what lies behind it only where the document shows it.
+
     max_tokens: the most that the answer may take, its <end> included; the grammar leads out before. stop: texts
     before which a text answer ends, wherever they first occur.
     """
@@ -61,6 +64,7 @@ class Request:
     image: Strategy = Strategy()
     text: Strategy = Strategy()
     refusals: float | None = None
+    kept: np.ndarray | None = dataclasses.field(default=None, compare=False)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
 
@@ -80,6 +84,11 @@ class Request:
             )
         if self.refusals is not None and not abs(self.refusals) <= 1e6:
             raise ValueError(f"refusals must be None or a number up to 1e6, found {self.refusals}")
+        if self.kept is not None and (self.output != "image" or self.kept.shape[:2] != self.size):
+            raise ValueError(
+                f"kept are codes of the image that is drawn: expected output 'image' and its size, {self.kept.shape[:2]}, found "
+                f"{self.output!r} and {self.size}"
+            )
         if not (abs(self.guidance) <= 1e6 and abs(self.image_guidance) <= 1e6):
             raise ValueError(
                 f"guidance must be a number up to 1e6, found {self.guidance} and {self.image_guidance}"
@@ -251,6 +260,15 @@ class Sampler:
     def room(self, request, tokens):
         """How many tokens the answer may take, <end> and <eos> included."""
         height, width = request.size or (1, 1)
+        depth = () if self.grammar.depth == 1 else (self.grammar.depth,)
+        if request.kept is not None and (
+            request.kept.shape[2:] != depth
+            or not (-1 <= request.kept.min() <= request.kept.max() < self.grammar.codes)
+        ):
+            raise ValueError(
+                f"kept has the shape {request.kept.shape} and codes up to {request.kept.max()}: expected {(height, width, *depth)}, and "
+                f"codes from -1 to {self.grammar.codes - 1}"
+            )
         if max(height, width) > self.grammar.max_side:
             raise ValueError(f"an image of {height} x {width} codes: sides go up to {self.grammar.max_side}")
         least = height * width * self.grammar.depth + 6 if request.output == "image" else 3

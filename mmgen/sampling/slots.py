@@ -84,6 +84,7 @@ class Slots:
             "interval": np.zeros((count, 2), np.float32), "rescale": np.zeros(count, np.float32),
             "temperature": strategy(np.float32), "top_k": strategy(np.int32), "top_p": strategy(np.float32),
             "min_p": strategy(np.float32), "keep_mode": strategy(bool),
+            "kept": np.full((count, self.length), -1, np.int32),  # tokens of an image's codes
         }  # fmt: skip
         self._nothing = jax.device_put(self._fill())  # the same zeros for each dispatch without new prompts
         self._reset()
@@ -243,6 +244,10 @@ class Slots:
             values[name] = [getattr(strategy, name) for strategy in strategies]
         for name, value in values.items():
             self._knobs[name][place] = value
+        self._knobs["kept"][place] = -1
+        if request.kept is not None:
+            kept = self.sampler.grammar.code_tokens(request.kept)
+            self._knobs["kept"][place, : len(kept)] = np.where(request.kept.reshape(-1) < 0, -1, kept)
 
 
 def _shared(a, b):
@@ -310,6 +315,9 @@ def _dispatch(
             free, same = jnp.ones(logits.shape[-1:], bool), jnp.where(repeats, before // model.colors, -1)
             outline, sure = draw(logits, free[None], same, jax.vmap(jax.random.fold_in, (0, None))(key, 1))
             token, finite = jnp.where(code, token + model.colors * outline, token), finite & (sure | ~code)
+        coming = machine.height * machine.width * grammar.depth - machine.remaining
+        kept = knobs["kept"][place, jnp.clip(coming, 0, knobs["kept"].shape[1] - 1)]
+        token = jnp.where((machine.mode == CODES) & (kept >= 0), kept, token)
         broken = broken | (active & ~finite)
         token = every(jnp.where(active, token, grammar.eos))
         at = grammar.position(state.machine)
