@@ -10,6 +10,7 @@ COMMANDS = {
     "tokenize": "turn a source into tokenised shards",
     "sample": "draw pictures for prompts, or answer them in words",
     "chat": "a dialogue in the terminal, text and images in and out",
+    "serve": "an HTTP API that clients of OpenAI's speak, and a page",
     "evaluate": "judge a checkpoint on the world's suites",
     "text": "train a SentencePiece text model",
     "doctor": "say what works on this machine",

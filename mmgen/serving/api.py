@@ -1,0 +1,848 @@
+"""The HTTP API, in the shape of OpenAI's: images, edits, dialogues; with every request and every picture through the gate.
+
+What is asked for and cannot be done is refused, never ignored. Pictures come as data, never from paths or addresses, and are decoded
+within limits and encoded anew before anybody sees them.
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import io
+import json
+import secrets
+import time
+import uuid
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import prometheus_client as prometheus
+import pydantic
+from fastapi import Depends, FastAPI
+from fastapi import Request as Asked
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from PIL import Image as Pillow
+from starlette.exceptions import HTTPException
+
+from mmgen.data import images
+from mmgen.document import Document, Image, Refusal, Text, Turn
+from mmgen.sampling.sampler import Request, draw_seed
+from mmgen.sampling.strategies import Strategy
+from mmgen.serving import dialogues
+from mmgen.serving.engine import Closed, Full, Late
+
+PAGE = Path(__file__).parent / "page"
+FORMATS = {"png": ".png", "webp": ".webp", "jpeg": ".jpeg"}
+MOST_IMAGES = 16  # of a request
+MASK_BYTES = 4 << 20
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; form-action 'none'; "
+    "frame-ancestors 'none'; base-uri 'none'"
+)
+
+
+class Wrong(Exception):
+    """An error as clients see it."""
+
+    def __init__(
+        self, status, message, code=None, param=None, kind="invalid_request_error", retry=None, details=None
+    ):
+        super().__init__(message)
+        self.status, self.retry = status, retry
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+        if details:
+            self.error["moderation_details"] = details
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+Prompt = Annotated[str, pydantic.StringConstraints(min_length=1, max_length=32_000)]
+
+
+class Options(_Strict):
+    """What pictures may be asked for with, in every endpoint. `seed` and `guidance` are ours."""
+
+    model: str | None = None
+    size: str = "auto"
+    quality: Literal["auto"] = "auto"
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    output_format: Literal["png", "webp", "jpeg"] = "png"
+    output_compression: Annotated[int, pydantic.Field(ge=0, le=100)] = 100
+    moderation: Literal["auto", "low"] = "auto"
+    partial_images: Annotated[int, pydantic.Field(ge=0, le=3)] = 0
+    seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] | None = None
+    guidance: Annotated[float, pydantic.Field(ge=1, le=20, strict=False)] | None = None
+
+
+class Generation(Options):
+    prompt: Prompt
+    n: Annotated[int, pydantic.Field(ge=1, le=10)] = 1
+    stream: bool = False
+    response_format: Literal["b64_json"] | None = None
+    safety_identifier: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
+    user: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
+
+
+class Edit(Generation):
+    """The fields of an edit beside its files; of a form, where everything is text."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=False)
+    input_fidelity: Literal["low"] | None = None
+
+
+class InputText(_Strict):
+    type: Literal["input_text"]
+    text: Annotated[str, pydantic.StringConstraints(max_length=32_000)]
+
+
+class InputImage(_Strict):
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto"] = "auto"
+
+
+class Message(_Strict):
+    type: Literal["message"] = "message"
+    role: Literal["user", "system", "developer"]
+    content: str | Annotated[list[InputText | InputImage], pydantic.Field(min_length=1, max_length=64)]
+
+
+class Tool(Options):
+    type: Literal["image_generation"]
+    action: Literal["auto"] = "auto"
+
+
+class Choice(_Strict):
+    type: Literal["image_generation"]
+
+
+class Talk(_Strict):
+    input: str | Annotated[list[Message], pydantic.Field(min_length=1, max_length=64)]
+    model: str | None = None
+    instructions: Annotated[str, pydantic.StringConstraints(max_length=32_000)] | None = None
+    previous_response_id: str | None = None
+    tools: Annotated[list[Tool], pydantic.Field(max_length=1)] = []
+    tool_choice: Literal["auto", "none", "required"] | Choice = "auto"
+    stream: bool = False
+    store: bool = True
+    metadata: dict[str, str] | None = None
+    safety_identifier: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
+    user: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
+
+
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(arbitrary_types_allowed=True))
+class Settings:
+    """What a server is started with. gates: {level: `safety.gate.Safety`}. signer: or None. keys: of the API; none needed where there
+    are none. size: (width, height) in pixels of what is drawn where "auto" is asked for; None: the model chooses. options: of `Request`, beside
+    those that are asked for. seconds: the deadline of a request. body: bytes of one."""
+
+    name: str
+    gates: dict
+    signer: Any = None
+    keys: tuple = ()
+    size: tuple[int, int] | None = None
+    options: dict = pydantic.Field(default_factory=dict)
+    seconds: float = 120.0
+    body: int = 64 << 20
+    store: Any = None
+
+
+def app(engine, settings):
+    """The FastAPI application over an `Engine`, which it closes when it ends."""
+    sampler, store = engine.sampler, settings.store or dialogues.Store()
+    scale = sampler.refining.refiner.scale if sampler.refining else 1
+    patch, most = sampler.tokenizer.patch * scale, sampler.grammar.max_side * sampler.tokenizer.patch * scale
+    secret = secrets.token_bytes(16)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_):
+        yield
+        await asyncio.to_thread(engine.close)
+
+    api = FastAPI(title="mmgen", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    api.add_middleware(_Limit, most=settings.body)
+
+    # ---- who asks, and what cannot be ----
+
+    def client(asked: Asked):
+        """Who asks: by key, or by address. Wrong where a key is needed and there is none."""
+        said = asked.headers.get("authorization", "")
+        if not settings.keys:
+            return asked.client.host if asked.client else ""
+        found = [hmac.compare_digest(said.encode(), f"Bearer {key}".encode()) for key in settings.keys]
+        if not any(found):
+            raise Wrong(401, "expected a key of this server: Authorization: Bearer KEY", "invalid_api_key")
+        return hmac.new(secret, said.encode(), hashlib.sha256).hexdigest()
+
+    Client = Annotated[str, Depends(client)]
+
+    @api.exception_handler(Wrong)
+    async def wrong(_, error):
+        headers = {"Retry-After": str(error.retry)} if error.retry else None
+        return JSONResponse({"error": error.error}, error.status, headers=headers)
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_, error):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        unknown = first["type"] == "extra_forbidden"
+        words = f"{where}: this server does not know it" if unknown else f"{where or 'body'}: {first['msg']}"
+        found = Wrong(
+            400, words, "unknown_parameter" if unknown else "invalid_value", where.split(".")[0] or None
+        )
+        return JSONResponse({"error": found.error}, 400)
+
+    @api.exception_handler(HTTPException)
+    async def elsewhere(_, error):
+        found = Wrong(error.status_code, str(error.detail), "not_found" if error.status_code == 404 else None)
+        return JSONResponse({"error": found.error}, error.status_code, headers=error.headers)
+
+    @api.exception_handler(Exception)
+    async def broken(_, error):
+        found = Wrong(500, "the server failed; its log says why", "server_error", kind="server_error")
+        return JSONResponse({"error": found.error}, 500)
+
+    # ---- what is asked, checked ----
+
+    def check(options):
+        if options.model not in (None, settings.name):
+            raise Wrong(
+                404, f"model: expected {settings.name!r}, found {options.model!r}", "model_not_found", "model"
+            )
+        if getattr(options, "background", None) == "transparent" and not sampler.tokenizer.alpha:
+            raise Wrong(
+                400, "background: this model draws no transparent pictures", "invalid_value", "background"
+            )
+        if getattr(options, "background", None) == "transparent" and options.output_format == "jpeg":
+            raise Wrong(
+                400,
+                "background: a jpeg is never transparent; ask for png or webp",
+                "invalid_value",
+                "background",
+            )
+
+    def grid(text):
+        """ "WIDTHxHEIGHT", "auto" -> (height, width) in patches, or None where the model chooses."""
+        if text == "auto":
+            pair = settings.size
+        else:
+            sides = text.split("x")
+            if len(sides) != 2 or not all(
+                side.isascii() and side.isdigit() and len(side) < 6 for side in sides
+            ):
+                raise Wrong(
+                    400, f"size: expected 'auto' or WIDTHxHEIGHT, found {text[:40]!r}", "invalid_size", "size"
+                )
+            pair = tuple(map(int, sides))
+        if pair and any(side % patch or not 0 < side <= most for side in pair):
+            raise Wrong(
+                400,
+                f"size: expected sides that are multiples of {patch}, up to {most}",
+                "invalid_size",
+                "size",
+            )
+        return pair and (pair[1] // patch, pair[0] // patch)
+
+    def gate_of(level):
+        return settings.gates.get(level) or next(iter(settings.gates.values()))
+
+    def stop(decision, stage):
+        """Wrong where the gate lets nothing through."""
+        if not decision.allowed:
+            words = decision.reason + (f" {decision.offer}" if decision.offer else "")
+            raise Wrong(
+                400, words, "moderation_blocked", kind="image_generation_user_error",
+                details={"moderation_stage": stage, "categories": list(decision.categories)},
+            )  # fmt: skip
+
+    async def checked(gate, document, edited):
+        """The document has passed layers 1 and 2."""
+        stop(await asyncio.to_thread(gate.prompt, document), "input")
+        if shown := [image.pixels for image in document.images() if image.pixels is not None]:
+            stop(await asyncio.to_thread(gate.shown, shown, edited), "input")
+
+    def options_of(options, gate, seed):
+        more = dict(settings.options)
+        if options.guidance is not None:
+            more["guidance"] = options.guidance
+        return more | {"seed": seed, "refusals": gate.refusal_bias if sampler.refuses else None}
+
+    # ---- what is answered ----
+
+    async def drawn(pixels, options, gate, seed):
+        """The bytes of a picture: marked, encoded and signed."""
+
+        def make():
+            image = images.straight(pixels)
+            if options.background == "opaque" and image.shape[-1] == 4:
+                image = np.asarray(Pillow.fromarray(image).convert("RGB"))
+            signer = settings.signer
+            image, data = (signer.mark(image) if signer else image), io.BytesIO()
+            picture = Pillow.fromarray(image)
+            if options.output_format == "jpeg":
+                picture = picture.convert("RGB")
+            how = {} if options.output_format == "png" else {"quality": options.output_compression}
+            if options.output_format == "webp" and options.output_compression == 100:
+                how = {"lossless": True}
+            picture.save(data, options.output_format.upper(), **how)
+            if not signer:
+                return data.getvalue()
+            recipe = {
+                "seed": seed,
+                "step": sampler.step,
+                "tokenizer": sampler.tokenizer.hash,
+                "gate": gate.about,
+            }
+            return signer.sign(data.getvalue(), FORMATS[options.output_format], recipe)
+
+        return base64.b64encode(await asyncio.to_thread(make)).decode()
+
+    async def submitted(jobs, who, partials=0):
+        """Jobs of [prepare]; Wrong where the queue has no room for all."""
+        found = []
+        try:
+            for prepare in jobs:
+                found.append(engine.submit(prepare, client=who, seconds=settings.seconds, partials=partials))
+        except Exception as error:
+            for job in found:
+                job.gone = True
+            raise _said(error) from None
+        return found
+
+    async def finished(job, asked):
+        """The last step of a job, unless who asked has gone."""
+        steps = aiter(job)
+        while True:
+            waiting = asyncio.ensure_future(anext(steps))
+            while not (await asyncio.wait({waiting}, timeout=0.25))[0]:
+                if await asked.is_disconnected():
+                    job.gone = True
+                    waiting.cancel()
+                    raise Wrong(499, "the client has gone", "client_gone")
+            try:
+                step = waiting.result()
+            except Exception as error:
+                raise _said(error) from None
+            if step.turn is not None:
+                return step
+
+    async def passed(step, gate):
+        """The turn of a last step, which layers 2 and 3 let through."""
+        stop(await asyncio.to_thread(gate.answered, step.turn), "output")
+        return step.turn
+
+    def about(options, pixels):
+        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        alpha = pixels.shape[-1] == 4 and options.background != "opaque"
+        return {
+            "size": size, "output_format": options.output_format, "quality": "medium",
+            "background": "transparent" if alpha else "opaque",
+        }  # fmt: skip
+
+    async def pictures(asked, options, who, document, kind, prepare, paste):
+        """Answers a generation or an edit. prepare(seed) -> a job's function; paste(pixels) -> those that are shown."""
+        gate = gate_of(options.moderation)
+        seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+        if options.stream and options.n > 1:
+            raise Wrong(400, "n: one picture is streamed at a time", "invalid_value", "n")
+        if options.partial_images and not options.stream:
+            raise Wrong(
+                400, "partial_images: are streamed; say stream too", "invalid_value", "partial_images"
+            )
+        await checked(gate, document, kind == "image_edit")
+        seeds = [draw_seed(seed, n) for n in range(options.n)]
+        jobs = await submitted([prepare(each, gate) for each in seeds], who, options.partial_images)
+        identifier = options.safety_identifier or options.user
+        more = {"safety_identifier": identifier} if identifier else {}
+        if options.stream:
+            return _stream(streamed(jobs[0], options, gate, seed, kind, paste, more))
+        try:
+            steps = await asyncio.gather(*(finished(job, asked) for job in jobs))
+            turns = [await passed(step, gate) for step in steps]
+        finally:
+            for job in jobs:
+                job.gone = True
+        shown = [paste(turn.parts[0].pixels) for turn in turns]
+        data = [{"b64_json": await drawn(pixels, options, gate, seed), "seed": seed} for pixels in shown]
+        return {
+            "created": int(time.time()),
+            "data": data,
+            "usage": _usage(steps),
+            **about(options, shown[0]),
+            **more,
+        }
+
+    async def streamed(job, options, gate, seed, kind, paste, more):
+        index = 0
+        async for step in job:
+            if step.sketch is not None:
+                stop(await asyncio.to_thread(gate.drawn, [step.sketch]), "output")
+                yield {
+                    "type": f"{kind}.partial_image", "partial_image_index": index, "created_at": int(time.time()),
+                    "b64_json": await drawn(step.sketch, options, gate, seed), **about(options, step.sketch), **more,
+                }  # fmt: skip
+                index += 1
+            if step.turn is not None:
+                turn = await passed(step, gate)
+                pixels = paste(turn.parts[0].pixels)
+                yield {
+                    "type": f"{kind}.completed", "created_at": int(time.time()), "seed": seed, "usage": _usage([step]),
+                    "b64_json": await drawn(pixels, options, gate, seed), **about(options, pixels), **more,
+                }  # fmt: skip
+
+    @api.post("/v1/images/generations")
+    async def generate(asked: Asked, options: Generation, who: Client):
+        check(options)
+        size = grid(options.size)
+        document = Document([Turn("user", [_text(options.prompt)])])
+
+        def prepare(seed, gate):
+            return lambda _: Request(document, "image", size, **options_of(options, gate, seed))
+
+        return await pictures(asked, options, who, document, "image_generation", prepare, lambda x: x)
+
+    @api.post("/v1/images/edits")
+    async def edit(asked: Asked, who: Client):
+        fields, files, mask = await _form(asked)
+        try:
+            options = Edit(**fields)
+        except pydantic.ValidationError as error:
+            raise RequestValidationError(error.errors()) from None
+        check(options)
+        size = grid(options.size) if options.size != "auto" else None
+        first = _decoded(files[0], sampler, "image")
+        size = size or _near(first, patch, most)
+        unit = sampler.tokenizer.patch
+        side = (size[1] * unit, size[0] * unit)
+        shown = [
+            images.fit(pixels, *side)
+            for pixels in (first, *(_decoded(f, sampler, "image") for f in files[1:]))
+        ]
+        free = None if mask is None else _free(mask, first, size)
+        parts = [*(Image(pixels=pixels) for pixels in shown), _text(options.prompt)]
+        document = Document([Turn("user", parts)])
+
+        def prepare(seed, gate):
+            def make(sampler):
+                given, kept = sampler.encoded(document), None
+                if free is not None:
+                    codes = given.images()[0].codes
+                    kept = np.where(free.reshape(free.shape + (1,) * (codes.ndim - 2)), -1, codes).astype(
+                        np.int32
+                    )
+                return Request(given, "image", size, kept=kept, **options_of(options, gate, seed))
+
+            return make
+
+        def paste(pixels):
+            """What the mask keeps is kept to the pixel, where the picture is of its own size."""
+            if free is None or pixels.shape != shown[0].shape:
+                return pixels
+            changed = free.repeat(unit, 0).repeat(unit, 1)
+            return np.where(changed[..., None], pixels, shown[0])
+
+        return await pictures(asked, options, who, document, "image_edit", prepare, paste)
+
+    @api.post("/v1/responses")
+    async def respond(asked: Asked, talk: Talk, who: Client):
+        tool = talk.tools[0] if talk.tools else None
+        check(talk)
+        if tool:
+            check(tool)
+        options = tool or Tool(type="image_generation")
+        gate, size = gate_of(options.moderation), grid(options.size)
+        before = store.get(talk.previous_response_id, who) if talk.previous_response_id else Document()
+        if before is None:
+            raise Wrong(
+                404,
+                "previous_response_id: there is no such response (any more)",
+                "previous_response_not_found",
+                "previous_response_id",
+            )
+        document = Document((*before.turns, *_turns(talk, sampler, size)))
+        draws = tool is not None and talk.tool_choice != "none"
+        must = draws and (talk.tool_choice == "required" or isinstance(talk.tool_choice, Choice))
+        output = "image" if must else "any" if draws else "text"
+        await checked(gate, document, draws)
+        seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+
+        def prepare(sampler):
+            grid = size if draws else None
+            return Request(sampler.encoded(document), output, grid, **options_of(options, gate, seed))
+
+        (job,) = await submitted([prepare], who, options.partial_images)
+        said = _Response(talk, settings.name, seed)
+        if talk.stream:
+            return _stream(spoken(job, said, options, gate, who))
+        step = await finished(job, asked)
+        await ended(said, job, step, options, gate, who)
+        return said.whole
+
+    async def ended(said, job, step, options, gate, who):
+        """Notes the answer in `said`, and keeps the dialogue."""
+        turn = step.turn
+        if not (turn.parts and isinstance(turn.parts[0], Refusal)):
+            turn = await passed(step, gate)
+        else:
+            await asyncio.to_thread(gate.answered, turn)  # for its log
+        said.usage(_usage([step]))
+        for part in turn.parts:
+            if isinstance(part, Image):
+                said.image(await drawn(part.pixels, options, gate, said.seed), about(options, part.pixels))
+        said.text(turn)
+        said.whole["status"] = "completed"
+        if said.store:
+            store.put(said.whole["id"], who, Document((*job.request.document.turns, turn)))
+
+    async def spoken(job, said, options, gate, who):
+        """The events of a response, as it comes."""
+        number = iter(range(1 << 30))
+        event = lambda kind, **more: {"type": f"response.{kind}", "sequence_number": next(number), **more}
+        yield event("created", response=said.whole)
+        words, index, item = "", 0, None
+        async for step in job:
+            if step.turn is None and step.text.startswith(words) and len(step.text) > len(words):
+                yield event(
+                    "output_text.delta", delta=step.text[len(words) :], item_id=said.message_id, output_index=0,
+                    content_index=0, logprobs=[],
+                )  # fmt: skip
+                words = step.text
+            if step.sketch is not None:
+                stop(await asyncio.to_thread(gate.drawn, [step.sketch]), "output")
+                place = dict(item_id=said.image_id, output_index=0)
+                if item is None:
+                    item = said.image_id
+                    yield event("image_generation_call.in_progress", **place)
+                    yield event("image_generation_call.generating", **place)
+                yield event(
+                    "image_generation_call.partial_image", partial_image_index=index,
+                    partial_image_b64=await drawn(step.sketch, options, gate, said.seed), **place, **about(options, step.sketch),
+                )  # fmt: skip
+                index += 1
+            if step.turn is not None:
+                await ended(said, job, step, options, gate, who)
+                for place, each in enumerate(said.whole["output"]):
+                    if each["type"] == "message" and len(text := each["content"][0].get("text", "")) > len(
+                        words
+                    ):
+                        yield event(
+                            "output_text.delta", delta=text[len(words) :], item_id=each["id"], output_index=place,
+                            content_index=0, logprobs=[],
+                        )  # fmt: skip
+                    if each["type"] == "image_generation_call":
+                        yield event("image_generation_call.completed", item_id=each["id"], output_index=place)
+                    yield event("output_item.done", item=each, output_index=place)
+                yield event("completed", response=said.whole)
+
+    # ---- what the server says of itself ----
+
+    @api.get("/v1/models")
+    async def models(_: Client):
+        size = "x".join(map(str, settings.size)) if settings.size else "auto"
+        return {
+            "object": "list",
+            "data": [
+                {
+                    "id": settings.name, "object": "model", "created": 0, "owned_by": "mmgen", "sizes": [size],
+                    "default_size": size, "edits": True, "step": sampler.step, "refuses": sampler.refuses,
+                }
+            ],
+        }  # fmt: skip
+
+    @api.get("/healthz")
+    async def healthy():
+        return {"status": "ok"}
+
+    @api.get("/readyz")
+    async def ready():
+        if not engine.ready:
+            raise Wrong(503, "the model is being compiled", "not_ready", kind="server_error", retry=5)
+        return {"status": "ok"}
+
+    @api.get("/metrics")
+    async def metrics():
+        return Response(prometheus.generate_latest(engine.registry), media_type="text/plain; version=0.0.4")
+
+    @api.get("/", include_in_schema=False)
+    async def page():
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})
+
+    api.mount("/page", StaticFiles(directory=PAGE), name="page")
+    return api
+
+
+# ---- parts -----------------------------------------------------------------------------------
+
+
+class _Limit:
+    """Bodies over `most` bytes are not read on: by their header, or as they come."""
+
+    def __init__(self, app, most):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        found = Wrong(413, f"the body is over {self.most} bytes", "request_too_large")
+        if not length.isdigit() or int(length) > self.most:
+            return await JSONResponse({"error": found.error}, 413)(scope, receive, send)
+        seen, said = 0, False
+
+        async def counted():
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.most:
+                raise found
+            return message
+
+        async def answer(message):
+            """What is said of a body that was not read to its end, whatever became of it above, is that."""
+            nonlocal said
+            if seen <= self.most:
+                await send(message)
+            elif not said:
+                said = True
+                await JSONResponse({"error": found.error}, 413)(scope, receive, send)
+
+        await self.app(scope, counted, answer)
+
+
+def _said(error):
+    """An engine's error as clients see it."""
+    if isinstance(error, Full):
+        return Wrong(429, str(error), "rate_limit_exceeded", kind="rate_limit_error", retry=error.retry)
+    if isinstance(error, Closed):
+        return Wrong(503, str(error), "server_closed", kind="server_error", retry=30)
+    if isinstance(error, Late):
+        return Wrong(504, str(error), "deadline", kind="server_error")
+    if isinstance(error, ValueError):
+        return Wrong(400, str(error), "invalid_value")
+    return Wrong(500, "the server failed; its log says why", "server_error", kind="server_error")
+
+
+def _stream(events):
+    """Server-sent events; an error is the last of them."""
+
+    async def lines():
+        try:
+            async for event in events:
+                yield f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
+        except Exception as error:  # noqa: BLE001 the status has been sent: this is how it is said
+            error = error if isinstance(error, Wrong) else _said(error)
+            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error.error})}\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+def _usage(steps):
+    """Tokens of the steps that ended answers."""
+    images_in, text_in, out = (
+        sum(step.tokens["prompt"]["image_tokens"] for step in steps),
+        sum(step.tokens["prompt"]["text_tokens"] for step in steps),
+        sum(step.tokens["answer"] for step in steps),
+    )
+    return {
+        "input_tokens": images_in + text_in,
+        "input_tokens_details": {"image_tokens": images_in, "text_tokens": text_in, "cached_tokens": 0},
+        "output_tokens": out,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": images_in + text_in + out,
+    }
+
+
+def _text(words):
+    try:
+        return Text(words)
+    except ValueError as error:
+        raise Wrong(400, f"prompt: {error}", "invalid_value", "prompt") from None
+
+
+def _decoded(data, sampler, param):
+    """Pixels of an image file, within limits."""
+    try:
+        background = images.ALPHA if sampler.tokenizer.alpha else (255, 255, 255)
+        return images.read(data, background=background)
+    except images.BadImage as error:
+        raise Wrong(400, f"{param}: {error}", "invalid_image", param) from None
+
+
+def _near(pixels, patch, most):
+    """(height, width) in patches that come nearest to a picture's own."""
+    shrink = min(1.0, most / max(pixels.shape[:2]))
+    return tuple(max(round(side * shrink / patch), 1) for side in pixels.shape[:2])
+
+
+def _free(data, first, size):
+    """Which patches of a grid a mask leaves free, bool [h, w]: all of which a part is to be changed (alpha 0)."""
+    if len(data) > MASK_BYTES:
+        raise Wrong(400, f"mask: over {MASK_BYTES} bytes", "image_file_too_large", "mask")
+    try:
+        with Pillow.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.size != first.shape[1::-1]:
+                raise Wrong(
+                    400,
+                    f"mask: expected the size of the image, {first.shape[1]}x{first.shape[0]}",
+                    "invalid_image",
+                    "mask",
+                )
+            if "A" not in image.getbands():
+                raise Wrong(
+                    400,
+                    "mask: expected a PNG with alpha, 0 where the picture is to be changed",
+                    "invalid_image",
+                    "mask",
+                )
+            alpha = np.asarray(image.getchannel("A"))
+    except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
+        raise Wrong(400, f"mask: not a PNG that can be read: {error}", "invalid_image", "mask") from None
+    h, w = size
+    rows, columns = (np.arange(n) * m // n for n, m in zip(alpha.shape, size))
+    free = np.zeros(size, bool)
+    ys, xs = np.nonzero(alpha == 0)
+    free[rows[ys], columns[xs]] = True
+    if not free.any():
+        raise Wrong(400, "mask: nothing in it is to be changed (alpha 0)", "invalid_image", "mask")
+    return free.reshape(h, w)
+
+
+async def _form(asked):
+    """-> fields {name: text}, image files [bytes], the mask's bytes or None."""
+    kind = asked.headers.get("content-type", "")
+    if not kind.lower().startswith("multipart/form-data"):
+        raise Wrong(400, "expected multipart/form-data", "invalid_content_type")
+    fields, files, mask = {}, [], None
+    try:
+        async with asked.form(max_files=MOST_IMAGES + 1, max_fields=32, max_part_size=1 << 20) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, str):
+                    if name in fields or name in ("image", "image[]", "mask"):
+                        raise Wrong(
+                            400,
+                            f"{name}: expected {'a file' if name not in fields else 'it once'}",
+                            "invalid_value",
+                            name,
+                        )
+                    fields[name] = value
+                elif name in ("image", "image[]"):
+                    files.append(await value.read())
+                elif name == "mask" and mask is None:
+                    mask = await value.read()
+                else:
+                    raise Wrong(
+                        400, f"{name}: this server does not know such a file", "unknown_parameter", name
+                    )
+    except HTTPException as error:  # of the parser
+        raise Wrong(400, f"the form cannot be read: {error.detail}", "invalid_form") from None
+    if not files or len(files) > MOST_IMAGES:
+        raise Wrong(
+            400, f"image: expected 1 to {MOST_IMAGES} files, found {len(files)}", "invalid_value", "image"
+        )
+    return fields, files, mask
+
+
+def _turns(talk, sampler, size):
+    """What is said in a request for a response: turns of a document, one of the user at the end."""
+    messages = [Message(role="user", content=talk.input)] if isinstance(talk.input, str) else talk.input
+    turns = [Turn("system", [_text(talk.instructions)])] if talk.instructions else []
+    for message in messages:
+        parts = []
+        for part in (
+            [InputText(type="input_text", text=message.content)]
+            if isinstance(message.content, str)
+            else message.content
+        ):
+            parts.append(
+                _text(part.text) if part.type == "input_text" else _inline(part.image_url, sampler, size)
+            )
+        role = "user" if message.role == "user" else "system"
+        if turns and turns[-1].role == role:
+            turns[-1] = Turn(role, (*turns[-1].parts, *parts))
+        else:
+            turns.append(Turn(role, parts))
+    if turns[-1].role != "user":
+        raise Wrong(400, "input: expected the user's words or pictures at the end", "invalid_value", "input")
+    return turns
+
+
+def _inline(url, sampler, size):
+    """The `Image` of a data URL."""
+    head, _, data = url.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise Wrong(
+            400,
+            "image_url: expected data:image/...;base64,...; nothing is fetched",
+            "invalid_image_url",
+            "input",
+        )
+    try:
+        data = base64.b64decode(data, validate=True)
+    except ValueError:
+        raise Wrong(400, "image_url: not base64", "invalid_base64_image", "input") from None
+    pixels, patch = _decoded(data, sampler, "image_url"), sampler.tokenizer.patch
+    size = size or _near(pixels, patch, sampler.grammar.max_side * patch)
+    return Image(pixels=images.fit(pixels, size[1] * patch, size[0] * patch))
+
+
+class _Response:
+    """The object of a response, as it grows."""
+
+    def __init__(self, talk, model, seed):
+        name = lambda kind: f"{kind}_{uuid.uuid4().hex}"
+        self.message_id, self.image_id, self.seed, self.store = name("msg"), name("ig"), seed, talk.store
+        self.whole = {
+            "id": name("resp"), "object": "response", "created_at": int(time.time()), "status": "in_progress", "model": model,
+            "output": [], "previous_response_id": talk.previous_response_id, "instructions": talk.instructions,
+            "parallel_tool_calls": False, "tool_choice": talk.model_dump()["tool_choice"],
+            "tools": [tool.model_dump(exclude_none=True) for tool in talk.tools], "metadata": talk.metadata or {},
+            "error": None, "incomplete_details": None, "store": talk.store, "usage": None,
+        }  # fmt: skip
+        if talk.safety_identifier or talk.user:
+            self.whole["safety_identifier"] = talk.safety_identifier or talk.user
+
+    def usage(self, found):
+        self.whole["usage"] = found
+
+    def image(self, data, about):
+        images = sum(each["type"] == "image_generation_call" for each in self.whole["output"])
+        self.whole["output"].append(
+            {
+                "type": "image_generation_call",
+                "id": f"{self.image_id}{f'_{images}' if images else ''}",
+                "status": "completed",
+                "result": data,
+                "seed": self.seed,
+                **about,
+            }  # fmt: skip
+        )
+
+    def text(self, turn):
+        """The words of a turn, which are a message, or a refusal."""
+        refused = bool(turn.parts) and isinstance(turn.parts[0], Refusal)
+        words = "".join(part.text for part in turn.parts if isinstance(part, Text))
+        if not words and not refused:
+            return
+        content = {"type": "refusal", "refusal": words or "The model refused."} if refused else {
+            "type": "output_text", "text": words, "annotations": [], "logprobs": [],
+        }  # fmt: skip
+        message = {
+            "type": "message",
+            "id": self.message_id,
+            "role": "assistant",
+            "status": "completed",
+            "content": [content],
+        }
+        first = bool(turn.parts) and isinstance(turn.parts[0], (Text, Refusal))
+        self.whole["output"].insert(0 if first else len(self.whole["output"]), message)
+
+
+def default_options(options):
+    """Those of `Request` where a client says nothing: as the commands have them."""
+    return {"guidance": 1.5, "image": Strategy(0.1, keep_mode=True), "text": Strategy(0.7)} | options

@@ -1,0 +1,516 @@
+"""The server, asked by OpenAI's own client and by those who mean harm."""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import threading
+import time
+
+import httpx2 as httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from PIL import Image as Pillow
+
+from mmgen.document import Document, Image, Refusal, Text, Turn
+from mmgen.safety import provenance
+from mmgen.safety.gate import Safety
+from mmgen.safety.policy import Decision
+from mmgen.sampling import sampler as samplers
+from mmgen.sampling.sampler import Request, draw_seed
+from mmgen.serving import api, dialogues
+from mmgen.serving.engine import Closed, Engine, Late
+
+HARMFUL = "in the style of Hayao Miyazaki"
+
+
+class Running:
+    """A server on a free port of this machine, in a thread of its own."""
+
+    def __init__(self, engine, **settings):
+        self.engine = engine
+        settings = {
+            "name": "tiny",
+            "options": api.default_options({"image": samplers.Strategy(1.0)}),
+        } | settings
+        served = api.app(engine, api.Settings(**settings))
+        self.server = uvicorn.Server(
+            uvicorn.Config(served, port=0, log_level="warning", timeout_graceful_shutdown=5)
+        )
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        wait(lambda: self.server.started and engine.ready)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret-1", max_retries=0)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(60)
+
+
+def wait(holds, seconds=120):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def model(space):
+    return samplers.load(space.transformer)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    return provenance.make_keys(tmp_path_factory.mktemp("keys") / "own")
+
+
+@pytest.fixture(scope="module")
+def running(model, layer, keys, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "safety.jsonl"
+    gates = {level: Safety(level, log, prompts=lambda: layer) for level in ("auto", "low")}
+    patch = model.tokenizer.patch
+    found = Running(
+        Engine(model, size=(4, 4), slots=2, waiting=6, every=4),
+        gates=gates, signer=provenance.Signer(keys), size=(4 * patch, 4 * patch), body=1 << 20,
+    )  # fmt: skip
+    found.log, found.side = log, 4 * patch
+    yield found
+    found.stop()
+
+
+def pixels(data):
+    return np.asarray(Pillow.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def png(array):
+    data = io.BytesIO()
+    Pillow.fromarray(array).save(data, "PNG")
+    return data.getvalue()
+
+
+def picture(side, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+
+
+def test_the_client_draws_what_the_sampler_draws(running, model, keys, tmp_path):
+    found = running.client.images.generate(prompt="a red circle", n=3, extra_body={"seed": 7})
+    assert (
+        found.size == f"{running.side}x{running.side}"
+        and found.output_format == "png"
+        and len(found.data) == 3
+    )
+    assert found.usage.total_tokens == found.usage.input_tokens + found.usage.output_tokens > 3 * 16
+    document = Document([Turn("user", [Text("a red circle")])])
+    options = api.default_options({"image": samplers.Strategy(1.0)})
+    requests = [Request(document, size=(4, 4), seed=draw_seed(7, n), **options) for n in range(3)]
+    slots = samplers.Slots(model, 2, 2, model.longest)  # the same program
+    turns = {i: turn for i, turn, *_ in model.answers(slots, requests, range(3))}
+    for n, each in enumerate(found.data):
+        assert (pixels(each.b64_json) == turns[n].parts[0].pixels).all()
+        path = tmp_path / f"{n}.png"
+        path.write_bytes(base64.b64decode(each.b64_json))
+        known = provenance.verify(path, keys)
+        assert (
+            known["state"] == "valid"
+            and known["recipe"]["seed"] == 7
+            and known["recipe"]["gate"]["safety"] == "on"
+        )
+    for kind in ("webp", "jpeg"):
+        found = running.client.images.generate(prompt="x", output_format=kind, output_compression=80)
+        assert Pillow.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))).format == kind.upper()
+
+
+def test_partial_images_are_the_final_one_so_far(running):
+    events = list(
+        running.client.images.generate(
+            prompt="a red circle", stream=True, partial_images=3, extra_body={"seed": 3}
+        )
+    )
+    *partial, last = events
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * len(
+        partial
+    ) and 1 <= len(partial) <= 3
+    assert [event.partial_image_index for event in partial] == list(range(len(partial)))
+    assert last.type == "image_generation.completed" and last.usage.output_tokens >= 16
+    whole = running.client.images.generate(prompt="a red circle", extra_body={"seed": 3})
+    assert (pixels(last.b64_json) == pixels(whole.data[0].b64_json)).all()
+    assert not any((pixels(event.b64_json) == pixels(last.b64_json)).all() for event in partial)
+
+
+def test_an_edit_keeps_what_the_mask_keeps(running):
+    side, patch = running.side, running.side // 4
+    shown = picture(side)
+    mask = np.zeros((side, side, 4), np.uint8)
+    mask[..., 3] = 255
+    mask[patch : 2 * patch, : 2 * patch, 3] = 0
+    mask[3 * patch, 3 * patch, 3] = 0  # one pixel frees its patch
+    free = np.zeros((side, side), bool)
+    free[patch : 2 * patch, : 2 * patch] = free[3 * patch :, 3 * patch :] = True
+    found = running.client.images.edit(
+        image=png(shown), mask=png(mask), prompt="a star", extra_body={"seed": 1}
+    )
+    made = pixels(found.data[0].b64_json)
+    assert (
+        made.shape == shown.shape
+        and (made[~free] == shown[~free]).all()
+        and (made[free] != shown[free]).any()
+    )
+    # Several pictures, as a stream, and of any size: it is drawn in the size that is asked for.
+    events = list(
+        running.client.images.edit(
+            image=[png(picture(40)), png(picture(17))],
+            prompt="both",
+            stream=True,
+            partial_images=1,
+            size=f"{side}x{side}",
+        )
+    )
+    assert events[-1].type == "image_edit.completed" and events[0].type == "image_edit.partial_image"
+    assert events[-1].usage.input_tokens_details.image_tokens >= 2 * 16
+
+
+def test_a_dialogue_goes_on_from_any_answer(running, model):
+    ask = lambda text, **more: running.client.responses.create(
+        model="tiny", input=text, tools=[{"type": "image_generation"}], tool_choice={"type": "image_generation"},
+        extra_body={"tools": [{"type": "image_generation", "seed": 5}]}, **more,
+    )  # fmt: skip
+    first = ask("a red circle")
+    (call,) = [each for each in first.output if each.type == "image_generation_call"]
+    assert first.status == "completed" and pixels(call.result).shape == (running.side, running.side, 3)
+    second = ask("make it blue", previous_response_id=first.id)
+    assert (
+        second.previous_response_id == first.id and second.usage.input_tokens > first.usage.input_tokens + 16
+    )
+    again = ask("make it blue", previous_response_id=first.id)  # undone, and asked again
+    drawn = [
+        next(each.result for each in r.output if each.type == "image_generation_call")
+        for r in (second, again)
+    ]
+    assert (pixels(drawn[0]) == pixels(drawn[1])).all()
+    with pytest.raises(openai.NotFoundError, match="no such response"):
+        ask("more", previous_response_id="resp_nobody")
+
+
+def test_a_streamed_response_has_pictures_and_words(running):
+    data = base64.b64encode(png(picture(16))).decode()
+    content = [
+        {"type": "input_image", "image_url": f"data:image/png;base64,{data}"},
+        {"type": "input_text", "text": "what is it?"},
+    ]
+    events = list(
+        running.client.responses.create(
+            model="tiny", input=[{"role": "user", "content": content}], stream=True
+        )
+    )
+    assert events[0].type == "response.created" and events[-1].type == "response.completed"
+    whole = events[-1].response
+    words = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert words == whole.output_text
+    events = list(
+        running.client.responses.create(
+            model="tiny", input="a star", stream=True, tool_choice="required",
+            tools=[{"type": "image_generation", "partial_images": 2}],
+        )
+    )  # fmt: skip
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert "image_generation_call.partial_image" in kinds and kinds[-1] == "completed"
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    (call,) = events[-1].response.output
+    assert call.type == "image_generation_call" and call.result
+
+
+def test_what_the_gate_stops_is_not_drawn_and_not_logged_in_words(running):
+    before = running.engine.counts.tokens._value.get()
+    with pytest.raises(openai.BadRequestError) as stopped:
+        running.client.images.generate(prompt=f"a lake {HARMFUL}")
+    error = stopped.value.body
+    assert error["code"] == "moderation_blocked" and error["type"] == "image_generation_user_error"
+    assert error["moderation_details"] == {"moderation_stage": "input", "categories": ["artist"]}
+    with pytest.raises(openai.BadRequestError, match="living artist"):
+        running.client.responses.create(model="tiny", input=HARMFUL)
+    with pytest.raises(openai.BadRequestError, match="living artist"):
+        list(running.client.images.edit(image=png(picture(16)), prompt=HARMFUL, stream=True))
+    assert running.engine.counts.tokens._value.get() == before
+    logged = running.log.read_text("utf-8")
+    assert "Miyazaki" not in logged and '"decision": "refuse"' in logged
+
+
+def test_pictures_that_are_not_shown(running, monkeypatch):
+    """Of what was drawn, whole or in part, nothing is shown that the image layer stops."""
+    stopped = Decision("block", ("violence",), "eyes", "image", reason="It is not shown.")
+    monkeypatch.setattr(Safety, "drawn", lambda self, images: stopped)
+    with pytest.raises(openai.BadRequestError, match="not shown") as found:
+        running.client.images.generate(prompt="a red circle")
+    assert found.value.body["moderation_details"]["moderation_stage"] == "output"
+    with pytest.raises(openai.APIError, match="not shown"):
+        list(running.client.images.generate(prompt="a red circle", stream=True, partial_images=2))
+
+
+def test_a_models_refusal_is_a_refusal(running, monkeypatch):
+    turn = Turn("assistant", [Refusal(2), Text("I can't draw that.")])
+    monkeypatch.setattr(
+        running.engine.sampler,
+        "turn",
+        lambda request, tokens, done=True: (turn if done else Turn("assistant", []), None, False),
+    )
+    found = running.client.responses.create(model="tiny", input="x", tools=[{"type": "image_generation"}])
+    assert found.output[0].content[0].refusal == "I can't draw that."
+    with pytest.raises(openai.BadRequestError, match="can't draw that"):
+        running.client.images.generate(prompt="x")
+
+
+@pytest.mark.parametrize(
+    "path, body, param",
+    [
+        ("images/generations", {}, "prompt"),
+        ("images/generations", {"prompt": ""}, "prompt"),
+        ("images/generations", {"prompt": "x", "n": 11}, "n"),
+        ("images/generations", {"prompt": "x", "style": "vivid"}, "style"),
+        ("images/generations", {"prompt": "x", "quality": "high"}, "quality"),
+        ("images/generations", {"prompt": "x", "size": "1024x1024"}, "size"),
+        ("images/generations", {"prompt": "x", "size": "15x16"}, "size"),
+        ("images/generations", {"prompt": "x", "size": "٤x4"}, "size"),
+        ("images/generations", {"prompt": "x", "background": "transparent"}, "background"),
+        ("images/generations", {"prompt": "x", "stream": True, "n": 2}, "n"),
+        ("images/generations", {"prompt": "x", "partial_images": 1}, "partial_images"),
+        ("images/generations", {"prompt": "x", "output_format": "gif"}, "output_format"),
+        ("images/generations", {"prompt": "x", "seed": -1}, "seed"),
+        ("images/generations", {"prompt": "x", "guidance": 1e9}, "guidance"),
+        ("images/generations", {"prompt": "x " * 400}, None),  # longer than the model's rows
+        ("responses", {"input": []}, "input"),
+        ("responses", {"input": [{"role": "assistant", "content": "x"}]}, None),
+        ("responses", {"input": "x", "temperature": 1}, "temperature"),
+        ("responses", {"input": "x", "tools": [{"type": "web_search"}]}, None),
+        ("responses", {"input": [{"role": "system", "content": "x"}]}, "input"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://a/b.png"}]}]}, "input"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,!"}]}]}, "input"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_and_said(running, path, body, param):
+    found = running.http.post(f"/v1/{path}", json=body)
+    error = found.json()["error"]
+    assert found.status_code == 400 and error["message"] and error["type"] == "invalid_request_error", (
+        found.text
+    )
+    assert param is None or error["param"] == param, error
+
+
+def test_other_models_pages_and_methods(running):
+    found = running.http.post("/v1/images/generations", json={"prompt": "x", "model": "gpt-image-1"})
+    assert found.status_code == 404 and found.json()["error"]["code"] == "model_not_found"
+    assert running.http.get("/v1/nothing").json()["error"]["code"] == "not_found"
+    assert running.http.get("/v1/images/generations").status_code == 405
+    assert running.client.models.list().data[0].id == "tiny"
+    assert running.http.get("/healthz").status_code == running.http.get("/readyz").status_code == 200
+    assert "mmgen_jobs_total" in running.http.get("/metrics").text
+    page = running.http.get("/")
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+    assert running.http.get("/page/app.js").status_code == 200
+    assert (
+        running.http.get("/page/../api.py").status_code
+        == running.http.get("/page/%2e%2e/api.py").status_code
+        == 404
+    )
+
+
+def edit(running, **files):
+    more = {"prompt": (None, "x")} | files
+    return running.http.post("/v1/images/edits", files=more)
+
+
+def bomb():
+    """A small PNG of 20,000 x 20,000 pixels."""
+    data = io.BytesIO()
+    Pillow.new("1", (20_000, 20_000)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_uploads_are_decoded_within_limits(running):
+    good = png(picture(16))
+    mask = np.zeros((8, 8, 4), np.uint8)
+    for files, words in (
+        ({}, "expected 1 to 16 files"),
+        ({"image": b"no picture"}, "image"),
+        ({"image": bomb()}, "pixels"),
+        ({"image": good[: len(good) // 2]}, "image"),
+        ({"image": good, "mask": b"no"}, "not a PNG"),
+        ({"image": good, "mask": png(mask)}, "expected the size of the image"),
+        ({"image": good, "mask": good}, "with alpha"),
+        ({"image": good, "mask": png(np.full((16, 16, 4), 255, np.uint8))}, "nothing in it"),
+        ({"image": good, "other": good}, "does not know such a file"),
+        ({"image": good, "watermark": (None, "1")}, "does not know it"),
+        ({"image": good, "seed": (None, "one")}, "seed"),
+    ):
+        found = edit(running, **files)
+        assert found.status_code == 400 and words in found.json()["error"]["message"], (
+            files.keys(),
+            found.text,
+        )
+    found = running.http.post("/v1/images/edits", json={"prompt": "x"})
+    assert found.status_code == 400 and "multipart" in found.json()["error"]["message"]
+    found = running.http.post(
+        "/v1/images/edits",
+        content=b"--x\r\nbroken",
+        headers={"content-type": "multipart/form-data; boundary=x"},
+    )
+    assert found.status_code == 400
+    assert edit(running, image=b"0" * (2 << 20)).status_code == 413
+    # ... and where it does not say how much will come.
+    chunks = (b"0" * 65536 for _ in range(64))
+    assert (
+        running.http.post(
+            "/v1/responses", content=chunks, headers={"content-type": "application/json"}
+        ).status_code
+        == 413
+    )
+
+
+def test_who_leaves_frees_his_slot(running):
+    body = json.dumps({"prompt": "a", "stream": True, "partial_images": 3}).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    gone = lambda: (
+        running.engine.counts.jobs.labels("gone")._value.get()
+        + running.engine.counts.jobs.labels("done")._value.get()
+    )
+    before = gone()
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", running.port)) as line:
+            line.sendall(head.encode() + body)
+            line.recv(1)
+    wait(lambda: gone() == before + 5 and not running.engine._active and not running.engine.waiting)
+    assert running.client.images.generate(prompt="still here").data
+
+
+def test_a_full_queue_says_when_to_come_again(running, monkeypatch):
+    hold, real = threading.Event(), running.engine._slots.run
+    monkeypatch.setattr(running.engine._slots, "run", lambda *a: hold.wait(30) and real(*a))
+    found, lines = [], []
+
+    def ask():
+        found.append(running.http.post("/v1/images/generations", json={"prompt": "x", "n": 1}))
+
+    while running.engine.waiting < 6:  # one or two are in slots, whose dispatch does not end
+        there = len(running.engine._active) + running.engine.waiting
+        lines.append(threading.Thread(target=ask))
+        lines[-1].start()
+        wait(lambda: len(running.engine._active) + running.engine.waiting > there)
+    full = running.http.post("/v1/images/generations", json={"prompt": "x"})
+    assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+    assert full.json()["error"]["code"] == "rate_limit_exceeded"
+    hold.set()
+    for line in lines:
+        line.join()
+    assert [each.status_code for each in found] == [200] * len(lines)
+
+
+def test_keys(model, layer):
+    engine = Engine(model, slots=1, every=8)
+    running = Running(engine, gates={"auto": Safety(prompts=lambda: layer)}, keys=("secret-1", "secret-2"))
+    try:
+        assert running.client.images.generate(prompt="x", size="16x16").data
+        first = running.client.responses.create(model="tiny", input="x")
+        other = openai.OpenAI(base_url=f"{running.url}/v1", api_key="secret-2", max_retries=0)
+        with pytest.raises(openai.NotFoundError):  # another's dialogue
+            other.responses.create(model="tiny", input="y", previous_response_id=first.id)
+        for key in ("no", "secret-", "secret-11", "s\xe9cret"):
+            found = running.http.get(
+                "/v1/models", headers={"authorization": f"Bearer {key}".encode("latin-1")}
+            )
+            assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
+        assert running.http.get("/healthz").status_code == 200
+    finally:
+        running.stop()
+
+
+# ---- the engine --------------------------------------------------------------------------------
+
+
+def ask(text="x", **options):
+    return lambda _: Request(Document([Turn("user", [Text(text)])]), size=(2, 2), **options)
+
+
+def test_clients_take_turns_and_nobody_is_lost(model):
+    engine, order = Engine(model, slots=1, every=64), []
+
+    async def one(job, name):
+        async for step in job:
+            if step.turn is not None:
+                order.append(name)
+
+    async def all_of_them():
+        begun, hold = threading.Event(), threading.Event()
+
+        def slow(sampler):
+            begun.set()
+            hold.wait(30)
+            return ask()(sampler)
+
+        first = engine.submit(slow, client="a")
+        await asyncio.to_thread(begun.wait, 60)
+        jobs = [(first, "a")] + [(engine.submit(ask(seed=n), client="a"), "a") for n in range(4)]
+        jobs += [(engine.submit(ask(seed=n), client=name), name) for n in range(2) for name in "bc"]
+        hold.set()
+        await asyncio.gather(*(one(*job) for job in jobs))
+
+    try:
+        asyncio.run(all_of_them())
+    finally:
+        engine.close()
+    assert "".join(order) == "aabcabcaa"  # whoever asked for much waits for himself
+
+
+def test_deadlines_failures_and_the_end(model, monkeypatch):
+    engine = Engine(model, slots=1, waiting=2, every=4)
+
+    async def outcome(job):
+        try:
+            async for step in job:
+                pass
+            return step.turn
+        except Exception as error:
+            return error
+
+    async def run():
+        late = await outcome(engine.submit(ask(), seconds=-1))
+        assert isinstance(late, Late)
+        wrong = await outcome(engine.submit(ask("x " * 1000)))
+        assert isinstance(wrong, ValueError) and "too long" in str(wrong)
+        real = engine._slots.run
+        monkeypatch.setattr(
+            engine._slots, "run", lambda *_: (_ for _ in ()).throw(FloatingPointError("not finite"))
+        )
+        assert isinstance(await outcome(engine.submit(ask())), FloatingPointError)
+        monkeypatch.setattr(engine._slots, "run", real)
+        jobs = [engine.submit(ask(seed=n)) for n in range(2)]
+        closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
+        found = await asyncio.gather(*map(outcome, jobs))  # what is there is finished
+        assert all(isinstance(turn.parts[0], Image) for turn in found)
+        await closing
+        with pytest.raises(Closed):
+            engine.submit(ask())
+
+    asyncio.run(run())
+
+
+def test_dialogues_are_forgotten_in_time_and_by_size():
+    document = Document(
+        [
+            Turn(
+                "user",
+                [Text("x"), Image(pixels=np.zeros((8, 8, 3), np.uint8), codes=np.zeros((2, 2), np.int32))],
+            )
+        ]
+    )
+    store = dialogues.Store(seconds=1000, most=5 * 1420)
+    for n in range(9):
+        store.put(str(n), "a", document)
+    assert 2 <= len(store) < 9 and store.get("0", "a") is None and store.get("8", "b") is None
+    assert store.get("8", "a").images()[0].pixels is None
+    store.seconds = -1
+    assert store.get("8", "a") is None and len(store) == 0
