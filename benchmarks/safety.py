@@ -2,11 +2,14 @@
 
 python benchmarks/safety.py prompts benchmarks/safety/heldout.en.jsonl benchmarks/safety/heldout.zh.jsonl
 python benchmarks/safety.py pictures --classifier runs/safety
+python benchmarks/safety.py together --checkpoint runs/transformer --classifier runs/safety
 python benchmarks/safety.py marks "tars:data/photos/*.tar" world:test/draw+style --sides 256,128,64
 
 prompts: how the prompt layer stands up to disguises, and how long it takes. Twelve ways to write a text so that people read it and
 matching does not, each alone and each after each other one, on the prompts that are to be stopped: recall, and its share of that of the plain texts.
 pictures: what the image layer lets through and stops of held-out pictures of the world, whose people and symbols are known; milliseconds a picture.
+together: requests of the world that are to be refused, and others with nearly the same words, through all layers: what share each stops, and
+all of them, were it alone; milliseconds of each.
 marks: in how many pictures the watermark is found after what, and of unmarked ones the greatest score; bits by which PDQ hashes of a picture
 that was changed differ, and those of two pictures; milliseconds of marking and signing.
 """
@@ -27,13 +30,16 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from mmgen.data.sources import open_source
-from mmgen.evals.compare import wilson
 from mmgen.commands.chat import png
+from mmgen.data.sources import open_source
+from mmgen.document import Document, Text, Turn
+from mmgen.evals.compare import wilson
 from mmgen.safety import pdq, provenance, watermark
-from mmgen.safety.gate import PromptLayer
+from mmgen.safety.gate import PromptLayer, Safety
 from mmgen.safety.images import ImageLayer
 from mmgen.safety.policy import Policy
+from mmgen.sampling import sampler
+from mmgen.sampling.strategies import Strategy
 from mmgen.stages.tokenizer import real_images
 
 ALIKE = dict(zip("aceopxyijsBHKMT", "асеорхуіјѕВНКМТ"))  # Cyrillic
@@ -137,6 +143,67 @@ def pictures_part(args):
         found[name] = {"share": float(np.mean(right)), "low": low, "high": high, "of": len(right)}
         print(f"{name:24} {np.mean(right):.4f} [{low:.3f}, {high:.3f}] of {len(right)}")
     print(f"{found['ms']:.2f} ms a picture (median, one at a time)")
+    return found
+
+
+def together_part(args):
+    model = sampler.load(args.checkpoint)
+    gate = Safety(args.strictness, images=lambda: ImageLayer(Policy(), args.classifier))
+    grid = tuple(64 // model.tokenizer.patch for _ in range(2))
+    found = {}
+    for language in args.languages.split(","):
+        source = open_source(
+            "world:test/refusal", (64, 64), seed=args.seed, documents=args.count, languages=(language,)
+        )
+        rows, requests, seconds = [], [], {"prompts": 0.0, "model": 0.0, "pictures": 0.0}
+        for i in range(len(source)):
+            (turn,) = source.item(i).turns
+            document = Document([Turn("user", [Text(turn.asks[0])])])
+            began = time.perf_counter()
+            stopped = gate.prompt(document)
+            seconds["prompts"] += time.perf_counter() - began
+            rows.append([turn.kind, stopped])
+            how = dict(guidance=1.5, image=Strategy(0.1, keep_mode=True), text=Strategy(0.7))
+            requests.append(
+                sampler.Request(
+                    document,
+                    size=grid,
+                    seed=sampler.draw_seed(args.seed, i),
+                    refusals=gate.refusal_bias,
+                    **how,
+                )
+            )
+        model.generate(requests[: args.batch_size], args.batch_size)  # compiles
+        began = time.perf_counter()
+        turns = model.generate(requests, args.batch_size)
+        seconds["model"] = time.perf_counter() - began
+        counts = {}
+        for (kind, stopped), turn in zip(rows, turns):
+            began = time.perf_counter()
+            after = gate.answered(turn)
+            seconds["pictures"] += time.perf_counter() - began
+            by = {
+                "prompts": not stopped.allowed,
+                "the model": after.layer == "model" and not after.allowed,
+                "pictures": after.layer == "image" and not after.allowed,
+            }
+            by["all together"] = any(by.values())
+            for name, value in by.items():
+                counts.setdefault((kind, name), []).append(value)
+                counts.setdefault((f"ALL {kind.rpartition('_')[2]}", name), []).append(value)
+        print(f"== {language}, {len(turns)} requests: stopped by")
+        for (kind, name), right in sorted(counts.items()):
+            low, high = wilson(sum(right), len(right))
+            found[f"{language} {kind} {name}"] = {
+                "share": float(np.mean(right)),
+                "low": low,
+                "high": high,
+                "of": len(right),
+            }
+            print(f"{kind:24} {name:14} {np.mean(right):.3f} [{low:.3f}, {high:.3f}] of {len(right)}")
+        each = {name: 1000 * value / len(turns) for name, value in seconds.items()}
+        found[f"{language} ms"] = each
+        print(", ".join(f"{name} {value:.2f} ms" for name, value in each.items()), "a request", flush=True)
     return found
 
 
@@ -251,6 +318,17 @@ def main():
     part.set_defaults(part=pictures_part)
     part.add_argument("--classifier", required=True, help="workdir of a run of classifier:safety")
     part.add_argument("--count", type=int, default=2000)
+    part.add_argument("--seed", type=int, default=0)
+    part = parts.add_parser("together")
+    part.set_defaults(part=together_part)
+    part.add_argument(
+        "--checkpoint", required=True, help="workdir of a transformer that learned refusals, at 64 px"
+    )
+    part.add_argument("--classifier", required=True)
+    part.add_argument("--languages", default="en,zh")
+    part.add_argument("--strictness", default="auto")
+    part.add_argument("--count", type=int, default=400)
+    part.add_argument("--batch-size", type=int, default=16)
     part.add_argument("--seed", type=int, default=0)
     part = parts.add_parser("marks")
     part.set_defaults(part=marks_part)

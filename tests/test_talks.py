@@ -9,6 +9,7 @@ import pytest
 from mmgen.document import Image, Text, Turn
 from mmgen.evals import compare, suites, talks
 from mmgen.world import tasks
+from mmgen.world.edits import only
 from mmgen.world.judge import parse
 from mmgen.world.render import render
 from mmgen.world.scene import (
@@ -127,7 +128,7 @@ def test_edits_that_copy_or_change_more_are_measured():
         assert copy.measured == {"changed": False, "kept": True, "copied": True, "psnr_outside": 60.0}
         assert right.measured == {"changed": True, "kept": True, "copied": False, "psnr_outside": 60.0}
         for thing in turn.before.objects:  # a blot over what was to change, or over what was to stay
-            blot, target = true.copy(), turn.task.target and tasks.only(turn.task.target, turn.before)
+            blot, target = true.copy(), turn.task.target and only(turn.task.target, turn.before)
             x, y = (round(32 * at) for at in (thing.x, thing.y))
             blot[max(y - 3, 0) : y + 3, max(x - 3, 0) : x + 3, 0] ^= 0xA0
             if turn.task.kind in ("recolor", "resize", "replace") and parse(blot).faults:
@@ -232,7 +233,7 @@ class Painter:
         kind = edit.kind
         if kind == "background":
             return dataclasses.replace(scene, background=edit.value)
-        thing = edit.target and tasks.only(edit.target, scene)
+        thing = edit.target and only(edit.target, scene)
         rest = tuple(other for other in scene.objects if other is not thing)
         if kind in ("recolor", "resize", "remove", "replace"):
             new = {
@@ -243,7 +244,7 @@ class Painter:
             return Scene((*rest, new[kind]()) if kind in new else rest, scene.background)
         new = thing or dataclasses.replace(edit.value, size=edit.value.size or "small")
         taken = [(other.x, other.y, *half_extent(other)) for other in rest]
-        anchor = edit.anchor and tasks.only(edit.anchor, scene)
+        anchor = edit.anchor and only(edit.anchor, scene)
         for _ in range(5000):
             place = free_place(self.rng, half_extent(new), taken)
             put = place and Object(new.shape, new.color, new.size, *place)

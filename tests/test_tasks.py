@@ -9,6 +9,7 @@ import pytest
 from mmgen.data.sources import open_source
 from mmgen.document import Image, Text
 from mmgen.world import pages, tasks, tasks_judge
+from mmgen.world.edits import RICH_EDITS, RICH_QUESTIONS, random_edit
 from mmgen.world.render import render
 from mmgen.world.scene import BACKGROUNDS, SHAPES, SIZES, Group, Scene, fits, held_out, related
 from tests.conftest import config_of, mmgen
@@ -83,7 +84,7 @@ def test_held_out_pairs_are_there_where_they_are_asked_for_alone(category):
 
 def test_every_kind_comes_up():
     edits = collections.Counter(t.turns[0].task.kind for t in talks("edit", 300))
-    assert set(edits) == set(tasks.RICH_EDITS) and min(edits.values()) > 12
+    assert set(edits) == set(RICH_EDITS) and min(edits.values()) > 12
     for category in tasks.TASKS:
         plain = (
             [tasks.talk(5, "valid", i, category, size=(32, 32)) for i in range(30)]
@@ -98,7 +99,7 @@ def test_every_kind_comes_up():
     with pytest.raises(ValueError, match="not judged"):
         tasks.talk(0, "valid", 0, "story", unseen=True)
     questions = collections.Counter(turn.task.kind for t in talks("question", 200) for turn in t.turns)
-    assert set(questions) == set(tasks.RICH_QUESTIONS)
+    assert set(questions) == set(RICH_QUESTIONS)
     answers = [
         turn.task.answer for t in talks("question", 300) for turn in t.turns if turn.task.kind == "exists"
     ]
@@ -208,7 +209,7 @@ def test_the_judge_of_edits(side, count, unseen):
         right.append(verdict.ok and not verdict.copied and verdict.outside > 70)
         verdict = tasks_judge.judge_edit(source, source, edit, before, true)
         wrong.append(verdict.ok or not verdict.copied)
-        other, beyond = tasks.random_edit(rng, after, rich=side >= tasks.RICH_FROM)
+        other, beyond = random_edit(rng, after, rich=side >= tasks.RICH_FROM)
         # A second change of the same thing may be another right answer where the place was open.
         open_place = edit.kind in ("add", "move") and other.kind == "move"
         if not open_place and not _undoes(edit, other, before, beyond):

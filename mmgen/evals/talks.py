@@ -15,6 +15,7 @@ from mmgen.evals.suites import Case
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.world import language as words
 from mmgen.world import pages, tasks, tasks_judge
+from mmgen.world.edits import only
 from mmgen.world.judge import parse
 from mmgen.world.scene import (
     BACKGROUNDS,
@@ -265,10 +266,10 @@ def as_read(turn, now, back=None, edit=None, language="en"):
     if now is None:
         return UNREADABLE
     if isinstance(task, tasks.Edit):
-        named = all(tasks.only(group, now) for group in (task.target, task.anchor) if group)
+        named = all(only(group, now) for group in (task.target, task.anchor) if group)
         if not named or not _has_room(task, now) or tasks_judge.done(task, now, now)[0]:
             return OPEN
-        if task.kind == "resize" and tasks.only(task.target, now).size == task.value:
+        if task.kind == "resize" and only(task.target, now).size == task.value:
             return OPEN  # it is as large, or as small, as things are already
         return replace(turn, task=task, before=now)
     answer = right_answer(task, now)
@@ -291,11 +292,11 @@ def right_answer(question, scene):
         if question.kind == "exists":
             return "yes" if count else "no"
         return count if count <= MOST else None
-    thing = tasks.only(subject, scene)
+    thing = only(subject, scene)
     if thing is None:
         return None
     if question.kind == "relation":
-        other = tasks.only(question.other, scene)
+        other = only(question.other, scene)
         if not other:
             return None
         ax, ay = RELATIONS[question.relation]
@@ -311,7 +312,7 @@ def _has_room(edit, scene):
     """Whether what an edit adds or moves can be put where it says, the rest left in place: on 64 by 64 places."""
     if edit.kind not in ("add", "move"):
         return True
-    moved = edit.target and tasks.only(edit.target, scene)
+    moved = edit.target and only(edit.target, scene)
     kind = moved or replace(edit.value, size=edit.value.size or "small")
     halves = half_extent(kind)
     xs, ys = (EDGE + half + np.linspace(0, 1, 64) * (1 - 2 * (EDGE + half)) for half in halves)
@@ -319,7 +320,7 @@ def _has_room(edit, scene):
     for thing in (thing for thing in scene.objects if thing is not moved):
         apart = [half + other + GAP for half, other in zip(halves, half_extent(thing))]
         free &= (abs(xs - thing.x) >= apart[0]) | (abs(ys - thing.y) >= apart[1])[:, None]
-    anchor = edit.anchor and tasks.only(edit.anchor, scene)
+    anchor = edit.anchor and only(edit.anchor, scene)
     places = (Object(kind.shape, kind.color, kind.size, xs[x], ys[y]) for y, x in np.argwhere(free))
     return any(anchor is None or related(edit.relation, place, anchor) for place in places)
 

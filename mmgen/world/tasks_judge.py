@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mmgen.world.edits import Edit, only
 from mmgen.world.judge import judge, parse
 from mmgen.world.pages import Page, kind_of, strings
 from mmgen.world.pages_judge import judge_page, read_page
 from mmgen.world.scene import ALL_SIZES, Claim, Group, Scene, fits, related
-from mmgen.world.tasks import Edit, Exchange, only
+from mmgen.world.tasks import Exchange
 
 
 @dataclass(frozen=True)
