@@ -249,7 +249,11 @@ def marks_part(args):
         for spec, side in itertools.product(args.source, args.sides):
             pixels = real_images(
                 types.SimpleNamespace(alpha=False),
-                open_source(spec, (side, side), **({"split": "test"} if spec.startswith("tars:") else {})),
+                open_source(
+                    spec,
+                    (side, side),
+                    **({"split": "test"} if spec.startswith("tars:") else {"documents": args.count}),
+                ),
                 most=args.count,
             )
             began = time.perf_counter()

@@ -15,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8  # of every tiny run
+# Most of the time of a test is the compiler's, and a fifth of that its optimiser's. Set XLA_FLAGS yourself for what users run.
+QUICK = "--xla_backend_optimization_level=0"
 
 
 def pytest_configure(config):
@@ -30,6 +32,7 @@ def pytest_configure(config):
         home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         config.add_cleanup(home.cleanup)
         os.environ["XDG_CONFIG_HOME"] = home.name
+    os.environ.setdefault("XLA_FLAGS", QUICK)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     from mmgen.runtime import hardware  # which imports JAX, and that reads the environment
 
@@ -126,7 +129,7 @@ def run_python(code, *arguments, devices=1, check=True, **options):
     """Runs Python code in a fresh process -> CompletedProcess with its output as text."""
     environment = dict(
         os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", JAX_PLATFORMS="cpu",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        XLA_FLAGS=f"{QUICK} --xla_force_host_platform_device_count={devices}",
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True,

@@ -12,7 +12,7 @@ import pytest
 
 from mmgen.data.shards import write
 from mmgen.stages import loop
-from tests.conftest import ROOT, config_of, records, run_python
+from tests.conftest import QUICK, ROOT, config_of, records, run_python
 from tests.test_shards import GRAMMAR, edit
 
 STEPS, ROWS, DEVICES = 1000, 8, 4
@@ -58,7 +58,7 @@ def run(processes, code, arguments, status=0, **environment):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {
         **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}", **environment,
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={DEVICES // processes}", **environment,
     }  # fmt: skip
     running = []
     for rank, each in enumerate(arguments):

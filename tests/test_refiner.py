@@ -25,7 +25,7 @@ from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
 from mmgen.stages import loop, program
 from mmgen.stages import refiner as stage
-from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records, run_python
+from tests.conftest import QUICK, arrays, assert_same_arrays, config_of, mmgen, records, run_python
 
 
 @pytest.fixture(scope="module")
@@ -580,7 +580,7 @@ def test_two_processes_measure_what_one_does(space, tmp_path):
     flags += ["--config.evaluate_every=2", "--config.log_every=1"]
     loop.train(config_of(flags), tmp_path / "one")
     shared = [*flags, "--config.mesh.fsdp=2", "--workdir", tmp_path / "two"]
-    run_processes(2, PROCESS, [shared] * 2, XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    run_processes(2, PROCESS, [shared] * 2, XLA_FLAGS=f"{QUICK} --xla_force_host_platform_device_count=1")
     one, two = (records(tmp_path / name)[-1] for name in ("one", "two"))
     assert two["psnr"] == pytest.approx(one["psnr"], rel=1e-3) and two["step"] == 2
 
