@@ -34,7 +34,7 @@ class Running:
         self.engine = engine
         settings = {
             "name": "tiny",
-            "options": api.default_options({"image": samplers.Strategy(1.0)}),
+            "options": api.default_options({"image": samplers.Strategy(1.0), "max_tokens": 40}),
         } | settings
         served = api.app(engine, api.Settings(**settings))
         self.server = uvicorn.Server(
