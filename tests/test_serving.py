@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import collections
 import io
 import json
+import resource
 import socket
 import threading
 import time
@@ -514,3 +516,74 @@ def test_dialogues_are_forgotten_in_time_and_by_size():
     assert store.get("8", "a").images()[0].pixels is None
     store.seconds = -1
     assert store.get("8", "a") is None and len(store) == 0
+
+
+# ---- those who send anything ---------------------------------------------------------------------
+
+
+def hammer(running, examples):
+    """Requests that the description allows, and some that it does not: no answer is a failure of the server."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.checks import not_a_server_error
+
+    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+    asked = 0
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        strategies = [operation.as_strategy(mode) for mode in schemathesis.GenerationMode]
+
+        @given(case=strategies[0] | strategies[1])
+        @settings(
+            max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        def send(case):
+            nonlocal asked
+            asked += 1
+            case.call_and_validate(checks=[not_a_server_error], timeout=60)
+
+        send()
+    assert running.http.get("/readyz").status_code == 200 and running.engine._thread.is_alive()
+    return asked
+
+
+def mangle(running, examples):
+    """Forms that are damaged anywhere, or end early: 400s, and no failure."""
+    data = io.BytesIO()
+    line = b"--x\r\nContent-Disposition: form-data; name="
+    data.write(
+        line
+        + b'"prompt"\r\n\r\na star\r\n'
+        + line
+        + b'"image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    )
+    data.write(png(picture(16)) + b"\r\n--x--\r\n")
+    whole, rng = data.getvalue(), np.random.default_rng(0)
+    found = collections.Counter()
+    for n in range(examples):
+        form = bytearray(whole)
+        for place in rng.integers(0, len(form), rng.integers(1, 6)):
+            form[place] = rng.integers(0, 256)
+        if n % 3 == 0:
+            del form[rng.integers(0, len(form)) :]
+        asked = running.http.post(
+            "/v1/images/edits",
+            content=bytes(form),
+            headers={"content-type": "multipart/form-data; boundary=x"},
+        )
+        found[asked.status_code] += 1
+    assert set(found) <= {200, 400}, found
+    return found.total()
+
+
+def test_what_the_description_allows_never_fails(running):
+    assert hammer(running, 25) >= 50 and mangle(running, 40) == 40
+
+
+@pytest.mark.soak
+def test_ten_thousand_requests(running):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert hammer(running, 2500) + mangle(running, 5000) >= 10_000
+    assert running.client.images.generate(prompt="still here").data
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1.5 * before

@@ -64,8 +64,10 @@ class Blocklist:
 
     def find(self, pixels):
         """The entry that a picture is like, or None. Plain pictures, of which the hash says nothing, are like none."""
+        if not len(self._bits):
+            return None
         bits, quality = pdq(pixels)
-        if not len(self._bits) or quality < 20:
+        if quality < 20:
             return None
         distance = (self._bits != bits).sum(1)
         return self.entries[int(distance.argmin())] if distance.min() <= CLOSE else None
