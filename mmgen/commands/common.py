@@ -182,8 +182,8 @@ def add_refiner_flags(parser):
     add(
         "--refine-temperature",
         type=share,
-        default=1.0,
-        help="below 1: less detail, and less that is wrong of it (docs/refiner.md)",
+        default=0.5,
+        help="of its noise, from 0 to 1: less is less detail, and less that is wrong of it (docs/refiner.md)",
     )
     add("--refine-tile", type=int, metavar="CODES", help="large images in tiles of so many codes a side")
 
@@ -255,7 +255,7 @@ def refiner_flags(args):
         "upscale": None,
         "refiner": "",
         "refine_guidance": 1.0,
-        "refine_temperature": 1.0,
+        "refine_temperature": 0.5,
         "refine_tile": None,
     }
     return [f"--{name.replace('_', '-')}" for name, value in left_out.items() if getattr(args, name) != value]
