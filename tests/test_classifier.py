@@ -185,6 +185,7 @@ def test_a_workdir_without_a_checkpoint_may_be_used_anew(run, tmp_path):
     loop.train(config_of(run[1]), tmp_path, stop_at=1)
 
 
+@pytest.mark.soak
 def test_a_frozen_tower_keeps_its_weights(space, tmp_path, capsys):
     text = [
         f"--config.data.text={space.text}",

@@ -464,6 +464,7 @@ def test_a_new_run_begins_with_a_tower(space, run, tmp_path, capsys):
     assert "it has no image/encoder" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_a_tokenizer_learns_to_look_right_to_the_towers(space, run, pair, tmp_path):
     flags = [*space.tokenizer_flags, "--config.loss.weights.perceptual=1.0", "--config.steps=4"]
     config = config_of([*flags, f"--config.loss.towers={run.workdir}"])

@@ -47,7 +47,7 @@ def rate(n, size, damage=lambda a: a):
     return np.mean([judge(damage(render(s.scene, size, size)), s.claim).ok for s in samples(n)])
 
 
-@pytest.mark.parametrize("size", [32, 48, 64, 128])
+@pytest.mark.parametrize("size", [32, 48, 64, pytest.param(128, marks=pytest.mark.soak)])
 def test_true_pictures_are_judged_true(size):
     assert rate(50, size) == 1.0
 
@@ -67,7 +67,7 @@ def test_altered_prompts_are_judged_false(size):
         assert not verdict.ok and verdict.why
 
 
-@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("size", [32, pytest.param(64, marks=pytest.mark.soak)])
 def test_jpeg_and_a_shift_of_one_pixel_are_forgiven(size):
     rng = np.random.default_rng(0)
     count = 50 if size == 32 else 15  # each is tried in every style

@@ -438,6 +438,7 @@ def train(workdir, *more, processes=2, flags=(), **environment):
     return launch("local", *devices, *flags, "--", *FLAGS, *more, "--workdir", workdir, **environment)
 
 
+@pytest.mark.soak
 def test_two_processes_train_as_one_does_and_go_on(tmp_path):
     more = ["--config.steps=4", "--config.log_every=1", "--config.save_every=2"]
     status, output = finish(train(tmp_path / "one", *more, processes=1), within=300)

@@ -71,8 +71,9 @@ sys.exit(main(sys.argv[3:]))
     [
         ("SIGTERM", "warmup", (1,)), ("SIGUSR1", "step", (4,)), ("SIGTERM", "save", (3,)),
         # Half a second after the data stops the loop waits for it, at step 5; on a busy machine it is not there yet.
-        ("SIGTERM", "data", range(1, 6)), ("SIGUSR1", "evaluate", (STEPS,)),
-        ("SIGTERM", "last", (STEPS,)),
+        pytest.param("SIGTERM", "data", range(1, 6), marks=pytest.mark.soak),
+        pytest.param("SIGUSR1", "evaluate", (STEPS,), marks=pytest.mark.soak),
+        pytest.param("SIGTERM", "last", (STEPS,), marks=pytest.mark.soak),
     ],
 )  # fmt: skip
 def test_a_signal_saves_and_the_next_start_goes_on(space, tmp_path, number, place, saved):

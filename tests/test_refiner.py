@@ -397,6 +397,7 @@ def test_a_discriminator_may_judge_what_one_step_makes(space, tmp_path):
     assert not hasattr(model.net, "discriminator") and model.refine(np.zeros((1, 4, 4), np.int32), [0]).any()
 
 
+@pytest.mark.soak
 def test_an_up_samplers_image_may_be_the_base(space, run, tmp_path):
     _, flags = run
     above, workdir = tmp_path / "above", tmp_path / "run"
