@@ -70,7 +70,7 @@ def get_config(variant):
     if variant.startswith("preview"):  # all tasks of the world, in three parts: launch/preview.sh, docs/preview.md
         m.layers, m.outline, m.beneath = 4, 128, 2
         d.mixture = (
-            ("plain", 0.25), ("draw", 0.12), ("edit", 0.19), ("style", 0.10), ("ask", 0.06), ("caption", 0.05),
+            ("plain", 0.22), ("refusal", 0.03), ("draw", 0.12), ("edit", 0.19), ("style", 0.10), ("ask", 0.06), ("caption", 0.05),
             ("detail", 0.02), ("compare", 0.02), ("mix", 0.02), ("reason", 0.02), ("dialogue", 0.06),
             ("story", 0.01), ("prose", 0.01), ("sign", 0.03), ("page", 0.04),
         )  # fmt: skip
@@ -79,7 +79,7 @@ def get_config(variant):
         c.steps, c.ema = 18_000, 0.999
     if variant in ("preview-2", "preview-3"):  # the run of the part before (config.init) goes on
         d.mixture = (
-            ("plain", 0.25), ("draw", 0.08), ("edit", 0.24), ("style", 0.05), ("ask", 0.10), ("caption", 0.08),
+            ("plain", 0.22), ("refusal", 0.03), ("draw", 0.08), ("edit", 0.24), ("style", 0.05), ("ask", 0.10), ("caption", 0.08),
             ("detail", 0.02), ("compare", 0.03), ("mix", 0.02), ("reason", 0.02), ("dialogue", 0.05),
             ("story", 0.005), ("prose", 0.005), ("sign", 0.02), ("page", 0.03),
         )  # fmt: skip
@@ -87,7 +87,7 @@ def get_config(variant):
         c.steps, c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 20_000, 1.5e-2, 4.5e-3
     if variant == "preview-3":  # which thing is meant: "remove the circle" says what there is, as captions do
         d.mixture = (
-            ("plain", 0.19), ("draw", 0.06), ("edit", 0.28), ("style", 0.04), ("ask", 0.09), ("caption", 0.08),
+            ("plain", 0.17), ("refusal", 0.02), ("draw", 0.06), ("edit", 0.28), ("style", 0.04), ("ask", 0.09), ("caption", 0.08),
             ("detail", 0.10), ("compare", 0.03), ("mix", 0.02), ("reason", 0.02), ("dialogue", 0.04),
             ("story", 0.005), ("prose", 0.005), ("sign", 0.02), ("page", 0.02),
         )  # fmt: skip

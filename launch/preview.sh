@@ -16,6 +16,7 @@ mkdir -p "$dir"
 tasks="
 plain world:train 64x64 150000
 draw world:train/draw 64x64 60000
+refusal world:train/refusal 64x64 20000
 edit world:train/edit 64x64 120000
 style world:train/style 64x64 30000
 ask world:train/question 64x64 60000
