@@ -261,8 +261,3 @@ class Engine:
 
 def _words(turn):
     return "".join(part.text for part in turn.parts if isinstance(part, Text))
-
-
-def images(turn):
-    """The pixels of a turn's images."""
-    return [part.pixels for part in turn.parts if isinstance(part, Image)]
