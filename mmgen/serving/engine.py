@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import prometheus_client as prometheus
 
-from mmgen.document import Document, Image, Text, Turn
+from mmgen.document import Document, Text, Turn
 from mmgen.sampling.sampler import Request
 from mmgen.sampling.slots import Slots
 
