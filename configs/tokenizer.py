@@ -8,7 +8,7 @@ import ml_collections
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
 VARIANTS = (
-    "quickstart", "tiny", "world", "emoji", "photos", "emoji-f8", "photos-f8",
+    "quickstart", "tiny", "world", "reference", "emoji", "photos", "emoji-f8", "photos-f8",
     "64px-1k", "256px-f16-16k", "256px-f16-64k", "256px-f8", "vq-16k", "lfq-18bit",
 )  # fmt: skip
 
@@ -47,6 +47,7 @@ def get_config(variant):
     d.source = dict(
         spec="world:train", size=(32, 32), seed=0, documents=4_000, category="scene"
     )  # the busiest pictures teach most
+    d.larger = {}  # another source beside it, whose pictures are larger: of them parts are cut out at random
     d.batch_size = 16
     d.max_bad = 0.1  # share of bad images above which the run gives up
     d.threads, d.workers = 1, 0  # that make batches ahead: threads or, if not 0, processes
@@ -82,6 +83,16 @@ def get_config(variant):
         c.held_out = dict(spec="world:valid/draw+style", size=(64, 64), seed=0, documents=256)
         l.floor, l.noise, l.weights.rate = 2e-4, 0.02, 5e-4
         c.steps, c.save_every = 12_000, 1000
+    if variant == "reference":  # of the released model, on a GPU: docs/reference.md
+        # A code for 4 x 4 pixels, so that stripes and letters come back: 125 colours times 216 outlines
+        q.levels, l.color_digits = (5, 5, 5, 6, 6, 6), 3
+        m.width, m.encoder_layers, m.layers, m.cell_layers, m.cell_width = 160, 3, 4, 3, 64
+        l.floor, l.noise, l.weights.rate = 2e-4, 0.02, 5e-4
+        d.batch_size, d.workers = 64, 14
+        d.source = dict(spec="world:train/draw+style+sign", size=(64, 64), seed=0, documents=60_000)
+        d.larger = dict(spec="world:train/poster+chart+diagram+comic", size=(128, 128), seed=0, documents=12_000)
+        c.held_out = dict(spec="world:valid/draw+style+sign", size=(64, 64), seed=0, documents=256)
+        c.steps, c.save_every = 4_000, 2_000
     folder = variant.removesuffix("-f8")
     if folder in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
         q.levels = (8, 5, 5, 5)

@@ -110,6 +110,7 @@ class Images:
     """Batches of pixels: every document once an epoch, in a new order each time; of a document with several
     images another one each epoch, or with `beside` the first.
 
+    With `crop` (width, height), for `Several` sources of different sizes, a random part of that size is cut out of each.
     With `recolored` a batch also has each image in other colours, which only a drawn source can give.
     `beside(source, i, epoch)` gives what else a batch has of the document i of each image: {name: array}; it
     raises BadImage where it cannot. With `augment` a random-resized crop, mirrored half of the time if `flip`;
@@ -120,10 +121,11 @@ class Images:
 
     def __init__(
         self, source, batch_size, seed=0, augment=False, max_bad=0.1, recolored=False, beside=None, flip=True,
-        cache_bytes=256 << 20, threads=1, workers=0,
+        crop=None, cache_bytes=256 << 20, threads=1, workers=0,
     ):  # fmt: skip
-        if recolored and not hasattr(source, "recolored"):
+        if recolored and not all(hasattr(s, "recolored") for s in getattr(source, "sources", [source])):
             raise ValueError(f"{source.spec} has no pictures in other colours; set config.loss.recolor to 0")
+        self.crop = crop
         self.recolored, self.threads, self.workers = recolored, threads, workers
         self.beside, self.flip = beside, flip
         self.source, self.batch_size, self.seed, self.augment = source, batch_size, seed, augment
@@ -156,6 +158,8 @@ class Images:
             batch |= {name: np.stack([found[name] for _, found, _ in drawn]) for name in drawn[0][1]}
         if self.recolored:
             others = [self._cached(("recolored", i, 0), self._recolored) for i in documents]
+            if self.crop:
+                others = [self._cut(pixels, number) for pixels, number in zip(others, numbers.tolist())]
             batch["recolored"] = np.stack(others)
         return batch, sum(replaced for *_, replaced in drawn)
 
@@ -170,7 +174,15 @@ class Images:
         if self.augment:
             rng = np.random.default_rng([self.seed, number])
             return images.random_crop(pixels, *self.source.size, rng, flip=self.flip), found, replaced
+        if self.crop:
+            return self._cut(images.fit(pixels, *self.source.size_of(document)), number), found, replaced
         return images.fit(pixels, *self.source.size), found, replaced
+
+    def _cut(self, pixels, number):
+        """Part of self.crop (width, height) of pixels that are not smaller, at a place drawn from the item's number."""
+        rng, (width, height) = np.random.default_rng([self.seed, number]), self.crop
+        y, x = (int(rng.integers(n - m + 1)) for n, m in zip(pixels.shape, (height, width)))
+        return pixels[y : y + height, x : x + width]
 
     def _good(self, first, epoch):
         """Of the document or of the next one that is good: its pixels, what is beside them, and whether it is

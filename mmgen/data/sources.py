@@ -503,7 +503,8 @@ def _world_talk(seed, split, i, task, language, size):
 class Several:
     """Sources one after the other. Each has its name, and `parts` says where it begins and ends."""
 
-    def __init__(self, sources):
+    def __init__(self, sources, alike=True):
+        """`alike`: ValueError where their pictures differ in size; else `size` is that of the first, and `size_of` tells."""
         self.sources = list(sources)
         if not self.sources:
             raise ValueError("Several needs one source at least")
@@ -514,7 +515,7 @@ class Several:
                 f"two sources are called {twice[0]!r}: name them, as in photos={self.sources[-1].spec} "
                 "(name= in open_source)"
             )
-        if any(source.size != self.sources[0].size for source in self.sources):
+        if alike and any(source.size != self.sources[0].size for source in self.sources):
             raise ValueError(
                 f"sources differ in size: {[source.size for source in self.sources]}; open them alike"
             )
@@ -561,6 +562,14 @@ class Several:
     def fields(self, i):
         source, i = self._find(i)
         return source.fields(i)
+
+    def recolored(self, i):
+        source, i = self._find(i)
+        return source.recolored(i)
+
+    def size_of(self, i):
+        """The size of the source that has document i."""
+        return self._find(i)[0].size
 
     def _find(self, i):
         """-> (source, index in it)"""

@@ -120,16 +120,19 @@ def environment():
         except metadata.PackageNotFoundError:
             versions[name] = None
     here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        git = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    except OSError:  # a machine without git
+        git = ""
     return {
         "python": platform.python_version(),
         "versions": versions,
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "devices": [str(device) for device in jax.devices()],
         "platform": platform.platform(),
     }

@@ -12,7 +12,7 @@ from PIL import Image
 from mmgen.data import images as pictures
 from mmgen.data.images import ALPHA, BadImage
 from mmgen.data.loader import Images
-from mmgen.data.sources import Bad, open_source
+from mmgen.data.sources import Bad, Several, open_source
 from mmgen.models import contrastive, image_losses
 from mmgen.models.autoencoders import Autoencoder, Tokenizer, to_float
 from mmgen.models.contrastive import load_towers
@@ -24,13 +24,23 @@ from mmgen.stages.loop import Stage
 def setup(config, workdir):
     """See `loop.Stage`. Learns from `config.data`, is measured on `config.held_out`."""
     seen = background(config)
+    source, larger = open_source(**{**config.data.source, **seen}), None
+    if config.data.get("larger"):
+        larger = open_source(name="larger", **{**config.data.larger, **seen})
+        small, large = source.size, larger.size
+        if config.data.augment or any(a > b for a, b in zip(small, large)):
+            raise ConfigError(
+                f"config.data.larger has pictures to cut {small} out of, without config.data.augment; found size {large} and "
+                f"augment={config.data.augment}"
+            )
     data = Images(
-        open_source(**{**config.data.source, **seen}),
+        Several([source, larger], alike=False) if larger else source,
         config.data.batch_size,
         config.seed,
         augment=config.data.augment,
         max_bad=config.data.max_bad,
         recolored=config.loss.recolor > 0,
+        crop=source.size if larger else None,
         threads=config.data.threads,
         workers=config.data.workers,
     )
