@@ -96,11 +96,11 @@ def get_config(variant):
         m.width, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 320, 8, 5, 5, 64, 896
         m.outline, m.beneath, m.dtype, m.unroll = 256, 2, "bfloat16", False
         d.mixture = (
-            ("plain", 0.14), ("draw", 0.09), ("refusal", 0.03), ("edit", 0.26), ("style", 0.05), ("ask", 0.06), ("caption", 0.05),
-            ("detail", 0.06), ("compare", 0.02), ("mix", 0.02), ("reason", 0.02), ("dialogue", 0.08),
-            ("story", 0.005), ("prose", 0.005), ("sign", 0.04), ("poster", 0.02), ("chart", 0.02), ("diagram", 0.02), ("comic", 0.02),
+            ("plain", 0.13), ("draw", 0.08), ("refusal", 0.03), ("edit", 0.23), ("style", 0.05), ("ask", 0.05), ("caption", 0.04),
+            ("detail", 0.05), ("compare", 0.02), ("mix", 0.015), ("reason", 0.02), ("dialogue", 0.07), ("story", 0.005),
+            ("prose", 0.005), ("sign", 0.06), ("poster", 0.03), ("chart", 0.04), ("diagram", 0.035), ("comic", 0.04),
         )  # fmt: skip
-        d.batch_size, d.row_length, d.overlong, d.workers = 24, 2176, "drop", 8
+        d.batch_size, d.row_length, d.overlong, d.workers = 40, 1280, "drop", 8
         d.image_drop, d.text_weight, d.user_weight, d.user_images = 0.05, 2.0, True, False
         c.steps, c.ema, c.log_every, c.save_every = 10_000, 0.999, 50, 1_000
         c.optimizer.warmup, c.optimizer.adam_learning_rate, c.spike, c.keep_pages = 200, 5e-3, 20.0, False

@@ -274,6 +274,21 @@ def test_a_factored_code_is_its_own_row_and_its_digits(tied):
     )
 
 
+@pytest.mark.parametrize("count", [7, 40])  # fewer than a part, and several with one that is not full
+def test_the_gradient_of_rows_is_the_same_by_a_product(count, monkeypatch):
+    monkeypatch.setattr(transformer, "_PART", 16)
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    ids = jnp.asarray(rng.integers(-2, 9, size=(count // 7, 7)), jnp.int32)  # some not in the table
+    weights = jnp.asarray(rng.normal(size=(*ids.shape, 3)), jnp.float32)
+    of = lambda look: jax.value_and_grad(lambda table: (weights * look(table, ids)).sum())(table)
+    (value, gradient), (value2, gradient2) = of(transformer._rows), of(transformer._rows_by_product)
+    assert value == value2
+    np.testing.assert_allclose(gradient, gradient2, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(of(transformer.rows_of)[1], gradient2)  # what GPUs take
+
+
 def test_bfloat16_computes_finitely_on_float32_parameters(batch):
     model, exact = build(dtype="bfloat16"), build()
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.split(model)[1]))

@@ -188,7 +188,7 @@ class Transformer(nnx.Module):
         codes = ids - self.code_start
         own = lookup(self.embedding[...].astype(self.dtype), jnp.where(codes < 0, ids, -1))
         first, second = self._split(jnp.where(codes < 0, -1, codes))
-        return own + _rows(halves, first) + _rows(halves, second)
+        return own + rows_of(halves, first) + rows_of(halves, second)
 
     def _table(self, own, digits):
         """[rows, D]: each token's own row, and for a code those of its digits added."""
@@ -234,7 +234,7 @@ class Transformer(nnx.Module):
             rows = self._halves(self.around.w[...].astype(self.dtype).reshape(AROUND, -1, self.config.width))
             place = np.arange(AROUND) * rows.shape[1]
             first, second = self._split(around)
-            at = lambda half: _rows(rows.reshape(-1, rows.shape[-1]), jnp.where(half < 0, -1, place + half))
+            at = lambda half: rows_of(rows.reshape(-1, rows.shape[-1]), jnp.where(half < 0, -1, place + half))
             return x + (at(first) + at(second)).sum(-2)
         digits = self._digits(around)
         return x + self.around(digits.reshape(digits.shape[:-2] + (-1,)))
@@ -397,9 +397,51 @@ def of_other_images(images, theirs):
     return (theirs > 0) & (theirs != images[..., None])
 
 
+def rows_of(table, ids):
+    """Rows of table [V, D] for int ids [...] -> [..., D]; zeros where an id is not in the table.
+
+    Its gradient adds up what belongs to the same row. Most codes of an image are the same few, and on GPUs adds to one
+    place wait for one another: there the sum is a matrix product.
+    """
+    gpu = jax.default_backend() == "gpu" and len(table) <= _MOST_ROWS
+    return _rows_by_product(table, ids) if gpu else _rows(table, ids)
+
+
+_MOST_ROWS = 8192  # of a table whose gradient is a product with rows of one 1 and zeros
+_PART = 2**16  # ids at a time, of these
+
+
 def _rows(table, ids):
-    """Rows of table [V, D] for int ids [...] -> [..., D]; zeros where an id is negative."""
-    return jnp.where((ids < 0)[..., None], 0, table[jnp.maximum(ids, 0)])
+    here = (ids >= 0) & (ids < len(table))
+    return jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0)
+
+
+@jax.custom_vjp
+def _rows_by_product(table, ids):
+    return _rows(table, ids)
+
+
+def _sum_by_product(kept, gradient):
+    table, ids = kept
+    size, width = table.shape
+    gradient, ids = gradient.reshape(-1, width), ids.reshape(-1)
+    parts = -(-len(ids) // _PART)
+    short = parts * _PART - len(ids) if parts > 1 else 0
+    gradient = jnp.pad(gradient, ((0, short), (0, 0))).reshape(parts, -1, width)
+    ids = jnp.pad(ids, (0, short), constant_values=-1).reshape(parts, -1)
+
+    def add(total, part):
+        ids, gradient = part
+        ones = jax.nn.one_hot(ids, size, dtype=gradient.dtype)
+        exact = jax.lax.Precision.HIGHEST if gradient.dtype == jnp.float32 else None
+        more = jnp.einsum("nv,nd->vd", ones, gradient, precision=exact, preferred_element_type=jnp.float32)
+        return total + more, None
+
+    total, _ = jax.lax.scan(add, jnp.zeros((size, width), jnp.float32), (ids, gradient))
+    return total.astype(table.dtype), None
+
+
+_rows_by_product.defvjp(lambda table, ids: (_rows(table, ids), (table, ids)), _sum_by_product)
 
 
 def lookup(table, ids, axis="vocab"):
@@ -411,8 +453,7 @@ def lookup(table, ids, axis="vocab"):
 
     def local(table, ids, over=()):
         ids = ids - (jax.lax.axis_index(over) * table.shape[0] if over else 0)
-        here = (ids >= 0) & (ids < table.shape[0])
-        rows = jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0)
+        rows = rows_of(table, ids)
         return jax.lax.psum(rows, over) if over else rows
 
     if meshes.current() is None:
