@@ -100,7 +100,7 @@ def get_config(variant):
             ("detail", 0.05), ("compare", 0.02), ("mix", 0.015), ("reason", 0.02), ("dialogue", 0.07), ("story", 0.005),
             ("prose", 0.005), ("sign", 0.06), ("poster", 0.03), ("chart", 0.04), ("diagram", 0.035), ("comic", 0.04),
         )  # fmt: skip
-        d.batch_size, d.row_length, d.overlong, d.workers = 40, 1280, "drop", 8
+        d.batch_size, d.row_length, d.overlong, d.threads = 24, 1280, "drop", 3
         d.image_drop, d.text_weight, d.user_weight, d.user_images = 0.05, 2.0, True, False
         c.steps, c.ema, c.log_every, c.save_every = 10_000, 0.999, 50, 1_000
         c.optimizer.warmup, c.optimizer.adam_learning_rate, c.spike, c.keep_pages = 200, 5e-3, 20.0, False

@@ -21,6 +21,7 @@ TOOLS = {
     "embed": "vectors of a source's images and texts, by the towers of a contrastive run",
     "plan": "memory, FLOPs and step time of a config on a pod, before there is one",
     "export": "a run's weights as one safetensors file",
+    "pack": "a run as a small folder to give away",
     "replay": "the batch at which a run gave up, computed again",
     "verify": "where a picture comes from: its signature and its watermark",
     "policy": "what the safety policy says of prompts, and how good it is",

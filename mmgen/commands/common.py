@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import mmgen
 from mmgen.data import files, images
 from mmgen.data.sources import KINDS, Several, open_source
 from mmgen.document import Image
@@ -156,10 +157,19 @@ def sampling_options(args):
 def add_sampler_flags(parser):
     """How a checkpoint is loaded for sampling."""
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="workdir of a transformer run")
+    add(
+        "--checkpoint", type=model_folder, default="reference", metavar="DIR",
+        help="workdir of a transformer run; left out, or `reference`: the model that comes with mmgen (docs/reference.md)",
+    )  # fmt: skip
     add("--int8", action="store_true", help="weights of the layers in 8 bits")
     add("--int8-cache", action="store_true", help="keys and values in 8 bits")
     add("--tensor", type=int, default=1, help="devices that share the model")
+
+
+def model_folder(name):
+    """The folder of a model: a workdir, or that of the model that comes with mmgen, by its name `reference`."""
+    own = Path(mmgen.__file__).parent / "reference"
+    return str(own) if name == "reference" and not Path(name).exists() and own.exists() else name
 
 
 def add_refiner_flags(parser):

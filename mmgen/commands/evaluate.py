@@ -8,6 +8,7 @@ from mmgen.commands.common import (
     add_refiner_flags,
     add_sampling_flags,
     grid_of,
+    model_folder,
     refiner_flags,
     sampling_options,
     share,
@@ -244,7 +245,10 @@ def _check(args):
 
 def _parser():
     parser = argparse.ArgumentParser("mmgen evaluate", description=main.__doc__)
-    parser.add_argument("--checkpoint", required=True, help="workdir of a run")
+    parser.add_argument(
+        "--checkpoint", type=model_folder, default="reference",
+        help="workdir of a run; left out, or `reference`: the model that comes with mmgen",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder of the reports, or of pictures")
     parser.add_argument("--suite", choices=(*DRAWN, *MEASURED, "all"), default="world")
     parser.add_argument("--seed", type=int, default=1)

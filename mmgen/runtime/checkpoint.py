@@ -30,6 +30,8 @@ import orbax.checkpoint as ocp
 from blake3 import blake3
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from mmgen.runtime import packed
+
 _FOLDER = "checkpoints"
 _FORMAT = 1
 _SEAL = b',\n "digest": "'
@@ -476,29 +478,41 @@ def weights_item(workdir, step):
 
 
 def _newest_weights(workdir):
-    """The newest step with good weights; raises CheckpointError where there is none."""
+    """The newest step with good weights, and where these lie: an Orbax item's folder or a packed file. Raises
+    CheckpointError where there are none."""
     if not Path(workdir).is_dir():
         raise CheckpointError(f"no checkpoint: the folder {workdir} does not exist")
+    if path := packed.path_of(workdir):
+        return packed.names(path)[1], path
     step = latest(workdir, weights=True)
     if step is None:
         raise CheckpointError(
             f"no checkpoint in {workdir}: expected a workdir of a finished or running "
-            f"`mmgen train` with {_FOLDER}/STEP inside"
+            f"`mmgen train` with {_FOLDER}/STEP inside, or {packed.NAME}"
         )
-    return step
+    return step, _folder(workdir) / str(step) / weights_item(workdir, step)
+
+
+def weights(workdir):
+    """The newest weights of a workdir, {"a/b": array} on the host, and their step."""
+    step, source = _newest_weights(workdir)
+    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    abstract = jax.tree.map(
+        lambda stored: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=place), _stored(source)
+    )
+    found = named_leaves(_read(source, abstract), "/")
+    return {name: np.asarray(array, order="C") for name, array in found.items()}, step
 
 
 def load_weights(workdir, abstract, beside=()):
     """Restores the inference weights of the newest good step; returns (params, step). `beside` are names at the top
     of the tree, of what training needed and nobody else does: they are left where they are."""
-    step = _newest_weights(workdir)
-    item = weights_item(workdir, step)
+    step, source = _newest_weights(workdir)
     place = lambda a: getattr(a, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(a)), abstract)
-    source = _folder(workdir) / str(step) / item
-    stored = _stored(source) if beside else {}
-    if not stored.keys() & set(beside):
-        return restore(workdir, step, {item: abstract})[item], step
+    stored = _stored(source) if beside or source.is_file() else {}
+    if not stored.keys() & set(beside) and not source.is_file():
+        return restore(workdir, step, {source.name: abstract})[source.name], step
     kept = named_leaves({name: tree for name, tree in stored.items() if name not in beside}, "/")
     different = sorted(kept.keys() ^ named_leaves(abstract, "/").keys())
     if different:
@@ -523,8 +537,7 @@ def restore_weights(workdir, params, *, only=None, grow=None, leave=None):
 
     Raises CheckpointError at any other parameter of another shape.
     """
-    step = _newest_weights(workdir)
-    source = _folder(workdir) / str(step) / weights_item(workdir, step)
+    _, source = _newest_weights(workdir)
     stored, ours = named_leaves(_stored(source), "/"), named_leaves(params, "/")
     report = {"taken": [], "grown": [], "left": [], "unused": sorted(stored.keys() - ours.keys())}
     spans, wanted = {}, {}
@@ -580,12 +593,26 @@ def _place_rows(new, old, spans):
 
 def _stored(source):
     """The tree of an item as stored: nested dict of what has .shape and .dtype."""
+    if source.is_file():
+        return _nested(packed.names(source)[0])
     with ocp.PyTreeCheckpointer() as reader:
         return reader.metadata(source).item_metadata.tree
 
 
 def _read(source, abstract):
     """Those arrays of an item that `abstract` (nested dict, with shardings) names."""
+    if source.is_file():
+        wanted = named_leaves(abstract, "/")
+        found = packed.read(source, wanted)
+        wrong = [name for name, a in wanted.items() if tuple(a.shape) != found[name].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{source} does not fit the model of this config: expected {wrong[0]} of shape {wanted[wrong[0]].shape}, "
+                f"found {found[wrong[0]].shape}"
+            )
+        return _nested(
+            {name: jax.device_put(found[name].astype(a.dtype), a.sharding) for name, a in wanted.items()}
+        )
     args = ocp.checkpoint_utils.construct_restore_args(abstract)
     with ocp.PyTreeCheckpointer() as reader:
         return reader.restore(
@@ -650,18 +677,11 @@ def export_safetensors(workdir, path):
     """
     from safetensors.numpy import save_file
 
-    step = _newest_weights(workdir)
-    item, place = weights_item(workdir, step), SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    source = _folder(workdir) / str(step) / item
-    abstract = jax.tree.map(
-        lambda stored: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=place), _stored(source)
-    )
-    arrays = {
-        name: np.asarray(array, order="C") for name, array in named_leaves(_read(source, abstract)).items()
-    }
+    arrays, step = weights(workdir)
+    arrays = {name.replace("/", "."): array for name, array in arrays.items()}
     metadata = {
-        "format": "mmgen", "step": str(step), "item": item, "config": json.dumps(read_config(workdir)),
-        "record": json.dumps(manifest(workdir, step)["record"]),
+        "format": "mmgen", "step": str(step), "item": "packed" if packed.path_of(workdir) else weights_item(workdir, step), "config": json.dumps(read_config(workdir)),
+        "record": json.dumps({} if packed.path_of(workdir) else manifest(workdir, step)["record"]),
     }  # fmt: skip
     path = Path(path)
     temporary = path.with_name(path.name + ".saving")

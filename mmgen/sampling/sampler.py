@@ -497,7 +497,8 @@ def refining(workdir, tokenizer, *, refiner="", upscale=None, **how):
         have = ", ".join(f"{folder} (x{scale})" for folder, scale in scales.items())
         wanted = "one refiner" if upscale is None else f"one refiner that enlarges {upscale} times"
         raise ValueError(f"expected {wanted}, found {have}: choose by --refiner or --upscale")
-    found = load_refiner(right[0])
+    own = (right[0] / "tokenizer").exists()  # packed ones have that of the model they lie beside
+    found = load_refiner(right[0], None if own else tokenizer)
     if found.tokenizer.hash != tokenizer.hash:
         raise ValueError(
             f"{right[0]} reads the codes of tokenizer {found.tokenizer.hash}, this model writes those of "

@@ -1,0 +1,51 @@
+"""`mmgen tools pack --checkpoint DIR --out DIR`."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from mmgen.models.autoencoders import load_tokenizer
+from mmgen.runtime import checkpoint, packed
+
+
+def main(argv):
+    """Packs a transformer run, with all that its samples need and what lies beside it (refiners/, safety/, towers/), into a
+    small folder to give away: weights of the transformer in 8 bits, of the rest in bfloat16. Every command takes the
+    folder as it takes a workdir, to sample, to evaluate, and to begin a training with (config.init)."""
+    parser = argparse.ArgumentParser("mmgen tools pack", description=main.__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="workdir of a transformer run")
+    add("--out", required=True, metavar="DIR", help="a new folder")
+    add("--kind", choices=packed.KINDS, default="int8", help="of the transformer's large arrays")
+    args = parser.parse_args(argv)
+    source, out = Path(args.checkpoint), Path(args.out)
+    checkpoint.read_config(source, "transformer", "reinforce")
+    if out.exists():
+        raise ValueError(f"{out} exists already: name a new folder, or remove it")
+    making = out.with_name(out.name + ".packing")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+
+    packed.pack(source, making, args.kind)
+    packed.pack(source / "tokenizer", making / "tokenizer", "bfloat16")
+    was = load_tokenizer(source / "tokenizer").hash
+    for each in sorted((source / "refiners").glob("*/")):
+        theirs = load_tokenizer(each / "tokenizer").hash if (each / "tokenizer").exists() else was
+        if theirs != was:
+            raise ValueError(
+                f"{each} reads the codes of tokenizer {theirs}, the transformer writes those of {was}"
+            )
+        packed.pack(each, making / "refiners" / each.name, "bfloat16")
+        if (each / "upsampler").exists():
+            packed.pack(each / "upsampler", making / "refiners" / each.name / "upsampler", "bfloat16")
+    for name in ("safety", "towers"):
+        if (source / name).exists():
+            packed.pack(source / name, making / name, "bfloat16")
+    # Rounded, it is another tokenizer, and everything that is packed here goes with that one.
+    vocabulary = json.loads((making / "vocabulary.json").read_text())
+    vocabulary |= {"tokenizer_hash": load_tokenizer(making / "tokenizer").hash, "packed_from": was}
+    (making / "vocabulary.json").write_text(json.dumps(vocabulary, indent=2) + "\n")
+    making.rename(out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")

@@ -1,0 +1,103 @@
+"""Weights to give away: one file, `weights.safetensors`, in the place of a workdir's checkpoints.
+
+Large float arrays are kept in 8 bits, in groups of 64 numbers that share a scale (as llama.cpp's Q8_0 does), or in
+bfloat16; whoever loads them gets the numbers that these stand for in float32. Names are as "blocks/attention/q/w".
+"""
+
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+NAME = "weights.safetensors"
+GROUP = 64  # numbers that share a scale: 2 bytes for 64
+KINDS = ("int8", "bfloat16", "float32")
+_SCALE = ":scale"
+_LEAST = 1024  # numbers of an array below which it is kept as it is
+
+
+def path_of(workdir):
+    """The file of a workdir whose weights are packed, or None."""
+    path = Path(workdir) / NAME
+    return path if path.is_file() else None
+
+
+def write(path, arrays, kind, step):
+    """Writes {name: float array} -> {name: the array that a reader will get}."""
+    if kind not in KINDS:
+        raise ValueError(f"weights are kept in {', '.join(KINDS)}; found {kind!r}")
+    kept = {}
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        if array.size < _LEAST or array.dtype != np.float32 or kind == "float32":
+            kept[name] = array
+        elif kind == "bfloat16":
+            kept[name] = array.astype(ml_dtypes.bfloat16)
+        else:
+            kept[name], kept[name + _SCALE] = _rounded(array)
+    path = Path(path)
+    temporary = path.with_name(path.name + ".saving")
+    save_file(kept, temporary, {"format": "mmgen-packed", "step": str(step), "kind": kind})
+    temporary.replace(path)
+    return read(path, arrays)
+
+
+def names(path):
+    """{name: jax.ShapeDtypeStruct, as `read` gives it}; and the step."""
+    with safe_open(path, "numpy") as file:
+        step = int(file.metadata()["step"])
+        found = {name: file.get_slice(name) for name in file.keys() if not name.endswith(_SCALE)}
+        shapes = {
+            name: jax.ShapeDtypeStruct(tuple(part.get_shape()), np.float32) for name, part in found.items()
+        }
+    return shapes, step
+
+
+def read(path, wanted):
+    """{name: float32 array} of those names."""
+    with safe_open(path, "numpy") as file:
+        there = set(file.keys())
+        return {
+            name: _exact(
+                file.get_tensor(name), file.get_tensor(name + _SCALE) if name + _SCALE in there else None
+            )
+            for name in wanted
+        }
+
+
+def _grouped(array):
+    flat = array.reshape(-1)
+    return np.pad(flat, (0, -flat.size % GROUP)).reshape(-1, GROUP)
+
+
+def _rounded(array):
+    """float32 -> int8 of the same shape, and float16 scales [groups]."""
+    groups = _grouped(array)
+    scale = (np.abs(groups).max(1) / 127).astype(np.float16)
+    # Scales too small for float16 are of numbers too small to matter: these become zeros.
+    whole = np.rint(groups / np.where(scale > 0, scale, 1).astype(np.float32)[:, None]) * (scale > 0)[:, None]
+    return np.clip(whole, -127, 127).astype(np.int8).reshape(-1)[: array.size].reshape(array.shape), scale
+
+
+def _exact(array, scale):
+    if scale is None:
+        return array.astype(np.float32)
+    values = _grouped(array.astype(np.float32)) * scale.astype(np.float32)[:, None]
+    return values.reshape(-1)[: array.size].reshape(array.shape)
+
+
+def pack(workdir, out, kind, *, only=("config.json", "vocabulary.json", "text.model")):
+    """Packs the newest weights of a run into the folder `out`, beside the files of `only` that it has; returns the
+    arrays {name: float32} that those who load them will have."""
+    from mmgen.runtime import checkpoint
+
+    workdir, out = Path(workdir), Path(out)
+    arrays, step = checkpoint.weights(workdir)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in only:
+        if (workdir / name).exists():
+            (out / name).write_bytes((workdir / name).read_bytes())
+    return write(out / NAME, arrays, kind, step)

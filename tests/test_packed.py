@@ -1,0 +1,87 @@
+"""Packed weights: small, near what they were, and taken by whatever takes a workdir."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import mmgen
+
+from mmgen.runtime import checkpoint, packed
+from mmgen.runtime.checkpoint import CheckpointError
+
+
+@pytest.mark.parametrize("kind, error", [("int8", 1 / 127), ("bfloat16", 2**-7), ("float32", 0)])
+def test_weights_come_back_within_what_their_kind_can_tell(kind, error, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a/w": rng.normal(size=(37, 61)).astype(np.float32) * 0.02,  # no multiple of a group
+        "a/b": rng.normal(size=8).astype(np.float32),  # small: kept as it is
+        "zero": np.zeros((40, 40), np.float32),
+        "tiny": np.full((40, 40), 1e-12, np.float32),
+    }
+    back = packed.write(tmp_path / packed.NAME, arrays, kind, 7)
+    shapes, step = packed.names(tmp_path / packed.NAME)
+    assert step == 7 and {name: a.shape for name, a in shapes.items()} == {
+        n: a.shape for n, a in arrays.items()
+    }
+    np.testing.assert_array_equal(back["a/b"], arrays["a/b"])
+    np.testing.assert_array_equal(back["zero"], arrays["zero"])
+    np.testing.assert_allclose(back["tiny"], arrays["tiny"], atol=1e-8)
+    groups = np.pad(arrays["a/w"].ravel(), (0, -arrays["a/w"].size % 64)).reshape(-1, 64)
+    most = np.repeat(np.abs(groups).max(1), 64)[: arrays["a/w"].size].reshape(37, 61)
+    assert (np.abs(back["a/w"] - arrays["a/w"]) <= 0.51 * error * most + 1e-9).all()
+    if kind == "int8":
+        assert (tmp_path / packed.NAME).stat().st_size < 0.3 * sum(a.nbytes for a in arrays.values())
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="int8, bfloat16, float32; found 'int4'"):
+        packed.write(tmp_path / packed.NAME, {}, "int4", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(space, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "model"
+    assert mmgen("tools", "pack", "--checkpoint", space.transformer, "--out", out) == 0
+    return out
+
+
+def test_a_packed_model_draws_as_the_one_it_was_made_of(space, folder, tmp_path):
+    for name, source in (("a", space.transformer), ("b", folder)):
+        flags = ("--prompt", "a red circle", "--size", "16x16", "--out", tmp_path / name, "--no-provenance")
+        assert mmgen("sample", "--checkpoint", source, *flags) == 0
+    whole, _ = checkpoint.weights(space.transformer)
+    small, step = checkpoint.weights(folder)
+    assert step == checkpoint.latest(space.transformer)
+    for name, array in whole.items():
+        assert np.abs(array - small[name]).max() <= np.abs(array).max() / 127, name
+
+
+def test_a_training_begins_with_packed_weights(space, folder, tmp_path, capsys):
+    flags = [*space.transformer_flags, "--config.steps=1", f"--config.init={folder}"]
+    assert mmgen("train", *flags, "--workdir", tmp_path / "run") == 0
+    assert "left as initialised: none" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_their_config_are_an_error(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    arrays, _ = checkpoint.weights(folder)
+    arrays["head"] = arrays["head"][:-1]
+    packed.write(other / packed.NAME, arrays, "float32", 1)
+    for name in ("config.json", "vocabulary.json", "text.model"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    packed.pack(folder / "tokenizer", other / "tokenizer", "float32")
+    from mmgen.sampling import sampler
+
+    with pytest.raises(
+        CheckpointError, match="does not fit the model of this config: expected head of shape"
+    ):
+        sampler.load(other)
+
+
+def test_a_folder_that_exists_is_left_alone(space, folder, capsys):
+    before = json.loads((folder / "vocabulary.json").read_text())
+    assert mmgen("tools", "pack", "--checkpoint", space.transformer, "--out", folder) != 0
+    assert "exists already" in capsys.readouterr().err
+    assert json.loads((folder / "vocabulary.json").read_text()) == before
