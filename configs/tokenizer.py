@@ -27,6 +27,7 @@ def get_config(variant):
     q.bits, q.diversity = 10, 1.0  # of lfq and bsq
     q.commitment, q.entropy = None, None  # of vq, lfq and bsq; None: what the kind's paper has
     m.alpha = False  # a fourth channel: how opaque
+    m.frozen = False  # codes stay what they mean in the run of config.init, and the decoder learns alone
     # What a place sees of its surroundings: "patch" (nothing), "conv", "attention", or "cnn", a pyramid that begins
     # with pixels. An encoder that sees its patch alone gives codes that are far easier to foresee; the decoder makes
     # up for it.

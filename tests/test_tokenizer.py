@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from mmgen.data import images as pictures
+from mmgen.data import packing
 from mmgen.data.shards import Shards
 from mmgen.grammar import Grammar
 from mmgen.models.autoencoders import load_tokenizer, to_float
+from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
 from mmgen.stages import loop, program
@@ -197,6 +199,38 @@ def test_mistakes_are_said(tmp_path):
             loop.train(config_of([*PLAIN, *flags]), tmp_path)
 
 
+@pytest.mark.parametrize("layers", [1, 2])  # the decoder of the run before, or another
+def test_a_decoder_learns_alone_and_codes_stay(plain, layers, tmp_path):
+    flags = [f"--config.init={plain}", "--config.model.frozen=True", f"--config.model.layers={layers}"]
+    loop.train(config_of(PLAIN + flags), tmp_path / "run")
+    before, after = checkpoint.weights(plain)[0], checkpoint.weights(tmp_path / "run")[0]
+    kept = [name for name in before if re.match(stage.CODES, name)]
+    assert len(kept) > 3
+    for name in kept:
+        np.testing.assert_array_equal(before[name], after[name])
+    assert not np.array_equal(before["from_features/w"], after["from_features/w"])
+    with pytest.raises(ConfigError, match="no encoder to keep"):
+        loop.train(config_of([*PLAIN, "--config.model.frozen=True"]), tmp_path / "other")
+
+
+def test_parts_are_cut_out_of_a_larger_source(tmp_path):
+    config = config_of(PLAIN)
+    config.loss.recolor = 0.5
+    config.data.larger = dict(spec="world:train/poster", size=(128, 128), documents=64)
+    data = stage.setup(config, tmp_path).data
+    batch = data.batch(3)
+    assert batch["images"].shape == batch["recolored"].shape == (config.data.batch_size, 32, 32, 3)
+    order = [packing.permute(np.array([n]), 128, packing.mix(0, packing.ORDER, np.array([0])))[0] for n in range(24, 32)]
+    for n, i in zip(range(24, 32), order):
+        whole = data.source.pixels(int(i))
+        assert whole.shape[:2] == ((32, 32) if i < 64 else (128, 128))
+        views = np.lib.stride_tricks.sliding_window_view(whole, (32, 32, 3)).reshape(-1, 32, 32, 3)
+        assert (views == batch["images"][n - 24]).all((1, 2, 3)).any()
+    config.data.larger = dict(spec="world:train", size=(16, 16), documents=64)
+    with pytest.raises(ConfigError, match="larger"):
+        stage.setup(config, tmp_path)
+
+
 def test_warnings_are_in_the_log_line(tmp_path, monkeypatch, capsys):
     good = {
         "digit_entropy": 0.9,
@@ -260,6 +294,7 @@ MESHES = """
 import json, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding
+from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
 from mmgen.stages import loop, program as programs
 from tests.conftest import config_of

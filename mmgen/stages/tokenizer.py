@@ -17,6 +17,7 @@ from mmgen.models import contrastive, image_losses
 from mmgen.models.autoencoders import Autoencoder, Tokenizer, to_float
 from mmgen.models.contrastive import load_towers
 from mmgen.models.discriminators import PatchGAN, adversarial
+from mmgen.runtime import checkpoint
 from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
 
@@ -72,8 +73,16 @@ def setup(config, workdir):
         found = load_towers(towers)
         towers, tower = found.name, found.model.image
 
+    frozen = config.model.get("frozen", False)
+    if frozen and not config.init:
+        raise ConfigError("config.model.frozen=True, but there is no encoder to keep: name a tokenizer run in config.init")
+
     def make(rngs):
         model = Autoencoder(config.model, rngs)
+        if frozen:
+            for part in (model.encoder, model.to_features, model.quantizer):
+                for _, variable in nnx.to_flat_state(nnx.state(part)):
+                    variable.set_metadata(frozen=True)
         if weights["adversarial"]:
             m = config.model
             model.discriminator = PatchGAN(m.discriminator, rngs, dtype=jnp.dtype(m.dtype), alpha=m.alpha)
@@ -98,7 +107,18 @@ def setup(config, workdir):
         evaluate=evaluate,
         identity={"towers": towers} if tower else {},
         warnings=warnings,
+        only=lambda run: f"^({CODES})/" if frozen and not _same_decoder(config, run) else None,
+        complete=f"^({CODES})/" if frozen else "",
     )
+
+
+CODES = "encoder|to_features|quantizer"  # what decides which code an image has
+
+
+def _same_decoder(config, run):
+    """Whether the decoder of the run that this one begins with is of this config's shape."""
+    ours, theirs = config.model, checkpoint.read_config(run, "tokenizer")["model"]
+    return all(ours[name] == theirs[name] for name in ("decoder", "layers", "cell_layers", "cell_width"))
 
 
 def background(config):
