@@ -9,8 +9,10 @@ from mmgen.evals import talks
 from mmgen.sampling import sampler as samplers
 from mmgen.sampling.dialogue import Dialogue
 from mmgen.sampling.sampler import Request
+from mmgen.stages import transformer as stage
 from mmgen.world import language as words
 from mmgen.world import tasks
+from tests.conftest import config_of, mmgen
 
 # ---- layer 3: the model ------------------------------------------------------------------------------------
 
@@ -45,6 +47,19 @@ def test_documents_of_refusals_are_written_and_read(space):
         assert [type(p) for turn in back.turns for p in turn.parts] == [
             type(p) for turn in document.turns for p in turn.parts
         ]
+
+
+def test_a_run_knows_that_it_has_learned_refusals_whichever_folder_has_them(space, tmp_path):
+    folder = tmp_path / "refusals"
+    source = ["--source", "world:train/refusal", "--size", "32x32", "--documents", 8, "--max-side", 16]
+    made = ["--tokenizer", space.tokenizer, "--text", space.text, "--out", folder]
+    assert mmgen("tokenize", *source, *made) == 0
+    plain = ["--source", "world:train", "--size", "32x32", "--documents", 8, "--max-side", 16]
+    assert mmgen("tokenize", *plain, *made[:-1], tmp_path / "plain") == 0
+    for shards, expected in ((f"{tmp_path / 'plain'},{folder}", True), (f"{tmp_path / 'plain'}", False)):
+        config = config_of(["--config", "transformer:tiny", f"--config.data.shards={shards}"])
+        config.data.row_length = 512
+        assert stage.setup(config, tmp_path / str(expected)).identity["refusals"] is expected
 
 
 @pytest.mark.parametrize("output", ["image", "text", "any"])

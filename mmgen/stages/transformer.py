@@ -31,7 +31,8 @@ def setup(config, workdir):
         )
     vocabulary = {name: shards.manifest[name] for name in keep} | {"shards": shards.identity}
     # Whether there are refusals among its documents, which those who sample have to know.
-    vocabulary["refusals"] = "refusal" in re.split(r"\W+", shards.manifest["source"])
+    sources = [word for manifest in shards.manifests for word in re.split(r"\W+", manifest["source"])]
+    vocabulary["refusals"] = "refusal" in sources
     _check(shards, vocabulary, workdir)
     loss = dict(
         text=data.text_weight, image=data.image_weight, user=data.user_weight, user_images=data.user_images
