@@ -8,7 +8,7 @@ import ml_collections
 from mmgen.runtime import config as configs
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "preview", "tiny")
+VARIANTS = ("quickstart", "preview", "reference", "tiny")
 
 
 def get_config(variant):
@@ -46,6 +46,11 @@ def get_config(variant):
         d.size = (64, 64)
         d.categories = ("single_object", "two_object", "counting", "position", "color_attribution")
         c.steps = 200
+    if variant == "reference":  # on two CPU cores, after transformer:reference-2
+        d.size, d.languages, d.longest = (64, 64), ("en", "zh"), 304
+        d.categories = ("single_object", "two_object", "counting", "position", "color_attribution")
+        d.batch_size, c.steps, c.held_out.prompts = 64, 200, 64
+        c.model.dtype, c.model.unroll = "float32", True
     if variant == "tiny":  # for tests: seconds
         d.batch_size, d.group, d.slots = 4, 2, 4
         c.steps, c.held_out.prompts = 4, 4

@@ -84,16 +84,15 @@ def get_config(variant):
         c.held_out = dict(spec="world:valid/draw+style", size=(64, 64), seed=0, documents=256)
         l.floor, l.noise, l.weights.rate = 2e-4, 0.02, 5e-4
         c.steps, c.save_every = 12_000, 1000
-    if variant == "reference":  # of the released model, on a GPU: docs/reference.md
+    if variant == "reference":  # of the released model: docs/reference.md
         # A code for 4 x 4 pixels, so that stripes and letters come back: 125 colours times 216 outlines
         q.levels, l.color_digits = (5, 5, 5, 6, 6, 6), 3
-        m.width, m.encoder_layers, m.layers, m.cell_layers, m.cell_width = 160, 3, 4, 3, 64
+        m.width, m.encoder_layers, m.layers, m.cell_layers, m.cell_width = 96, 3, 4, 2, 32
         l.floor, l.noise, l.weights.rate = 2e-4, 0.02, 5e-4
-        d.batch_size, d.workers = 64, 14
         d.source = dict(spec="world:train/draw+style+sign", size=(64, 64), seed=0, documents=60_000)
         d.larger = dict(spec="world:train/poster+chart+diagram+comic", size=(128, 128), seed=0, documents=12_000)
         c.held_out = dict(spec="world:valid/draw+style+sign", size=(64, 64), seed=0, documents=256)
-        c.steps, c.save_every = 4_000, 2_000
+        c.steps, c.save_every = 6_000, 500
     folder = variant.removesuffix("-f8")
     if folder in ("emoji", "photos"):  # real pictures at 64 px, from img2dataset tars
         q.levels = (8, 5, 5, 5)

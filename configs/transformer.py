@@ -8,7 +8,7 @@ import ml_collections
 
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "tiny", "preview", "preview-2", "preview-3", "reference", "emoji", "dialogue", "350m", "1b", "7b")
+VARIANTS = ("quickstart", "tiny", "preview", "preview-2", "preview-3", "reference", "reference-2", "emoji", "dialogue", "350m", "1b", "7b")
 
 
 def get_config(variant):
@@ -92,7 +92,7 @@ def get_config(variant):
             ("story", 0.005), ("prose", 0.005), ("sign", 0.02), ("page", 0.02),
         )  # fmt: skip
         d.user_weight, d.user_images = True, False
-    if variant == "reference":  # of the released model, on a GPU: launch/reference.sh, docs/reference.md
+    if variant.startswith("reference"):  # of the released model, on a GPU: launch/reference.sh, docs/reference.md
         m.width, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp = 320, 8, 5, 5, 64, 896
         m.outline, m.beneath, m.dtype, m.unroll = 256, 2, "bfloat16", False
         d.mixture = (
@@ -104,6 +104,9 @@ def get_config(variant):
         d.image_drop, d.text_weight, d.user_weight, d.user_images = 0.05, 2.0, True, False
         c.steps, c.ema, c.log_every, c.save_every = 3_200, 0.999, 50, 1_000
         c.optimizer.warmup, c.optimizer.adam_learning_rate, c.spike, c.keep_pages = 200, 5e-3, 20.0, False
+    if variant == "reference-2":  # the run of the part before (config.init) goes on
+        c.seed, c.steps, c.optimizer.warmup = 1, 981, 30
+        c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 8e-3, 2e-3
     if variant == "dialogue":  # a quickstart run (config.init) goes on: docs/posttraining.md
         d.mixture = (("draw", 0.3), ("edit", 0.3), ("dialogue", 0.3), ("question", 0.05), ("caption", 0.05))
         d.batch_size, d.row_length, d.overlong = 3, 560, "drop"

@@ -53,6 +53,7 @@ def test_a_packed_model_draws_as_the_one_it_was_made_of(space, folder, tmp_path)
     whole, _ = checkpoint.weights(space.transformer)
     small, step = checkpoint.weights(folder)
     assert step == checkpoint.latest(space.transformer)
+    assert str(space.root) not in (folder / "config.json").read_text()  # nothing of the machine that trained
     for name, array in whole.items():
         assert np.abs(array - small[name]).max() <= np.abs(array).max() / 127, name
 

@@ -4,6 +4,7 @@ Large float arrays are kept in 8 bits, in groups of 64 numbers that share a scal
 bfloat16; whoever loads them gets the numbers that these stand for in float32. Names are as "blocks/attention/q/w".
 """
 
+import json
 from pathlib import Path
 
 import jax
@@ -41,6 +42,7 @@ def write(path, arrays, kind, step):
     path = Path(path)
     temporary = path.with_name(path.name + ".saving")
     save_file(kept, temporary, {"format": "mmgen-packed", "step": str(step), "kind": kind})
+    temporary.chmod(0o644)  # safetensors makes files for their owner alone
     temporary.replace(path)
     return read(path, arrays)
 
@@ -89,15 +91,22 @@ def _exact(array, scale):
     return values.reshape(-1)[: array.size].reshape(array.shape)
 
 
-def pack(workdir, out, kind, *, only=("config.json", "vocabulary.json", "text.model")):
-    """Packs the newest weights of a run into the folder `out`, beside the files of `only` that it has; returns the
-    arrays {name: float32} that those who load them will have."""
+def pack(workdir, out, kind):
+    """Packs the newest weights of a run into the folder `out`, beside its config and what else those need who load it;
+    returns the arrays {name: float32} that they will have. Where things lay on the machine that trained is left out."""
     from mmgen.runtime import checkpoint
 
     workdir, out = Path(workdir), Path(out)
     arrays, step = checkpoint.weights(workdir)
+    config = checkpoint.read_config(workdir)
     out.mkdir(parents=True, exist_ok=True)
-    for name in only:
+    for name in ("vocabulary.json", "text.model", "calibration.json"):
         if (workdir / name).exists():
             (out / name).write_bytes((workdir / name).read_bytes())
+    for tree, names in (
+        (config, ("init",)),
+        (config.get("data", {}), ("shards", "tokenizer", "text", "upsampler")),
+    ):
+        tree |= dict.fromkeys(names & tree.keys(), "")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return write(out / NAME, arrays, kind, step)
