@@ -1,0 +1,51 @@
+"""The model that comes with mmgen: it is there, it is small, and it draws what it is asked for where none is named."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmgen as package
+from mmgen.commands.common import model_folder
+from mmgen.sampling import sampler
+from mmgen.world.judge import parse
+from tests.conftest import ROOT, mmgen
+
+FOLDER = ROOT / "mmgen" / "reference"
+
+
+def test_it_is_named_reference_unless_a_folder_is(tmp_path, monkeypatch):
+    assert model_folder("reference") == str(FOLDER) == f"{package.__path__[0]}/reference"
+    assert model_folder("runs/mine") == "runs/mine"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reference").mkdir()
+    assert model_folder("reference") == "reference"
+
+
+def test_it_is_small_and_says_nothing_of_where_it_was_made():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    for path in FOLDER.rglob("*.json"):
+        assert json.loads(path.read_text()) and "/tmp/" not in path.read_text(), path
+
+
+@pytest.mark.smoke
+def test_it_draws_what_is_asked_where_no_checkpoint_is_named(tmp_path):
+    """Bits differ between machines, so that not one picture but most of eight are to be right."""
+    out = tmp_path / "out"
+    prompts = [f"a {color} {shape}" for color in ("red", "blue") for shape in ("circle", "square")]
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    assert mmgen("sample", *flags, "--n", "2", "--size", "64x64", "--out", out, "--no-provenance") == 0
+    right = 0
+    for path in sorted(out.glob("*.png")):
+        note = json.loads(path.with_suffix(".json").read_text())
+        _, color, shape = note["request"]["prompt"].split()
+        scene = parse(np.asarray(Image.open(path).convert("RGB"))).scene
+        right += bool(scene) and [(thing.color, thing.shape) for thing in scene.objects] == [(color, shape)]
+    assert right >= 5
+
+
+def test_it_is_whole():
+    model = sampler.load(FOLDER)
+    assert model.refuses and model.tokenizer.patch == 4 and model.grammar.max_side == 32
