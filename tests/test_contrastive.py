@@ -148,6 +148,7 @@ def test_runs_on_eight_devices_learn_what_one_does(run, tmp_path):
     assert other[-1]["text_r10"] == pytest.approx(one[-1]["text_r10"], abs=0.05)
 
 
+@pytest.mark.soak
 def test_stopped_and_resumed_is_bit_identical(run, tmp_path):
     config = config_of(run.flags)
     loop.train(config, tmp_path, stop_at=5)

@@ -94,6 +94,7 @@ def packed(sampler, around, n, seed):
 # ---- the model ------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_it_begins_at_no_effect(sampler, around):
     """The same parameters, the same logits to the last bit; then it is the gates that are learned first."""
     row = packed(sampler, around, 3, seed=2)

@@ -366,5 +366,6 @@ print(json.dumps(max(float(np.abs(x - y).max() / np.abs(x).max())
 """
 
 
+@pytest.mark.soak
 def test_four_devices_learn_what_one_does():
     assert json.loads(run_python(MESH, devices=4).stdout.splitlines()[-1]) < 1e-4

@@ -161,7 +161,7 @@ def test_two_runs_do_not_share_a_workdir(space, tmp_path):
     loop.train(config_of(space.tokenizer_flags), tmp_path)
 
 
-@pytest.mark.parametrize("failures, ends_well", [(1, True), (9, False)])
+@pytest.mark.parametrize("failures, ends_well", [(1, True), pytest.param(9, False, marks=pytest.mark.soak)])
 def test_the_last_save_is_tried_again_and_its_loss_is_not_silent(
     space, tmp_path, monkeypatch, failures, ends_well
 ):
@@ -417,6 +417,7 @@ def test_the_best_step_stays(space, tmp_path):
         loop.train(config_of([*flags, "--config.best=psnr"]), tmp_path)
 
 
+@pytest.mark.soak
 def test_logging_to_weights_and_biases(space, tmp_path, monkeypatch):
     logged = []
 

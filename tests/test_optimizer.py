@@ -208,6 +208,7 @@ for shape in ({"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "ten
 """
 
 
+@pytest.mark.soak
 def test_devices_share_the_matrices_and_gather_none():
     """Fifteen of one shape and six of another on eight devices: what is shared out is exchanged, there and back."""
     lines = run_python(SHARED, devices=8).stdout.splitlines()

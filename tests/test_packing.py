@@ -143,6 +143,7 @@ def test_an_epoch_in_which_nothing_fits_is_passed_over():
     assert all(variants.tolist() == [DROP_TEXT] for _, variants in (p.row(number) for number in range(20)))
 
 
+@pytest.mark.soak
 def test_many_epochs_take_no_room_and_are_not_packed_again(tmp_path, monkeypatch):
     p = plan([10] * 4, folder=tmp_path)
     assert p.find(1000) == (1000, 0) and len(p._tables) <= 3

@@ -127,6 +127,7 @@ def test_layouts_are_the_golden_ones(variant, topology, overrides):
     assert lines == path.read_text().splitlines(), f"{path.name} differs; MMGEN_GOLDEN=write renews it"
 
 
+@pytest.mark.soak
 def test_collectives_of_a_loop_count_as_often_as_it_runs(tmp_path):
     """The real command, compiling for eight pretended devices: weights of both layers are gathered in both
     passes."""

@@ -69,7 +69,9 @@ sys.exit(main(sys.argv[3:]))
 @pytest.mark.parametrize(
     "number, place, saved",
     [
-        ("SIGTERM", "warmup", (1,)), ("SIGUSR1", "step", (4,)), ("SIGTERM", "save", (3,)),
+        ("SIGUSR1", "step", (4,)),
+        pytest.param("SIGTERM", "warmup", (1,), marks=pytest.mark.soak),
+        pytest.param("SIGTERM", "save", (3,), marks=pytest.mark.soak),
         # Half a second after the data stops the loop waits for it, at step 5; on a busy machine it is not there yet.
         pytest.param("SIGTERM", "data", range(1, 6), marks=pytest.mark.soak),
         pytest.param("SIGUSR1", "evaluate", (STEPS,), marks=pytest.mark.soak),
@@ -108,7 +110,8 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("rank, number", [(1, "SIGTERM"), pytest.param(0, "SIGUSR1", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("rank, number", [(1, "SIGTERM"), (0, "SIGUSR1")])
 def test_processes_agree_on_the_step_that_they_stop_at(space, tmp_path, rank, number):
     flags = ["--config", "transformer:tiny", f"--config.data.shards={space.shards}", "--config.mesh.data=4"]
     flags += ["--config.steps=2000", "--config.save_every=5000", "--config.log_every=1"]

@@ -560,6 +560,7 @@ def losses(tokenizer, *overrides):
     return found
 
 
+@pytest.mark.soak
 def test_eight_devices_learn_what_one_does(space):
     eight = run_python(MESH, space.tokenizer, devices=8).stdout.splitlines()[-1]
     np.testing.assert_allclose(json.loads(eight), losses(space.tokenizer), rtol=2e-4)

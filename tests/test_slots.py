@@ -538,7 +538,8 @@ np.testing.assert_array_equal(drawn[1][0], drawn[2][0])
 """
 
 
-@pytest.mark.parametrize("outline", [0, pytest.param(16, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("outline", [0, 16])
 def test_devices_that_share_a_model_draw_the_same(space, tmp_path, outline):
     from mmgen.stages import loop
     from tests.conftest import config_of

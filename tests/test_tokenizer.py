@@ -175,6 +175,7 @@ def test_a_tokenizer_with_a_codebook_and_alpha_serves_a_transformer(space, stick
         assert Image.open(tmp_path / name).mode == mode
 
 
+@pytest.mark.soak
 def test_the_other_terms_and_quantizers_learn(tmp_path):
     weights = {"log_mse": 0, "l1": 1, "l2": 1, "gradient": 0.5, "focal_frequency": 1, "ms_ssim": 0.5}
     flags = [f"--config.loss.weights.{name}={value}" for name, value in weights.items()]
