@@ -64,6 +64,17 @@ def test_a_training_begins_with_packed_weights(space, folder, tmp_path, capsys):
     assert "left as initialised: none" in capsys.readouterr().out
 
 
+def test_packed_folders_are_exported_and_tokenise(space, folder, tmp_path):
+    assert checkpoint.export(folder, tmp_path / "copy") == checkpoint.latest(space.transformer)
+    for name, array in checkpoint.weights(folder)[0].items():
+        np.testing.assert_array_equal(array, checkpoint.weights(tmp_path / "copy")[0][name])
+    with pytest.raises(CheckpointError, match="another folder"):
+        checkpoint.export(folder, folder)
+    source = ("--source", "world:train", "--size", "32x32", "--documents", "4", "--max-side", "16")
+    made = ("--tokenizer", folder / "tokenizer", "--text", folder / "text.model", "--out", tmp_path / "shards")
+    assert mmgen("tokenize", *source, *made) == 0
+
+
 def test_weights_that_do_not_fit_their_config_are_an_error(folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -647,6 +647,13 @@ def read_config(workdir, *stages):
 
 def export(workdir, out):
     """Copies what inference needs (config and the newest weights) to the new workdir `out`."""
+    if path := packed.path_of(workdir):
+        if Path(out).resolve() == Path(workdir).resolve():
+            raise CheckpointError(f"expected another folder to export to, found {out}, which is exported")
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for each in (path, Path(workdir) / "config.json"):
+            shutil.copy2(each, Path(out) / each.name)
+        return packed.names(path)[1]
     step = latest(workdir, weights=True)
     if step is None:
         raise CheckpointError(f"nothing to export: {workdir} has no checkpoint")
