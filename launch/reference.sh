@@ -10,6 +10,7 @@ set -euo pipefail
 dir=${1:?usage: launch/reference.sh FOLDER [DOCUMENTS [STEPS]]}
 documents=${2:-}
 steps=${3:+--config.steps=$3}
+small=${3:+--config.data.batch_size=2}  # a batch of the transformer takes more memory than most machines without a GPU have
 mkdir -p "$dir"
 
 # name, task (of mmgen/world/tasks.py), picture size, documents: shares of tokens are the config's data.mixture
@@ -51,6 +52,6 @@ while read -r name spec size count; do
     --out "$dir/shards/$name"
   shards=$shards,$dir/shards/$name
 done <<< "$tasks"
-mmgen train --config transformer:reference --workdir "$dir/transformer" --config.data.shards="${shards#,}" $steps
+mmgen train --config transformer:reference --workdir "$dir/transformer" --config.data.shards="${shards#,}" $steps $small
 mmgen train --config transformer:reference-2 --workdir "$dir/transformer-2" --config.data.shards="${shards#,}" \
-  --config.init="$dir/transformer" $steps
+  --config.init="$dir/transformer" $steps $small
