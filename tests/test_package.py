@@ -1,10 +1,12 @@
-"""What gets installed: the commands, the configs beside them, one version."""
+"""What gets installed: the commands, the configs beside them, one version; and the READMEs."""
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,33 @@ def test_no_file_is_left_out_of_the_wheel():
 def test_configs_folder_holds_only_modules():
     """package-data does not reach configs/, so what lies there must be Python."""
     assert all(p.suffix == ".py" for p in (ROOT / "configs").iterdir() if p.name != "__pycache__")
+
+
+def sections(page):
+    """What a translation keeps of each section of a page."""
+    for section in re.split(r"(?m)^(?=#+ )", page):
+        indented, prose = re.findall(r"(?m)^    .*", section), re.sub(r"(?m)^    .*", "", section)
+        # Up to a "#" outside of quotes; in a listing of files up to what is said of one.
+        lines = [re.match(r"""(?:"[^"]*"|'[^']*'|[^#])*""", line)[0] for line in indented]
+        lines = [re.sub(r"(/|\.py)  .*", r"\1", line).rstrip() for line in lines]
+        yield {
+            "level": re.match("#*", section)[0],
+            "commands": [line for line in lines if line],
+            "links": Counter(re.findall(r"\]\(([^)]*)\)", prose)),
+            "code": Counter(re.findall(r"`[^`]*`", prose)),
+            "rows": [(row.count("|"), numbers(row)) for row in re.findall(r"(?m)^\|.*", prose)],
+            "numbers": Counter(numbers(section)),
+        }
+
+
+def numbers(words):
+    """The numbers in digits, where .5 is 0.5: those in words are the translator's."""
+    return [n.lstrip("0") for n in re.findall(r"\d*(?:[.,]\d+)+|\d+", words)]
+
+
+def test_the_readmes_are_kept_in_step():
+    """Each links to the other; but for that, README.zh-CN.md has what README.md has, section by section."""
+    english, chinese = ((ROOT / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+    chinese = chinese.replace("[English](README.md)", "[简体中文](README.zh-CN.md)")
+    for here, there in zip(sections(english), sections(chinese), strict=True):
+        assert here == there

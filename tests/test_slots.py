@@ -149,6 +149,26 @@ def test_eight_bits_are_near(sampler, random, options):
         assert turn.parts[0].codes.shape == (2, 2)
 
 
+def test_bits_do_not_depend_on_how_far_the_cache_or_others_reach(random):
+    """What attention does not look at, or looks at in vain, is nothing (on CPU; elsewhere the length names the program)."""
+    model, *_ = random
+    by_length = sorted(documents(model, 40, seed=5), key=lambda d: len(model.grammar.encode(d, model.text)))
+    asked, other = (Request(by_length[n], size=(2, 2), seed=1, guidance=2.0) for n in (0, -1))
+    assert len(model.prompts(other)[0]) > len(model.prompts(asked)[0]) + 32
+
+    def hidden(length, company):
+        slots = Slots(model, 2, 2, length)
+        for request in [asked, other][: 1 + company]:
+            slots.add(request)
+        slots.run(4)
+        return np.asarray(slots._state.hidden[::2])  # of the first slot's two rows
+
+    expected = hidden(160, False)
+    assert np.isfinite(expected).all()
+    for length, company in ((160, True), (320, False), (320, True)):
+        np.testing.assert_array_equal(hidden(length, company), expected)
+
+
 def test_quantized_matrices_are_within_half_a_step():
     x = jax.random.normal(jax.random.key(0), (50, 7, 3)).at[:, 2].set(0)
     values, scale = caches.quantize(x, 0)

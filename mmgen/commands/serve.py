@@ -62,8 +62,6 @@ def main(argv):
     add_safety_flags(parser)
     args = parser.parse_args(argv)
     try:
-        import uvicorn
-
         from mmgen.serving import api, dialogues, engine
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is missing: pip install 'mmgen[serve]'") from None
@@ -96,10 +94,7 @@ def main(argv):
     )  # fmt: skip
     running = engine.Engine(model, size=grid, slots=args.slots, waiting=args.queue, every=args.every)
     served = api.app(running, settings)
-    uvicorn.run(
-        served, host=args.host, port=args.port, log_level="info", timeout_graceful_shutdown=int(args.drain) or 1,
-        server_header=False, limit_concurrency=1000, h11_max_incomplete_event_size=1 << 16,
-    )  # fmt: skip
+    api.server(served, drain=args.drain, host=args.host, port=args.port, log_level="info").run()
 
 
 def _is_local(host):

@@ -102,13 +102,20 @@ def corner(buffer, row, slot):
     return (row, slot) if buffer.ndim == 2 else (row, 0, slot) + (0,) * (buffer.ndim - 3)
 
 
-def step(model, weights, cache, tokens, positions, start, row=None):
+def _span(slots):
+    """How many slots of a cache are looked at together. On CPU a step takes what it takes to read the cache, so those that nobody has
+    reached yet are left out, and bits don't depend on how many there are; elsewhere the loop would cost more."""
+    return 32 if jax.default_backend() == "cpu" and slots % 32 == 0 else slots
+
+
+def step(model, weights, cache, tokens, positions, start, row=None, reach=None):
     """Feeds tokens to the cached model, one a row (decoding) or many (prefill) -> hidden [B, T, D], cache.
 
     model: a Transformer without what is `LAID_OUT`. tokens int32 [B, T], positions int32 [B, T, 3], start int32
     [B]: token t of row b is written to slot start[b] + t, and sees the slots up to its own. Slots beyond S are
     dropped. With `row`, an index, B is 1 and these are tokens of that row of the cache alone; start + T must then
-    be within S.
+    be within S. reach: how many slots the longest row has after it, int32, where some rows don't matter and are not to be looked at
+    further; what slots beyond a row's own hold adds nothing to it, to the last bit, however far others reach.
 
     Where an image ends among these tokens, its features are computed, all at once, and their keys and values of
     cross-attention take the slots of its codes: before that nothing sees them.
@@ -117,6 +124,8 @@ def step(model, weights, cache, tokens, positions, start, row=None):
     c = model.config
     K, G, C = c.kv_heads, c.heads // c.kv_heads, c.head_dim
     slots = start[:, None] + jnp.arange(T)
+    span = _span(S)
+    spans = jnp.minimum(-(-(start.max() + T if reach is None else reach) // span), S // span)
 
     def put(buffer, new):
         """Writes new [B, T, ...] into buffer [rows, S], or [rows, K, S, ...] with the heads first."""
@@ -134,26 +143,41 @@ def step(model, weights, cache, tokens, positions, start, row=None):
     def remember(buffer, new):
         return tuple(map(put, buffer, quantize(new, -1))) if isinstance(buffer, tuple) else put(buffer, new)
 
-    def recall(buffer):
-        """Values [B, K, S, C] and their scale [B, K, 1, 1, S], 1 where there is none."""
-        if not isinstance(buffer, tuple):
-            return of_rows(buffer).astype(x.dtype), 1.0
-        values, scale = map(of_rows, buffer)
-        return values.astype(x.dtype), scale[:, :, None, None]
+    def recall(buffer, n):
+        """Of span n: values [B, K, span, C] and their scale [B, K, 1, 1, span], 1 where there is none."""
+        values, scale = buffer if isinstance(buffer, tuple) else (buffer, None)
+
+        def part(buffer):
+            rows, at = (buffer.shape[0], 0) if row is None else (1, row)
+            size = (rows, buffer.shape[1], span, *buffer.shape[3:])
+            return jax.lax.dynamic_slice(buffer, corner(buffer, at, n * span), size)
+
+        return part(values).astype(x.dtype), 1.0 if scale is None else part(scale)[:, :, None, None]
 
     def attend(q, keys, values, bias):
         """q [B, T, N, C], normed and rotated, the cache's keys and values, bias [B, 1, 1, T, S] -> [B, T, N * C]."""
         # As in models/layers.py: queries of twice the length, over the square root of C.
         q = (q * (2 * C**-0.5)).reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
-        k, k_scale = recall(keys)
-        v, v_scale = recall(values)
-        logits = jnp.einsum("bkqc,bksc->bkqs", q, k, preferred_element_type=jnp.float32)
-        logits = logits.reshape(B, K, G, T, S) * k_scale + bias
-        p = jnp.exp(logits - logits.max(-1, keepdims=True))
-        total = p.sum(-1, keepdims=True)
-        p = (p * v_scale).astype(v.dtype).reshape(B, K, G * T, S)
-        y = jnp.einsum("bkqs,bksc->bkqc", p, v, preferred_element_type=jnp.float32)
-        return (y.reshape(B, K, G, T, C) / total).astype(x.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
+
+        def look(n, seen):
+            """The largest logit so far, and the sums of weights and of weighted values beneath it."""
+            most, total, y = seen
+            k, k_scale = recall(keys, n)
+            v, v_scale = recall(values, n)
+            logits = jnp.einsum("bkqc,bksc->bkqs", q, k, preferred_element_type=jnp.float32)
+            part = jax.lax.dynamic_slice_in_dim(bias, n * span, span, -1)
+            logits = logits.reshape(B, K, G, T, span) * k_scale + part
+            new = jnp.maximum(most, logits.max(-1, keepdims=True))
+            p, old = jnp.exp(logits - new), jnp.exp(most - new)
+            total = old * total + p.sum(-1, keepdims=True)
+            p = (p * v_scale).astype(v.dtype).reshape(B, K, G * T, span)
+            more = jnp.einsum("bkqs,bksc->bkqc", p, v, preferred_element_type=jnp.float32)
+            return new, total, old * y + more.reshape(y.shape)
+
+        shape = (B, K, G, T)
+        nothing = jnp.full((*shape, 1), -jnp.inf), jnp.zeros((*shape, 1)), jnp.zeros((*shape, C))
+        _, total, y = look(0, nothing) if span == S else jax.lax.fori_loop(0, spans, look, nothing)
+        return (y / total).astype(x.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
 
     def encode(cross, images, held, begin, new):
         """`cross` with the keys and values of images that are `new` bool [B, W] in the slots from `begin` [B] on."""

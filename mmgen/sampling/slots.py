@@ -37,12 +37,14 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a request has come: `tokens` int32 [T] are those of its answer, <end> included when `done`."""
+    """How far a request has come: `tokens` int32 [T] are those of its answer, <end> included when `done`. reused: so many tokens of its
+    prompt were not read anew, as the slots held them."""
 
     ticket: int
     request: Any
     tokens: np.ndarray
     done: bool
+    reused: int = 0
 
 
 @dataclasses.dataclass
@@ -51,6 +53,7 @@ class _Job:
     request: Any
     prompts: list  # tokens of each branch
     room: int
+    reused: int = 0
 
 
 class Slots:
@@ -176,7 +179,7 @@ class Slots:
         for place, job in enumerate(self._jobs):
             if job:
                 answer = rows[place, lengths[place] - written[place] : lengths[place]]
-                found.append(Progress(job.ticket, job.request, answer, not still[place]))
+                found.append(Progress(job.ticket, job.request, answer, not still[place], job.reused))
                 if not still[place]:
                     self._jobs[place] = None
         return found
@@ -206,12 +209,14 @@ class Slots:
             self._time += 1
             self._jobs[place], self._used[place] = job, self._time
             self._set_knobs(place, job)
-            for branch, prompt in enumerate(job.prompts):
-                self._plan(fill, branch * self.count + place, prompt)
+            reused = [
+                self._plan(fill, b * self.count + place, prompt) for b, prompt in enumerate(job.prompts)
+            ]
+            job.reused = reused[0]
         return fill
 
     def _plan(self, fill, row, prompt):
-        """Adds to `fill` how `row` comes to hold `prompt`."""
+        """Adds to `fill` how `row` comes to hold `prompt` -> how many tokens of it need not be read."""
         chunk, at = self.sampler.chunk, int(fill["count"])
         shared = [_shared(held, prompt) for held in self._held]
         equal = [n == len(prompt) == len(held) for n, held in zip(shared, self._held)]
@@ -228,6 +233,7 @@ class Slots:
         for field, value in zip(fill["machine"], self.sampler.grammar.feed(prompt)):
             field[row] = value[0]
         self._held[row] = prompt
+        return min(copied * chunk, len(prompt))
 
     def _set_knobs(self, place, job):
         request = job.request
@@ -321,7 +327,10 @@ def _dispatch(
         broken = broken | (active & ~finite)
         token = every(jnp.where(active, token, grammar.eos))
         at = grammar.position(state.machine)
-        x, cache = caches.step(model, weights, state.cache, token[:, None], at[:, None], state.lengths)
+        reach = jnp.max(jnp.where(every(active), state.lengths, 0)) + 1
+        x, cache = caches.step(
+            model, weights, state.cache, token[:, None], at[:, None], state.lengths, reach=reach
+        )
         machine = grammar.advance(state.machine, token)
         state = state._replace(
             cache=cache,

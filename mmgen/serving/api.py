@@ -1,7 +1,6 @@
 """The HTTP API, in the shape of OpenAI's: images, edits, dialogues; with every request and every picture through the gate.
 
-What is asked for and cannot be done is refused, never ignored. Pictures come as data, never from paths or addresses, and are decoded
-within limits and encoded anew before anybody sees them.
+What is asked for and cannot be done is refused, never ignored. `requests.py` reads what clients send; the `Engine` draws.
 """
 
 import asyncio
@@ -15,11 +14,12 @@ import secrets
 import time
 import uuid
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import prometheus_client as prometheus
 import pydantic
+import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi import Request as Asked
 from fastapi.exceptions import RequestValidationError
@@ -27,113 +27,22 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 from PIL import Image as Pillow
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mmgen.data import images
 from mmgen.document import Document, Image, Refusal, Text, Turn
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.strategies import Strategy
-from mmgen.serving import dialogues
+from mmgen.serving import dialogues, requests
 from mmgen.serving.engine import Closed, Full, Late
+from mmgen.serving.requests import Wrong
 
 PAGE = Path(__file__).parent / "page"
 FORMATS = {"png": ".png", "webp": ".webp", "jpeg": ".jpeg"}
-MOST_IMAGES = 16  # of a request
-MASK_BYTES = 4 << 20
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; form-action 'none'; "
     "frame-ancestors 'none'; base-uri 'none'"
 )
-
-
-class Wrong(Exception):
-    """An error as clients see it."""
-
-    def __init__(
-        self, status, message, code=None, param=None, kind="invalid_request_error", retry=None, details=None
-    ):
-        super().__init__(message)
-        self.status, self.retry = status, retry
-        self.error = {"message": message, "type": kind, "param": param, "code": code}
-        if details:
-            self.error["moderation_details"] = details
-
-
-class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
-
-Prompt = Annotated[str, pydantic.StringConstraints(min_length=1, max_length=32_000)]
-
-
-class Options(_Strict):
-    """What pictures may be asked for with, in every endpoint. `seed` and `guidance` are ours."""
-
-    model: str | None = None
-    size: str = "auto"
-    quality: Literal["auto"] = "auto"
-    background: Literal["auto", "opaque", "transparent"] = "auto"
-    output_format: Literal["png", "webp", "jpeg"] = "png"
-    output_compression: Annotated[int, pydantic.Field(ge=0, le=100)] = 100
-    moderation: Literal["auto", "low"] = "auto"
-    partial_images: Annotated[int, pydantic.Field(ge=0, le=3)] = 0
-    seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] | None = None
-    guidance: Annotated[float, pydantic.Field(ge=1, le=20, strict=False)] | None = None
-
-
-class Generation(Options):
-    prompt: Prompt
-    n: Annotated[int, pydantic.Field(ge=1, le=10)] = 1
-    stream: bool = False
-    response_format: Literal["b64_json"] | None = None
-    safety_identifier: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
-    user: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
-
-
-class Edit(Generation):
-    """The fields of an edit beside its files; of a form, where everything is text."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=False)
-    input_fidelity: Literal["low"] | None = None
-
-
-class InputText(_Strict):
-    type: Literal["input_text"]
-    text: Annotated[str, pydantic.StringConstraints(max_length=32_000)]
-
-
-class InputImage(_Strict):
-    type: Literal["input_image"]
-    image_url: str
-    detail: Literal["auto"] = "auto"
-
-
-class Message(_Strict):
-    type: Literal["message"] = "message"
-    role: Literal["user", "system", "developer"]
-    content: str | Annotated[list[InputText | InputImage], pydantic.Field(min_length=1, max_length=64)]
-
-
-class Tool(Options):
-    type: Literal["image_generation"]
-    action: Literal["auto"] = "auto"
-
-
-class Choice(_Strict):
-    type: Literal["image_generation"]
-
-
-class Talk(_Strict):
-    input: str | Annotated[list[Message], pydantic.Field(min_length=1, max_length=64)]
-    model: str | None = None
-    instructions: Annotated[str, pydantic.StringConstraints(max_length=32_000)] | None = None
-    previous_response_id: str | None = None
-    tools: Annotated[list[Tool], pydantic.Field(max_length=1)] = []
-    tool_choice: Literal["auto", "none", "required"] | Choice = "auto"
-    stream: bool = False
-    store: bool = True
-    metadata: dict[str, str] | None = None
-    safety_identifier: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
-    user: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
 
 
 @pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(arbitrary_types_allowed=True))
@@ -163,10 +72,13 @@ def app(engine, settings):
     @contextlib.asynccontextmanager
     async def lifespan(_):
         yield
-        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(engine.close, 0)  # whoever still waited has been given up by the server
 
-    api = FastAPI(title="mmgen", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    api.add_middleware(_Limit, most=settings.body)
+    said = {"model": requests.Failure, "description": "what is wrong, in words"}
+    api = FastAPI(
+        title="mmgen", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, responses={"4XX": said, "5XX": said}
+    )  # fmt: skip
+    api.add_middleware(_Limit, most=settings.body, seconds=settings.seconds)
 
     # ---- who asks, and what cannot be ----
 
@@ -361,7 +273,7 @@ def app(engine, settings):
         identifier = options.safety_identifier or options.user
         more = {"safety_identifier": identifier} if identifier else {}
         if options.stream:
-            return _stream(streamed(jobs[0], options, gate, seed, kind, paste, more))
+            return _Stream(streamed(jobs[0], options, gate, seed, kind, paste, more), jobs[0])
         try:
             steps = await asyncio.gather(*(finished(job, asked) for job in jobs))
             turns = [await passed(step, gate) for step in steps]
@@ -397,35 +309,35 @@ def app(engine, settings):
                 }  # fmt: skip
 
     @api.post("/v1/images/generations")
-    async def generate(asked: Asked, options: Generation, who: Client):
+    async def generate(asked: Asked, options: requests.Generation, who: Client):
         check(options)
         size = grid(options.size)
-        document = Document([Turn("user", [_text(options.prompt)])])
+        document = Document([Turn("user", [requests.text(options.prompt)])])
 
         def prepare(seed, gate):
             return lambda _: Request(document, "image", size, **options_of(options, gate, seed))
 
         return await pictures(asked, options, who, document, "image_generation", prepare, lambda x: x)
 
-    @api.post("/v1/images/edits")
+    @api.post("/v1/images/edits", openapi_extra=requests.FORM)
     async def edit(asked: Asked, who: Client):
-        fields, files, mask = await _form(asked)
+        fields, files, mask = await requests.read_form(asked)
         try:
-            options = Edit(**fields)
+            options = requests.Edit(**fields)
         except pydantic.ValidationError as error:
             raise RequestValidationError(error.errors()) from None
         check(options)
         size = grid(options.size) if options.size != "auto" else None
-        first = _decoded(files[0], sampler, "image")
-        size = size or _near(first, patch, most)
+        first = requests.decode(files[0], sampler, "image")
+        size = size or requests.near(first, patch, most)
         unit = sampler.tokenizer.patch
         side = (size[1] * unit, size[0] * unit)
         shown = [
             images.fit(pixels, *side)
-            for pixels in (first, *(_decoded(f, sampler, "image") for f in files[1:]))
+            for pixels in (first, *(requests.decode(f, sampler, "image") for f in files[1:]))
         ]
-        free = None if mask is None else _free(mask, first, size)
-        parts = [*(Image(pixels=pixels) for pixels in shown), _text(options.prompt)]
+        free = None if mask is None else requests.free_patches(mask, first, size)
+        parts = [*(Image(pixels=pixels) for pixels in shown), requests.text(options.prompt)]
         document = Document([Turn("user", parts)])
 
         def prepare(seed, gate):
@@ -450,12 +362,12 @@ def app(engine, settings):
         return await pictures(asked, options, who, document, "image_edit", prepare, paste)
 
     @api.post("/v1/responses")
-    async def respond(asked: Asked, talk: Talk, who: Client):
+    async def respond(asked: Asked, talk: requests.Talk, who: Client):
         tool = talk.tools[0] if talk.tools else None
         check(talk)
         if tool:
             check(tool)
-        options = tool or Tool(type="image_generation")
+        options = tool or requests.Tool(type="image_generation")
         gate, size = gate_of(options.moderation), grid(options.size)
         before = store.get(talk.previous_response_id, who) if talk.previous_response_id else Document()
         if before is None:
@@ -465,9 +377,9 @@ def app(engine, settings):
                 "previous_response_not_found",
                 "previous_response_id",
             )
-        document = Document((*before.turns, *_turns(talk, sampler, size)))
+        document = Document((*before.turns, *requests.turns_of(talk, sampler, size)))
         draws = tool is not None and talk.tool_choice != "none"
-        must = draws and (talk.tool_choice == "required" or isinstance(talk.tool_choice, Choice))
+        must = draws and (talk.tool_choice == "required" or isinstance(talk.tool_choice, requests.Choice))
         output = "image" if must else "any" if draws else "text"
         await checked(gate, document, draws)
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
@@ -479,7 +391,7 @@ def app(engine, settings):
         (job,) = await submitted([prepare], who, options.partial_images)
         said = _Response(talk, settings.name, seed)
         if talk.stream:
-            return _stream(spoken(job, said, options, gate, who))
+            return _Stream(spoken(job, said, options, gate, who), job)
         step = await finished(job, asked)
         await ended(said, job, step, options, gate, who)
         return said.whole
@@ -557,6 +469,8 @@ def app(engine, settings):
 
     @api.get("/healthz")
     async def healthy():
+        if not engine.alive:
+            raise Wrong(503, "the engine has ended; its log says why", "engine_ended", kind="server_error")
         return {"status": "ok"}
 
     @api.get("/readyz")
@@ -581,36 +495,48 @@ def app(engine, settings):
 
 
 class _Limit:
-    """Bodies over `most` bytes are not read on: by their header, or as they come."""
+    """Bodies over `most` bytes are not read on, by their header or as they come, nor those that take over `seconds` to come. Who sends
+    them is told, and the line is closed, as the rest of the body is on it."""
 
-    def __init__(self, app, most):
-        self.app, self.most = app, most
+    def __init__(self, app, most, seconds):
+        self.app, self.most, self.seconds = app, most, seconds
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        large = Wrong(413, f"the body is over {self.most} bytes", "request_too_large")
+        slow = Wrong(408, f"the body took over {self.seconds:g} s to come", "request_too_slow")
+        close = {"Connection": "close"}
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        found = Wrong(413, f"the body is over {self.most} bytes", "request_too_large")
         if not length.isdigit() or int(length) > self.most:
-            return await JSONResponse({"error": found.error}, 413)(scope, receive, send)
-        seen, said = 0, False
+            return await JSONResponse({"error": large.error}, 413, headers=close)(scope, receive, send)
+        end, seen, whole, wrong, said = time.monotonic() + self.seconds, 0, False, None, False
 
         async def counted():
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole, wrong
+            if whole:  # what comes now is that the client has left
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(end - time.monotonic(), 0.001))
+            except TimeoutError:
+                wrong = slow
+                raise wrong from None
             seen += len(message.get("body", b""))
+            whole = not message.get("more_body")
             if seen > self.most:
-                raise found
+                wrong = large
+                raise wrong
             return message
 
         async def answer(message):
             """What is said of a body that was not read to its end, whatever became of it above, is that."""
             nonlocal said
-            if seen <= self.most:
+            if not wrong:
                 await send(message)
             elif not said:
                 said = True
-                await JSONResponse({"error": found.error}, 413)(scope, receive, send)
+                response = JSONResponse({"error": wrong.error}, wrong.status, headers=close)
+                await response(scope, receive, send)
 
         await self.app(scope, counted, answer)
 
@@ -628,167 +554,46 @@ def _said(error):
     return Wrong(500, "the server failed; its log says why", "server_error", kind="server_error")
 
 
-def _stream(events):
-    """Server-sent events; an error is the last of them."""
+class _Stream(StreamingResponse):
+    """Server-sent events of a job; an error is the last of them. However it ends, and if nobody is there when it begins, the job is let go."""
 
-    async def lines():
+    def __init__(self, events, job):
+        self._job = job
+        super().__init__(
+            _lines(events), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+    async def __call__(self, scope, receive, send):
         try:
-            async for event in events:
-                yield f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
-        except Exception as error:  # noqa: BLE001 the status has been sent: this is how it is said
-            error = error if isinstance(error, Wrong) else _said(error)
-            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error.error})}\n\n"
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.gone = True
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+async def _lines(events):
+    try:
+        async for event in events:
+            yield f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
+    except Exception as error:  # noqa: BLE001 the status has been sent: this is how it is said
+        error = error if isinstance(error, Wrong) else _said(error)
+        yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error.error})}\n\n"
 
 
 def _usage(steps):
     """Tokens of the steps that ended answers."""
-    images_in, text_in, out = (
-        sum(step.tokens["prompt"]["image_tokens"] for step in steps),
-        sum(step.tokens["prompt"]["text_tokens"] for step in steps),
-        sum(step.tokens["answer"] for step in steps),
-    )
+    of = lambda name: sum(step.tokens[name] for step in steps)
+    images_in, text_in, out = of("image_tokens"), of("text_tokens"), of("answer")
     return {
         "input_tokens": images_in + text_in,
-        "input_tokens_details": {"image_tokens": images_in, "text_tokens": text_in, "cached_tokens": 0},
+        "input_tokens_details": {
+            "image_tokens": images_in,
+            "text_tokens": text_in,
+            "cached_tokens": of("reused"),
+        },
         "output_tokens": out,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": images_in + text_in + out,
     }
-
-
-def _text(words):
-    try:
-        return Text(words)
-    except ValueError as error:
-        raise Wrong(400, f"prompt: {error}", "invalid_value", "prompt") from None
-
-
-def _decoded(data, sampler, param):
-    """Pixels of an image file, within limits."""
-    try:
-        background = images.ALPHA if sampler.tokenizer.alpha else (255, 255, 255)
-        return images.read(data, background=background)
-    except images.BadImage as error:
-        raise Wrong(400, f"{param}: {error}", "invalid_image", param) from None
-
-
-def _near(pixels, patch, most):
-    """(height, width) in patches that come nearest to a picture's own."""
-    shrink = min(1.0, most / max(pixels.shape[:2]))
-    return tuple(max(round(side * shrink / patch), 1) for side in pixels.shape[:2])
-
-
-def _free(data, first, size):
-    """Which patches of a grid a mask leaves free, bool [h, w]: all of which a part is to be changed (alpha 0)."""
-    if len(data) > MASK_BYTES:
-        raise Wrong(400, f"mask: over {MASK_BYTES} bytes", "image_file_too_large", "mask")
-    try:
-        with Pillow.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if image.size != first.shape[1::-1]:
-                raise Wrong(
-                    400,
-                    f"mask: expected the size of the image, {first.shape[1]}x{first.shape[0]}",
-                    "invalid_image",
-                    "mask",
-                )
-            if "A" not in image.getbands():
-                raise Wrong(
-                    400,
-                    "mask: expected a PNG with alpha, 0 where the picture is to be changed",
-                    "invalid_image",
-                    "mask",
-                )
-            alpha = np.asarray(image.getchannel("A"))
-    except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
-        raise Wrong(400, f"mask: not a PNG that can be read: {error}", "invalid_image", "mask") from None
-    h, w = size
-    rows, columns = (np.arange(n) * m // n for n, m in zip(alpha.shape, size))
-    free = np.zeros(size, bool)
-    ys, xs = np.nonzero(alpha == 0)
-    free[rows[ys], columns[xs]] = True
-    if not free.any():
-        raise Wrong(400, "mask: nothing in it is to be changed (alpha 0)", "invalid_image", "mask")
-    return free.reshape(h, w)
-
-
-async def _form(asked):
-    """-> fields {name: text}, image files [bytes], the mask's bytes or None."""
-    kind = asked.headers.get("content-type", "")
-    if not kind.lower().startswith("multipart/form-data"):
-        raise Wrong(400, "expected multipart/form-data", "invalid_content_type")
-    fields, files, mask = {}, [], None
-    try:
-        async with asked.form(max_files=MOST_IMAGES + 1, max_fields=32, max_part_size=1 << 20) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, str):
-                    if name in fields or name in ("image", "image[]", "mask"):
-                        raise Wrong(
-                            400,
-                            f"{name}: expected {'a file' if name not in fields else 'it once'}",
-                            "invalid_value",
-                            name,
-                        )
-                    fields[name] = value
-                elif name in ("image", "image[]"):
-                    files.append(await value.read())
-                elif name == "mask" and mask is None:
-                    mask = await value.read()
-                else:
-                    raise Wrong(
-                        400, f"{name}: this server does not know such a file", "unknown_parameter", name
-                    )
-    except HTTPException as error:  # of the parser
-        raise Wrong(400, f"the form cannot be read: {error.detail}", "invalid_form") from None
-    if not files or len(files) > MOST_IMAGES:
-        raise Wrong(
-            400, f"image: expected 1 to {MOST_IMAGES} files, found {len(files)}", "invalid_value", "image"
-        )
-    return fields, files, mask
-
-
-def _turns(talk, sampler, size):
-    """What is said in a request for a response: turns of a document, one of the user at the end."""
-    messages = [Message(role="user", content=talk.input)] if isinstance(talk.input, str) else talk.input
-    turns = [Turn("system", [_text(talk.instructions)])] if talk.instructions else []
-    for message in messages:
-        parts = []
-        for part in (
-            [InputText(type="input_text", text=message.content)]
-            if isinstance(message.content, str)
-            else message.content
-        ):
-            parts.append(
-                _text(part.text) if part.type == "input_text" else _inline(part.image_url, sampler, size)
-            )
-        role = "user" if message.role == "user" else "system"
-        if turns and turns[-1].role == role:
-            turns[-1] = Turn(role, (*turns[-1].parts, *parts))
-        else:
-            turns.append(Turn(role, parts))
-    if turns[-1].role != "user":
-        raise Wrong(400, "input: expected the user's words or pictures at the end", "invalid_value", "input")
-    return turns
-
-
-def _inline(url, sampler, size):
-    """The `Image` of a data URL."""
-    head, _, data = url.partition(",")
-    if not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise Wrong(
-            400,
-            "image_url: expected data:image/...;base64,...; nothing is fetched",
-            "invalid_image_url",
-            "input",
-        )
-    try:
-        data = base64.b64decode(data, validate=True)
-    except ValueError:
-        raise Wrong(400, "image_url: not base64", "invalid_base64_image", "input") from None
-    pixels, patch = _decoded(data, sampler, "image_url"), sampler.tokenizer.patch
-    size = size or _near(pixels, patch, sampler.grammar.max_side * patch)
-    return Image(pixels=images.fit(pixels, size[1] * patch, size[0] * patch))
 
 
 class _Response:
@@ -841,6 +646,46 @@ class _Response:
         }
         first = bool(turn.parts) and isinstance(turn.parts[0], (Text, Refusal))
         self.whole["output"].insert(0 if first else len(self.whole["output"]), message)
+
+
+HEAD_SECONDS = 20  # in which a line that is open has to ask for something
+
+
+class _Line(H11Protocol):
+    """A connection; one on which no whole request head comes is closed, though bytes may drip in."""
+
+    idle = watch = None
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.watch = self.loop.call_later(HEAD_SECONDS, self.look)
+
+    def connection_lost(self, exc):
+        self.watch.cancel()
+        super().connection_lost(exc)
+
+    def look(self):
+        answered = self.cycle is None or self.cycle.response_complete
+        if answered and self.idle == (self.cycle,):  # as it was when it was looked at last
+            return self.transport.close()
+        self.idle = (self.cycle,) if answered else None
+        self.watch = self.loop.call_later(HEAD_SECONDS, self.look)
+
+
+def server(served, *, drain=30.0, **config):
+    """The `uvicorn.Server` of an `app`. drain: seconds that running requests get when it is stopped. config: see `uvicorn.Config`."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            served,
+            http=_Line,
+            ws="none",
+            timeout_graceful_shutdown=int(drain) or 1,
+            server_header=False,
+            limit_concurrency=1000,
+            h11_max_incomplete_event_size=1 << 16,
+            **config,
+        )  # fmt: skip
+    )
 
 
 def default_options(options):

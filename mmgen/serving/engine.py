@@ -43,7 +43,7 @@ class Late(Exception):
 @dataclasses.dataclass(frozen=True)
 class Step:
     """How far a job is: the text so far; `sketch`, uint8 [H, W, 3], of an image that is not finished, where one was due; when it is
-    done the whole `turn`, and the tokens of prompt and answer."""
+    done the whole `turn`, and how many tokens: {"image_tokens", "text_tokens"} of the prompt, "reused" of these, not read anew; "answer"."""
 
     text: str = ""
     sketch: np.ndarray | None = None
@@ -139,6 +139,11 @@ class Engine:
             self._lock.notify()
         return job
 
+    @property
+    def alive(self):
+        """Whether it answers at all: False once it was closed, or has broken."""
+        return self._thread.is_alive()
+
     def close(self, seconds=30.0):
         """Takes no more, lets those that are there finish for so long, and ends."""
         with self._lock:
@@ -150,6 +155,15 @@ class Engine:
     # ---- the engine's thread -----------------------------------------------------------------
 
     def _run(self):
+        try:
+            self._answer()
+        finally:  # closed, or broken, which the log says: nobody is left to wait
+            with self._lock:
+                self._closed, self.ready = True, False
+            for job in [*self._active.values(), *(job for queue in self._queues.values() for job in queue)]:
+                self._end(job, Closed("the server was shut down before this was done"), "closed")
+
+    def _answer(self):
         self._warm()
         while True:
             with self._lock:
@@ -165,8 +179,6 @@ class Engine:
             self.counts.active.set(len(self._active))
             if self._active:
                 self._dispatch()
-        for job in [*self._active.values(), *(job for queue in self._queues.values() for job in queue)]:
-            self._end(job, Closed("the server was shut down before this was done"), "closed")
 
     def _warm(self):
         """Compiles what every request needs, so that the first does not wait for it."""
@@ -220,7 +232,8 @@ class Engine:
                 if progress.done or stopped:
                     self._slots.cancel(progress.ticket)
                     del self._active[progress.ticket]
-                    finished.append((job, turn, len(progress.tokens)))
+                    told = job.prompt | {"reused": progress.reused, "answer": len(progress.tokens)}
+                    finished.append((job, turn, told))
                 else:
                     self._tell(job, turn, codes)
             turns = self.sampler.with_pixels(
@@ -228,12 +241,12 @@ class Engine:
                 self._slots.count,
                 [job.request.seed for job, *_ in finished],
             )
-            for (job, _, written), turn in zip(finished, turns):
+            for (job, _, told), turn in zip(finished, turns):
                 took = time.monotonic() - job.came
                 self._seconds += 0.1 * (took - self._seconds)
                 self.counts.seconds.observe(took)
-                self.counts.tokens.inc(written)
-                job.tell(Step(_words(turn), turn=turn, tokens={"prompt": job.prompt, "answer": written}))
+                self.counts.tokens.inc(told["answer"])
+                job.tell(Step(_words(turn), turn=turn, tokens=told))
                 self.counts.jobs.labels("done").inc()
         except Exception as error:  # noqa: BLE001 the slots are empty after it; whoever was there is told
             traceback.print_exc()
