@@ -150,6 +150,16 @@ def test_an_image_is_the_same_in_any_batch(kind):
     assert np.abs(pixels[0] - pixels[1]).max() <= 1  # another compiled program rounds otherwise
 
 
+def test_of_many_sizes_few_programs_are_kept(monkeypatch):
+    monkeypatch.setattr("mmgen.models.autoencoders.PROGRAMS", 3)
+    tokenizer = Tokenizer(make())
+    first = tokenizer.decode(np.zeros((1, 1, 1), np.int32), batch=1)
+    for h in range(1, 9):
+        tokenizer.decode(np.zeros((1, h, 1), np.int32), batch=1)
+        assert tokenizer._decode._cache_size() <= 3
+    np.testing.assert_array_equal(tokenizer.decode(np.zeros((1, 1, 1), np.int32), batch=1), first)
+
+
 def test_the_hash_is_of_the_weights():
     model = make()
     first = Tokenizer(model).hash

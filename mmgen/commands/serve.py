@@ -36,7 +36,7 @@ def main(argv):
     )
     add("--slots", type=int, default=4, help="requests that are answered at once")
     add("--queue", type=int, default=64, help="... and that wait, before others are sent away (429)")
-    add("--every", type=int, default=16, help="tokens between two looks at who came and who left")
+    add("--every", type=int, default=32, help="tokens between two looks at who came and who left")
     add("--deadline", type=float, default=120.0, help="seconds that a request may take, waiting included")
     add(
         "--drain",

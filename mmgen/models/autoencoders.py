@@ -438,6 +438,7 @@ class Autoencoder(nnx.Module):
         return self.decode(self.quantizer.lookup(codes))
 
 
+PROGRAMS = 64  # compiled ones that a tokenizer keeps, of its encoder and of its decoder
 HALO = 4  # codes around a tile of decoders with attention
 
 
@@ -463,6 +464,7 @@ class Tokenizer:
             mesh = jax.sharding.Mesh(np.array(devices), ("data",))
             self._rows = NamedSharding(mesh, PartitionSpec("data"))
             self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
+        self._shapes = {}  # that each of these has a program for
         run = functools.partial(jax.jit, out_shardings=meshes.whole())
         self._encode = run(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
         self._decode = run(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
@@ -517,11 +519,17 @@ class Tokenizer:
         return np.round(whole).astype(np.uint8)
 
     def _in_batches(self, function, x, batch):
-        """Applies a jitted function in equal, padded batches, so that it compiles once."""
+        """Applies a jitted function in equal, padded batches, so that it compiles once a shape; of many shapes all programs are let go, as
+        each holds megabytes and whoever serves gets every size that there is."""
         if not len(x):
             raise ValueError("there is nothing to encode or decode: expected at least one image")
         if self._rows is not None:
             batch = -(-batch // self._rows.num_devices) * self._rows.num_devices
+        shapes = self._shapes.setdefault(function, set())
+        if len(shapes) >= PROGRAMS and (batch, x.shape[1:]) not in shapes:
+            function.clear_cache()
+            shapes.clear()
+        shapes.add((batch, x.shape[1:]))
         out = []
         for start in range(0, len(x), batch):
             part = x[start : start + batch]

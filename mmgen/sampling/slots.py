@@ -142,9 +142,9 @@ class Slots:
                 return True
         return self._queue.pop(ticket, None) is not None
 
-    def run(self, tokens=None):
+    def run(self, tokens=None, first=False):
         """One dispatch -> the `Progress` of every request in a slot, at most `tokens` further; those that are done
-        have left it. Without a limit it ends when all are done or, where others wait, the first.
+        have left it. Without a limit it ends when all are done or, where others wait (here, or elsewhere, by `first`), the first.
 
         Raises FloatingPointError where the model's logits are not finite. After this or any other exception
         the slots are empty; those that waited still wait.
@@ -152,17 +152,17 @@ class Slots:
         if tokens is not None and tokens < 0:
             raise ValueError(f"expected at least 0 tokens, found {tokens}")
         try:
-            return self._run(self.length if tokens is None else tokens)
+            return self._run(self.length if tokens is None else tokens, first)
         except BaseException:  # Ctrl-C too: what the device holds is not what is noted here
             self._reset()
             raise
 
-    def _run(self, steps):
+    def _run(self, steps, first):
         fill = self._admit()
         active = np.array([job is not None for job in self._jobs])
         if not active.any():
             return []
-        target = active.sum() - 1 if self._queue else 0
+        target = active.sum() - 1 if self._queue or first else 0
         model = self.sampler
         with model.on_mesh():
             self._state, seen = _dispatch(

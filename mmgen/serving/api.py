@@ -294,7 +294,7 @@ def app(engine, settings):
         index = 0
         async for step in job:
             if step.sketch is not None:
-                stop(await asyncio.to_thread(gate.drawn, [step.sketch]), "output")
+                stop(await asyncio.to_thread(gate.drawn, [step.drawn]), "output")
                 yield {
                     "type": f"{kind}.partial_image", "partial_image_index": index, "created_at": int(time.time()),
                     "b64_json": await drawn(step.sketch, options, gate, seed), **about(options, step.sketch), **more,
@@ -426,7 +426,7 @@ def app(engine, settings):
                 )  # fmt: skip
                 words = step.text
             if step.sketch is not None:
-                stop(await asyncio.to_thread(gate.drawn, [step.sketch]), "output")
+                stop(await asyncio.to_thread(gate.drawn, [step.drawn]), "output")
                 place = dict(item_id=said.image_id, output_index=0)
                 if item is None:
                     item = said.image_id

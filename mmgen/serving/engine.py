@@ -42,11 +42,13 @@ class Late(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """How far a job is: the text so far; `sketch`, uint8 [H, W, 3], of an image that is not finished, where one was due; when it is
+    """How far a job is: the text so far; `sketch`, uint8 [H, W, 3], of an image that is not finished, where one was due, and `drawn`, the
+    same with white instead of the checkerboard, for those who judge what it shows (of squares they think all sorts of things); when it is
     done the whole `turn`, and how many tokens: {"image_tokens", "text_tokens"} of the prompt, "reused" of these, not read anew; "answer"."""
 
     text: str = ""
     sketch: np.ndarray | None = None
+    drawn: np.ndarray | None = None
     turn: Turn | None = None
     tokens: dict | None = None
 
@@ -96,7 +98,7 @@ class Engine:
     waits for himself. The same request comes out the same to the last bit, whoever else is there (see `Slots`).
     """
 
-    def __init__(self, sampler, *, size=None, slots=4, waiting=64, every=16):
+    def __init__(self, sampler, *, size=None, slots=4, waiting=64, every=32):
         if min(slots, every) < 1 or waiting < 0:
             raise ValueError(
                 f"expected at least 1 slot, 1 token and 0 that wait; found {slots}, {every}, {waiting}"
@@ -117,6 +119,8 @@ class Engine:
             waiting=metric(prometheus.Gauge, "waiting", "Jobs that wait for a slot."),
             active=metric(prometheus.Gauge, "active", "Jobs in slots."),
         )
+        self.counts.waiting.set_function(lambda: self.waiting)
+        self.counts.active.set_function(lambda: len(self._active))
         self._thread = threading.Thread(target=self._run, name="mmgen engine", daemon=True)
         self._thread.start()
 
@@ -172,11 +176,9 @@ class Engine:
                 if self._closed and (not (self._queues or self._active) or time.monotonic() > self._deadline):
                     break
                 taken = self._take()
-                self.counts.waiting.set(self.waiting)
             for job in taken:
                 self._begin(job)
             self._let_go()
-            self.counts.active.set(len(self._active))
             if self._active:
                 self._dispatch()
 
@@ -226,7 +228,7 @@ class Engine:
     def _dispatch(self):
         finished = []
         try:
-            for progress in self._slots.run(self.every):
+            for progress in self._slots.run(self.every, first=self.waiting > 0):
                 job = self._active[progress.ticket]
                 turn, codes, stopped = self.sampler.turn(progress.request, progress.tokens, progress.done)
                 if progress.done or stopped:
@@ -257,15 +259,18 @@ class Engine:
                 self._end(job, error, "failed")
 
     def _tell(self, job, turn, codes):
-        words, sketch = _words(turn), None
+        words, sketch, drawn = _words(turn), None, None
         if codes is not None and job.partials:
             due = int((codes >= 0).mean() * (job.partials + 1))  # of 3, after each quarter
             if due > job.sketched:
                 job.sketched = due
                 (sketch,) = self.sampler.sketches([codes], self._slots.count)
+                missing = (codes < 0).reshape(*codes.shape[:2], -1).any(-1)
+                missing = missing.repeat(len(sketch) // len(codes), 0).repeat(len(sketch) // len(codes), 1)
+                drawn = np.where(missing[..., None], np.uint8(255), sketch)
         if sketch is not None or words != job.words:
             job.words = words
-            job.tell(Step(words, sketch))
+            job.tell(Step(words, sketch, drawn))
 
     def _end(self, job, error, outcome):
         self.counts.jobs.labels(outcome).inc()
