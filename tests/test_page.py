@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from tests.test_serving import HARMFUL, picture, png, wait
+from tests.served import HARMFUL, picture, png, wait
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -21,7 +21,7 @@ QUIET = (
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 
-from tests.test_serving import keys, model, running  # noqa: E402, F401 (fixtures)
+from tests.served import keys, model, running  # noqa: E402, F401 (fixtures)
 
 
 @pytest.fixture

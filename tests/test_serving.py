@@ -1,20 +1,13 @@
-"""The server, asked by OpenAI's own client and by those who mean harm."""
+"""The server, asked by OpenAI's own client."""
 
-import asyncio
 import base64
-import collections
-import gc
 import io
 import json
-import resource
-import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
-import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
@@ -22,86 +15,16 @@ from PIL import Image as Pillow
 
 from mmgen import world
 from mmgen.commands.common import model_folder
-from mmgen.document import Document, Image, Refusal, Text, Turn
+from mmgen.document import Document, Refusal, Text, Turn
 from mmgen.safety import provenance
 from mmgen.safety.gate import Safety
 from mmgen.safety.policy import Decision
 from mmgen.sampling import sampler as samplers
 from mmgen.sampling.sampler import Request, draw_seed
-from mmgen.serving import api, dialogues
-from mmgen.serving.engine import Closed, Engine, Late
+from mmgen.serving import api
+from mmgen.serving.engine import Engine
 from mmgen.world.judge import judge
-
-HARMFUL = "in the style of Hayao Miyazaki"
-
-
-class Running:
-    """A server on a free port of this machine, in a thread of its own."""
-
-    def __init__(self, engine, **settings):
-        self.engine = engine
-        settings = {
-            "name": "tiny",
-            "options": api.default_options({"image": samplers.Strategy(1.0), "max_tokens": 40}),
-        } | settings
-        served = api.app(engine, api.Settings(**settings))
-        self.server = api.server(served, port=0, log_level="warning", drain=5)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        wait(lambda: self.server.started and engine.ready)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret-1", max_retries=0)
-
-    def stop(self):
-        self.server.should_exit = True
-        self.thread.join(60)
-
-
-def wait(holds, seconds=120):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it does not come about"
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def model(space):
-    return samplers.load(space.transformer)
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    return provenance.make_keys(tmp_path_factory.mktemp("keys") / "own")
-
-
-@pytest.fixture(scope="module")
-def running(model, layer, keys, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "safety.jsonl"
-    gates = {level: Safety(level, log, prompts=lambda: layer) for level in ("auto", "low")}
-    patch = model.tokenizer.patch
-    found = Running(
-        Engine(model, size=(4, 4), slots=2, waiting=6, every=4),
-        gates=gates, signer=provenance.Signer(keys), size=(4 * patch, 4 * patch), body=1 << 20,
-    )  # fmt: skip
-    found.log, found.side = log, 4 * patch
-    yield found
-    found.stop()
-
-
-def pixels(data):
-    return np.asarray(Pillow.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
-
-
-def png(array):
-    data = io.BytesIO()
-    Pillow.fromarray(array).save(data, "PNG")
-    return data.getvalue()
-
-
-def picture(side, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+from tests.served import HARMFUL, Running, keys, model, picture, pixels, png, running, wait  # noqa: F401 (fixtures)
 
 
 def test_the_client_draws_what_the_sampler_draws(running, model, keys, tmp_path):
@@ -344,116 +267,20 @@ def test_other_models_pages_and_methods(running):
     )
 
 
-def edit(running, **files):
-    more = {"prompt": (None, "x")} | files
-    return running.http.post("/v1/images/edits", files=more)
-
-
-def bomb():
-    """A small PNG of 20,000 x 20,000 pixels."""
-    data = io.BytesIO()
-    Pillow.new("1", (20_000, 20_000)).save(data, "PNG")
-    return data.getvalue()
-
-
-def test_uploads_are_decoded_within_limits(running):
-    good = png(picture(16))
-    mask = np.zeros((8, 8, 4), np.uint8)
-    for files, words in (
-        ({}, "expected 1 to 16 files"),
-        ({"image": b"no picture"}, "image"),
-        ({"image": bomb()}, "pixels"),
-        ({"image": good[: len(good) // 2]}, "image"),
-        ({"image": good, "mask": b"no"}, "not a PNG"),
-        ({"image": good, "mask": png(mask)}, "expected the size of the image"),
-        ({"image": good, "mask": good}, "with alpha"),
-        ({"image": good, "mask": png(np.full((16, 16, 4), 255, np.uint8))}, "nothing in it"),
-        ({"image": good, "other": good}, "does not know such a file"),
-        ({"image": good, "watermark": (None, "1")}, "does not know it"),
-        ({"image": good, "seed": (None, "one")}, "seed"),
-    ):
-        found = edit(running, **files)
-        assert found.status_code == 400 and words in found.json()["error"]["message"], (
-            files.keys(),
-            found.text,
-        )
-    found = running.http.post("/v1/images/edits", json={"prompt": "x"})
-    assert found.status_code == 400 and "multipart" in found.json()["error"]["message"]
-    found = running.http.post(
-        "/v1/images/edits",
-        content=b"--x\r\nbroken",
-        headers={"content-type": "multipart/form-data; boundary=x"},
-    )
-    assert found.status_code == 400
-    assert edit(running, image=b"0" * (2 << 20)).status_code == 413
-    # ... and where it does not say how much will come.
-    chunks = (b"0" * 65536 for _ in range(64))
+def test_the_description_tells_of_all_requests(running):
+    found = running.http.get("/openapi.json").json()
+    paths = {path: set(each) for path, each in found["paths"].items()}
+    assert paths == {
+        "/v1/images/generations": {"post"}, "/v1/images/edits": {"post"}, "/v1/responses": {"post"}, "/v1/models": {"get"},
+        "/healthz": {"get"}, "/readyz": {"get"}, "/metrics": {"get"},
+    }  # fmt: skip
+    (form,) = found["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"].values()
+    assert {"image", "mask", "prompt", "seed", "size"} < set(form["schema"]["properties"])
     assert (
-        running.http.post(
-            "/v1/responses", content=chunks, headers={"content-type": "application/json"}
-        ).status_code
-        == 413
+        set(form["schema"]["required"]) == {"prompt", "image"} and not form["schema"]["additionalProperties"]
     )
-
-
-def test_who_leaves_frees_his_slot(running):
-    body = json.dumps({"prompt": "a", "stream": True, "partial_images": 3}).encode()
-    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    gone = lambda: (
-        running.engine.counts.jobs.labels("gone")._value.get()
-        + running.engine.counts.jobs.labels("done")._value.get()
-    )
-    before = gone()
-    for _ in range(5):
-        with socket.create_connection(("127.0.0.1", running.port)) as line:
-            line.sendall(head.encode() + body)
-            line.recv(1)
-    wait(lambda: gone() == before + 5 and not running.engine._active and not running.engine.waiting)
-    assert running.client.images.generate(prompt="still here").data
-
-
-def line(running, *pieces, pause=0.0):
-    """What a server answers to bytes that come piece by piece."""
-    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as wire:
-        for piece in pieces:
-            try:
-                wire.sendall(piece)
-            except OSError:  # it has closed the line
-                break
-            time.sleep(pause)
-        found = b""
-        while more := wire.recv(1 << 16):
-            found += more
-    return found
-
-
-def test_slow_and_aborted_uploads(model, layer, monkeypatch):
-    """A body that does not end, a head that does not, and lines on which nothing comes: told, closed, and nobody else waits for it."""
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.4)
-    running = Running(
-        Engine(model, slots=1, every=8), gates={"auto": Safety(prompts=lambda: layer)}, seconds=1.0
-    )
-    head = b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 5000\r\n\r\n"
-    try:
-        found = line(running, head, *[b"--x"] * 9, pause=0.2)
-        assert (
-            b"408" in found.splitlines()[0]
-            and b"request_too_slow" in found
-            and b"connection: close" in found.lower()
-        )
-        assert line(running, *[b"G"] * 9, pause=0.2) == line(running) == b""
-        kept = line(running, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", *[b"G"] * 9, pause=0.2)
-        assert kept.startswith(b"HTTP/1.1 200")  # ... and then the line was closed
-        for cut in range(0, len(head), 7):
-            with socket.create_connection(("127.0.0.1", running.port)) as wire:
-                wire.sendall(head[:cut])
-        for n in range(20):
-            with socket.create_connection(("127.0.0.1", running.port)) as wire:
-                wire.sendall(head + b"--x" * n)
-        wait(lambda: not running.server.server_state.connections)
-        assert running.http.get("/readyz").status_code == 200 and not running.engine.waiting
-    finally:
-        running.stop()
+    answers = found["paths"]["/v1/images/edits"]["post"]["responses"]
+    assert set(answers) == {"200", "4XX", "5XX"}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -512,203 +339,6 @@ def test_keys(model, layer):
         assert running.http.get("/healthz").status_code == 200
     finally:
         running.stop()
-
-
-# ---- the engine --------------------------------------------------------------------------------
-
-
-def ask(text="x", **options):
-    return lambda _: Request(Document([Turn("user", [Text(text)])]), size=(2, 2), **options)
-
-
-def test_clients_take_turns_and_nobody_is_lost(model):
-    engine, order = Engine(model, slots=1, every=64), []
-
-    async def one(job, name):
-        async for step in job:
-            if step.turn is not None:
-                order.append(name)
-
-    async def all_of_them():
-        begun, hold = threading.Event(), threading.Event()
-
-        def slow(sampler):
-            begun.set()
-            hold.wait(30)
-            return ask()(sampler)
-
-        first = engine.submit(slow, client="a")
-        await asyncio.to_thread(begun.wait, 60)
-        jobs = [(first, "a")] + [(engine.submit(ask(seed=n), client="a"), "a") for n in range(4)]
-        jobs += [(engine.submit(ask(seed=n), client=name), name) for n in range(2) for name in "bc"]
-        hold.set()
-        await asyncio.gather(*(one(*job) for job in jobs))
-
-    try:
-        asyncio.run(all_of_them())
-    finally:
-        engine.close()
-    assert "".join(order) == "aabcabcaa"  # whoever asked for much waits for himself
-
-
-def test_deadlines_failures_and_the_end(model, monkeypatch):
-    engine = Engine(model, slots=1, waiting=2, every=4)
-
-    async def outcome(job):
-        try:
-            async for step in job:
-                pass
-            return step.turn
-        except Exception as error:
-            return error
-
-    async def run():
-        late = await outcome(engine.submit(ask(), seconds=-1))
-        assert isinstance(late, Late)
-        wrong = await outcome(engine.submit(ask("x " * 1000)))
-        assert isinstance(wrong, ValueError) and "too long" in str(wrong)
-        real = engine._slots.run
-        monkeypatch.setattr(
-            engine._slots, "run", lambda *_, **__: (_ for _ in ()).throw(FloatingPointError("not finite"))
-        )
-        assert isinstance(await outcome(engine.submit(ask())), FloatingPointError)
-        monkeypatch.setattr(engine._slots, "run", real)
-        jobs = [engine.submit(ask(seed=n)) for n in range(2)]
-        closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
-        found = await asyncio.gather(*map(outcome, jobs))  # what is there is finished
-        assert all(isinstance(turn.parts[0], Image) for turn in found)
-        await closing
-        with pytest.raises(Closed):
-            engine.submit(ask())
-
-    asyncio.run(run())
-
-
-def test_dialogues_are_forgotten_in_time_and_by_size():
-    document = Document(
-        [
-            Turn(
-                "user",
-                [Text("x"), Image(pixels=np.zeros((8, 8, 3), np.uint8), codes=np.zeros((2, 2), np.int32))],
-            )
-        ]
-    )
-    store = dialogues.Store(seconds=1000, most=5 * 1420)
-    for n in range(9):
-        store.put(str(n), "a", document)
-    assert 2 <= len(store) < 9 and store.get("0", "a") is None and store.get("8", "b") is None
-    assert store.get("8", "a").images()[0].pixels is None
-    store.seconds = -1
-    assert store.get("8", "a") is None and len(store) == 0
-
-
-# ---- those who send anything ---------------------------------------------------------------------
-
-
-def hammer(running, examples):
-    """Requests that the description allows, and some that it does not: no answer is a failure of the server."""
-    import schemathesis
-    from hypothesis import HealthCheck, Phase, given, settings
-    from schemathesis.checks import not_a_server_error
-
-    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
-    asked = 0
-    for found in schema.get_all_operations():
-        operation = found.ok()
-        strategies = [operation.as_strategy(mode) for mode in schemathesis.GenerationMode]
-
-        @given(case=strategies[0] | strategies[1])
-        @settings(
-            max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        def send(case):
-            nonlocal asked
-            asked += 1
-            case.call_and_validate(checks=[not_a_server_error], timeout=60)
-
-        send()
-    assert running.http.get("/readyz").status_code == 200 and running.engine._thread.is_alive()
-    return asked
-
-
-def mangle(running, examples):
-    """Forms that are damaged anywhere, or end early: 400s, and no failure."""
-    data = io.BytesIO()
-    line = b"--x\r\nContent-Disposition: form-data; name="
-    data.write(
-        line
-        + b'"prompt"\r\n\r\na star\r\n'
-        + line
-        + b'"image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
-    )
-    data.write(png(picture(16)) + b"\r\n--x--\r\n")
-    whole, rng = data.getvalue(), np.random.default_rng(0)
-    found = collections.Counter()
-    for n in range(examples):
-        form = bytearray(whole)
-        for place in rng.integers(0, len(form), rng.integers(1, 6)):
-            form[place] = rng.integers(0, 256)
-        if n % 3 == 0:
-            del form[rng.integers(0, len(form)) :]
-        asked = running.http.post(
-            "/v1/images/edits",
-            content=bytes(form),
-            headers={"content-type": "multipart/form-data; boundary=x"},
-        )
-        found[asked.status_code] += 1
-    assert set(found) <= {200, 400}, found
-    return found.total()
-
-
-def test_the_description_tells_of_all_requests(running):
-    found = running.http.get("/openapi.json").json()
-    paths = {path: set(each) for path, each in found["paths"].items()}
-    assert paths == {
-        "/v1/images/generations": {"post"}, "/v1/images/edits": {"post"}, "/v1/responses": {"post"}, "/v1/models": {"get"},
-        "/healthz": {"get"}, "/readyz": {"get"}, "/metrics": {"get"},
-    }  # fmt: skip
-    (form,) = found["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"].values()
-    assert {"image", "mask", "prompt", "seed", "size"} < set(form["schema"]["properties"])
-    assert (
-        set(form["schema"]["required"]) == {"prompt", "image"} and not form["schema"]["additionalProperties"]
-    )
-    answers = found["paths"]["/v1/images/edits"]["post"]["responses"]
-    assert set(answers) == {"200", "4XX", "5XX"}
-
-
-def test_what_the_description_allows_never_fails(running):
-    assert hammer(running, 25) >= 50 and mangle(running, 40) == 40
-
-
-def drop(running, examples):
-    """Uploads that stop anywhere."""
-    body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + png(picture(16))
-    head = b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 90000\r\n\r\n"
-    rng = np.random.default_rng(1)
-    for _ in range(examples):
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as wire:
-            wire.sendall((head + body)[: rng.integers(0, len(head + body))])
-    return examples
-
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-@pytest.mark.soak
-def test_ten_thousand_requests(running):
-    """... and memory stays where it is after the first two thousand."""
-    rounds = []
-    for _ in range(5):
-        asked = hammer(running, 400) + mangle(running, 600) + drop(running, 200)
-        gc.collect()
-        rounds.append((asked, resident()))
-    print([(asked, size >> 20) for asked, size in rounds])
-    assert sum(asked for asked, _ in rounds) >= 10_000
-    assert running.client.images.generate(prompt="still here").data
-    assert rounds[-1][1] < 1.05 * rounds[0][1]
-    assert not running.engine._active and not running.engine.waiting
 
 
 @pytest.mark.soak

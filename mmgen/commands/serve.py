@@ -62,7 +62,7 @@ def main(argv):
     add_safety_flags(parser)
     args = parser.parse_args(argv)
     try:
-        from mmgen.serving import api, dialogues, engine
+        from mmgen.serving import api, dialogues, engine, wire
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is missing: pip install 'mmgen[serve]'") from None
     keys = tuple(
@@ -94,7 +94,7 @@ def main(argv):
     )  # fmt: skip
     running = engine.Engine(model, size=grid, slots=args.slots, waiting=args.queue, every=args.every)
     served = api.app(running, settings)
-    api.server(served, drain=args.drain, host=args.host, port=args.port, log_level="info").run()
+    wire.server(served, drain=args.drain, host=args.host, port=args.port, log_level="info").run()
 
 
 def _is_local(host):

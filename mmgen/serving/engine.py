@@ -259,7 +259,11 @@ class Engine:
                 self._end(job, error, "failed")
 
     def _tell(self, job, turn, codes):
-        words, sketch, drawn = _words(turn), None, None
+        words, sketch, drawn = (
+            _words(turn).rstrip("\ufffd"),
+            None,
+            None,
+        )  # a character whose bytes have not all come
         if codes is not None and job.partials:
             due = int((codes >= 0).mean() * (job.partials + 1))  # of 3, after each quarter
             if due > job.sketched:
