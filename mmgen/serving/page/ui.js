@@ -108,7 +108,10 @@ const noticeBox = (kind, word, message, ...more) => el("div", { class: `notice $
 export const refusalBox = (message) => noticeBox("refused", "refused", message, el("p", { class: "hint", word: "refused_hint" }));
 
 export const clearNotice = (view) => $(`${view}-notices`).replaceChildren();
-const notify = (view, box) => $(`${view}-notices`).replaceChildren(box);
+const notify = (view, box) => {
+  $(`${view}-notices`).replaceChildren(box);
+  box.scrollIntoView({ block: "nearest" });
+};
 export const remind = (view, word) => notify(view, noticeBox("error", word));
 
 // Says what went wrong. A busy server is asked again by itself, after the time it asked for and at most
