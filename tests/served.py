@@ -70,7 +70,7 @@ def running(model, layer, keys, tmp_path_factory):
         Engine(model, size=(4, 4), slots=2, waiting=6, every=4),
         gates=gates, signer=provenance.Signer(keys), size=(4 * patch, 4 * patch), body=1 << 20,
     )  # fmt: skip
-    found.log, found.side = log, 4 * patch
+    found.gates, found.log, found.side = gates, log, 4 * patch
     yield found
     found.stop()
 

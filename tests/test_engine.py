@@ -10,7 +10,7 @@ from mmgen.document import Document, Image, Text, Turn
 from mmgen.sampling.sampler import Request
 from mmgen.sampling.strategies import Strategy
 from mmgen.serving import dialogues
-from mmgen.serving.engine import Closed, Engine, Late
+from mmgen.serving.engine import Closed, Engine, Full, Late
 from tests.served import model  # noqa: F401 (a fixture)
 
 
@@ -46,6 +46,39 @@ def test_clients_take_turns_and_nobody_is_lost(model):
     finally:
         engine.close()
     assert "".join(order) == "aabcabcaa"  # whoever asked for much waits for himself
+
+
+def test_who_waits_no_more_takes_no_place(model):
+    engine, hold = Engine(model, slots=1, waiting=3, every=64), threading.Event()
+
+    async def run():
+        begun = threading.Event()
+
+        def slow(sampler):
+            begun.set()
+            hold.wait(30)
+            return ask()(sampler)
+
+        engine.submit(slow)
+        await asyncio.to_thread(begun.wait, 60)
+        gone, late, there = (engine.submit(ask(), seconds=0.05 if n == 1 else 60) for n in range(3))
+        with pytest.raises(Full):
+            engine.submit(ask())
+        gone.gone = True
+        await asyncio.sleep(0.1)
+        more = [engine.submit(ask(seed=n)) for n in range(2)]
+        for left in (gone, late):
+            with pytest.raises(Late):
+                _ = [step async for step in left]  # ... and is told at once
+        hold.set()
+        for job in (there, *more):
+            assert [step async for step in job][-1].turn is not None
+
+    try:
+        asyncio.run(run())
+    finally:
+        hold.set()
+        engine.close()
 
 
 def test_text_only_grows(model):

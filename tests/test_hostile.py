@@ -71,6 +71,19 @@ def test_uploads_are_decoded_within_limits(running):
     )
 
 
+@pytest.mark.parametrize("path", ["images/generations", "responses"])
+def test_halves_of_characters(running, path):
+    """Surrogates that JSON can write and UTF-8 cannot: refused where they come, and not where they would go."""
+    for body in (r'{"%s": "\ud83d"}', r'{"%s": "x", "user": "\ud83d"}', r'{"%s": "x", "\ud83d": 1}'):
+        body = body % ("input" if path == "responses" else "prompt")
+        found = running.http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+        assert found.status_code == 400 and found.json()["error"]["message"], found.text
+    if path == "responses":
+        body = r'{"input": "x", "metadata": {"a": "\ud83d"}}'
+        found = running.http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+        assert found.status_code == 400
+
+
 def test_who_leaves_frees_his_slot(running):
     body = json.dumps({"prompt": "a", "stream": True, "partial_images": 3}).encode()
     head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -189,6 +202,22 @@ def mangle(running, examples):
 
 def test_what_the_description_allows_never_fails(running):
     assert hammer(running, 25) >= 50 and mangle(running, 40) == 40
+
+
+def test_without_a_key_nothing_is_read(model, layer):
+    running = Running(
+        Engine(model, slots=1, every=8), gates={"auto": Safety(prompts=lambda: layer)}, keys=("secret-1",)
+    )
+    try:
+        head = "POST /v1/{} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n{}\r\n"
+        for path, key, status in (
+            ("responses", "", b"401"),
+            ("images/edits", "Authorization: Bearer secret-2\r\n", b"401"),
+            ("images/generations", "Authorization: Bearer secret-1\r\n", b"413"),  # which is small
+        ):
+            assert status in line(running, head.format(path, 40 << 20, key).encode()).splitlines()[0]
+    finally:
+        running.stop()
 
 
 def drop(running, examples):

@@ -37,7 +37,9 @@ def test_the_client_draws_what_the_sampler_draws(running, model, keys, tmp_path)
     assert found.usage.total_tokens == found.usage.input_tokens + found.usage.output_tokens > 3 * 16
     document = Document([Turn("user", [Text("a red circle")])])
     options = api.default_options({"image": samplers.Strategy(1.0)})
-    requests = [Request(document, size=(4, 4), seed=draw_seed(7, n), **options) for n in range(3)]
+    seeds = [7, draw_seed(7, 1), draw_seed(7, 2)]
+    assert [each.seed for each in found.data] == seeds
+    requests = [Request(document, size=(4, 4), seed=seed, **options) for seed in seeds]
     slots = samplers.Slots(model, 2, 2, model.longest)  # the same program
     turns = {i: turn for i, turn, *_ in model.answers(slots, requests, range(3))}
     for n, each in enumerate(found.data):
@@ -47,7 +49,7 @@ def test_the_client_draws_what_the_sampler_draws(running, model, keys, tmp_path)
         known = provenance.verify(path, keys)
         assert (
             known["state"] == "valid"
-            and known["recipe"]["seed"] == 7
+            and known["recipe"]["seed"] == seeds[n]
             and known["recipe"]["gate"]["safety"] == "on"
         )
     for kind in ("webp", "jpeg"):
@@ -168,9 +170,42 @@ def test_a_streamed_response_has_pictures_and_words(running):
     )  # fmt: skip
     kinds = [event.type.removeprefix("response.") for event in events]
     assert "image_generation_call.partial_image" in kinds and kinds[-1] == "completed"
+    # The client's own helper, which wants to hear of an item before what is in it.
+    for more in (
+        {},
+        {"tool_choice": "required", "tools": [{"type": "image_generation", "partial_images": 1}]},
+    ):
+        with running.client.responses.stream(model="tiny", input="what is it?", **more) as stream:
+            events = list(stream)
+        final = stream.get_final_response()
+        for item in final.output:
+            told = [event for event in events if getattr(event, "item_id", item.id) == item.id]
+            assert "response.output_item.added" in {event.type for event in told}
+        assert bool(final.output_text) != bool(more)
+        assert [event.item.id for event in events if event.type == "response.output_item.done"] == [
+            item.id for item in final.output
+        ]
     assert [event.sequence_number for event in events] == list(range(len(events)))
     (call,) = events[-1].response.output
     assert call.type == "image_generation_call" and call.result
+
+
+def test_a_picture_that_was_only_asked_about_is_judged_again_when_it_is_drawn_from(running, monkeypatch):
+    gate = running.gates["auto"]
+    found, shown = Decision("refuse", ("child_edit",), reason="not changed"), gate.shown
+    monkeypatch.setattr(gate, "shown", lambda images, edited: found if edited else shown(images, edited))
+    url = f"data:image/png;base64,{base64.b64encode(png(picture(16))).decode()}"
+    content = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "what is it?"}]
+    answer = running.client.responses.create(model="tiny", input=[{"role": "user", "content": content}])
+    for _ in range(1):  # however often it was asked about
+        answer = running.client.responses.create(
+            model="tiny", input="and now?", previous_response_id=answer.id
+        )
+    with pytest.raises(openai.BadRequestError, match="not changed"):
+        running.client.responses.create(
+            model="tiny", input="make it red", previous_response_id=answer.id,
+            tools=[{"type": "image_generation"}],
+        )  # fmt: skip
 
 
 def test_what_the_gate_stops_is_not_drawn_and_not_logged_in_words(running):
@@ -232,6 +267,10 @@ def test_a_models_refusal_is_a_refusal(running, monkeypatch):
         ("images/generations", {"prompt": "x", "guidance": 1e9}, "guidance"),
         ("images/generations", {"prompt": "x " * 400}, None),  # longer than the model's rows
         ("responses", {"input": []}, "input"),
+        ("responses", {"input": "x" * 32_001}, "input"),
+        ("responses", {"input": [{"role": "user", "content": "x" * 32_001}]}, "input"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,"}] * 17}]}, "input"),
+        ("responses", {"input": "x", "metadata": {"a": "x" * 513}}, "metadata"),
         ("responses", {"input": [{"role": "assistant", "content": "x"}]}, None),
         ("responses", {"input": "x", "temperature": 1}, "temperature"),
         ("responses", {"input": "x", "tools": [{"type": "web_search"}]}, None),

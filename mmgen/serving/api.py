@@ -11,7 +11,6 @@ import hmac
 import io
 import secrets
 import time
-import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ from mmgen.data import images
 from mmgen.document import Document, Image, Refusal, Text, Turn
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.strategies import Strategy
-from mmgen.serving import dialogues, requests, wire
+from mmgen.serving import dialogues, requests, responses, wire
 from mmgen.serving.requests import Wrong
 
 PAGE = Path(__file__).parent / "page"
@@ -75,17 +74,15 @@ def app(engine, settings):
         title="mmgen", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, responses={"4XX": said, "5XX": said}
     )  # fmt: skip
     api.add_middleware(wire.Limit, most=settings.body, seconds=settings.seconds)
+    api.add_middleware(wire.Keys, keys=settings.keys)  # before it, so that nobody's body is read
 
     # ---- who asks, and what cannot be ----
 
     def client(asked: Asked):
-        """Who asks: by key, or by address. Wrong where a key is needed and there is none."""
+        """Who asks: by key, which `wire.Keys` has seen to, or by address."""
         said = asked.headers.get("authorization", "")
         if not settings.keys:
             return asked.client.host if asked.client else ""
-        found = [hmac.compare_digest(said.encode(), f"Bearer {key}".encode()) for key in settings.keys]
-        if not any(found):
-            raise Wrong(401, "expected a key of this server: Authorization: Bearer KEY", "invalid_api_key")
         return hmac.new(secret, said.encode(), hashlib.sha256).hexdigest()
 
     Client = Annotated[str, Depends(client)]
@@ -181,6 +178,13 @@ def app(engine, settings):
             more["guidance"] = options.guidance
         return more | {"seed": seed, "refusals": gate.refusal_bias if sampler.refuses else None}
 
+    decoding = asyncio.Semaphore(1)  # a small file may have many pixels
+
+    async def decoded(read, *given):
+        """read(*given), beside the event loop."""
+        async with decoding:
+            return await asyncio.to_thread(read, *given)
+
     # ---- what is answered ----
 
     async def drawn(pixels, options, gate, seed):
@@ -264,7 +268,7 @@ def app(engine, settings):
                 400, "partial_images: are streamed; say stream too", "invalid_value", "partial_images"
             )
         await checked(gate, document, kind == "image_edit")
-        seeds = [draw_seed(seed, n) for n in range(options.n)]
+        seeds = [seed, *(draw_seed(seed, n) for n in range(1, options.n))]
         jobs = await submitted([prepare(each, gate) for each in seeds], who, options.partial_images)
         identifier = options.safety_identifier or options.user
         more = {"safety_identifier": identifier} if identifier else {}
@@ -277,7 +281,10 @@ def app(engine, settings):
             for job in jobs:
                 job.gone = True
         shown = [paste(turn.parts[0].pixels) for turn in turns]
-        data = [{"b64_json": await drawn(pixels, options, gate, seed), "seed": seed} for pixels in shown]
+        data = [
+            {"b64_json": await drawn(pixels, options, gate, each), "seed": each}
+            for pixels, each in zip(shown, seeds)
+        ]
         return {
             "created": int(time.time()),
             "data": data,
@@ -324,15 +331,9 @@ def app(engine, settings):
             raise RequestValidationError(error.errors()) from None
         check(options)
         size = grid(options.size) if options.size != "auto" else None
-        first = requests.decode(files[0], sampler, "image")
-        size = size or requests.near(first, patch, most)
+        size, shown, free = await decoded(requests.edited, files, mask, sampler, size, patch, most)
+        del files, mask  # which may be large, and wait no longer with the request
         unit = sampler.tokenizer.patch
-        side = (size[1] * unit, size[0] * unit)
-        shown = [
-            images.fit(pixels, *side)
-            for pixels in (first, *(requests.decode(f, sampler, "image") for f in files[1:]))
-        ]
-        free = None if mask is None else requests.free_patches(mask, first, size)
         parts = [*(Image(pixels=pixels) for pixels in shown), requests.text(options.prompt)]
         document = Document([Turn("user", parts)])
 
@@ -373,7 +374,8 @@ def app(engine, settings):
                 "previous_response_not_found",
                 "previous_response_id",
             )
-        document = Document((*before.turns, *requests.turns_of(talk, sampler, size)))
+        turns = await decoded(requests.turns_of, talk, sampler, size)
+        document = Document((*before.turns, *turns))
         draws = tool is not None and talk.tool_choice != "none"
         must = draws and (talk.tool_choice == "required" or isinstance(talk.tool_choice, requests.Choice))
         output = "image" if must else "any" if draws else "text"
@@ -385,68 +387,50 @@ def app(engine, settings):
             return Request(sampler.encoded(document), output, grid, **options_of(options, gate, seed))
 
         (job,) = await submitted([prepare], who, options.partial_images)
-        said = _Response(talk, settings.name, seed)
+        said = responses.Response(talk, settings.name, seed)
         if talk.stream:
-            return wire.Stream(spoken(job, said, options, gate, who), job)
+            return wire.Stream(spoken(job, said, options, gate, who, draws), job)
         step = await finished(job, asked)
-        await ended(said, job, step, options, gate, who)
+        await ended(said, job, step, options, gate, who, draws)
         return said.whole
 
-    async def ended(said, job, step, options, gate, who):
+    async def ended(said, job, step, options, gate, who, draws):
         """Notes the answer in `said`, and keeps the dialogue."""
         turn = step.turn
         if not (turn.parts and isinstance(turn.parts[0], Refusal)):
             turn = await passed(step, gate)
         else:
             await asyncio.to_thread(gate.answered, turn)  # for its log
-        said.usage(_usage([step]))
+        said.whole["usage"] = _usage([step])
         for part in turn.parts:
             if isinstance(part, Image):
                 said.image(await drawn(part.pixels, options, gate, said.seed), about(options, part.pixels))
         said.text(turn)
         said.whole["status"] = "completed"
         if said.store:
-            store.put(said.whole["id"], who, Document((*job.request.document.turns, turn)))
+            # Pictures that were only asked about are judged again should something be drawn of them.
+            store.put(said.whole["id"], who, Document((*job.request.document.turns, turn)), pixels=not draws)
 
-    async def spoken(job, said, options, gate, who):
+    async def spoken(job, said, options, gate, who, draws):
         """The events of a response, as it comes."""
-        number = iter(range(1 << 30))
-        event = lambda kind, **more: {"type": f"response.{kind}", "sequence_number": next(number), **more}
-        yield event("created", response=said.whole)
-        words, index, item = "", 0, None
+        yield said.event("created", response=said.whole)
+        yield said.event("in_progress", response=said.whole)
+        index = 0
         async for step in job:
-            if step.turn is None and step.text.startswith(words) and len(step.text) > len(words):
-                yield event(
-                    "output_text.delta", delta=step.text[len(words) :], item_id=said.message_id, output_index=0,
-                    content_index=0, logprobs=[],
-                )  # fmt: skip
-                words = step.text
+            if step.turn is None and len(step.text) > len(said.words):
+                stop(await asyncio.to_thread(gate.answered, Turn("assistant", [Text(step.text)])), "output")
+                for event in said.said(step.text):
+                    yield event
             if step.sketch is not None:
                 stop(await asyncio.to_thread(gate.drawn, [step.drawn]), "output")
-                place = dict(item_id=said.image_id, output_index=0)
-                if item is None:
-                    item = said.image_id
-                    yield event("image_generation_call.in_progress", **place)
-                    yield event("image_generation_call.generating", **place)
-                yield event(
-                    "image_generation_call.partial_image", partial_image_index=index,
-                    partial_image_b64=await drawn(step.sketch, options, gate, said.seed), **place, **about(options, step.sketch),
-                )  # fmt: skip
+                data = await drawn(step.sketch, options, gate, said.seed)
+                for event in said.sketched(data, index, about(options, step.sketch)):
+                    yield event
                 index += 1
             if step.turn is not None:
-                await ended(said, job, step, options, gate, who)
-                for place, each in enumerate(said.whole["output"]):
-                    if each["type"] == "message" and len(text := each["content"][0].get("text", "")) > len(
-                        words
-                    ):
-                        yield event(
-                            "output_text.delta", delta=text[len(words) :], item_id=each["id"], output_index=place,
-                            content_index=0, logprobs=[],
-                        )  # fmt: skip
-                    if each["type"] == "image_generation_call":
-                        yield event("image_generation_call.completed", item_id=each["id"], output_index=place)
-                    yield event("output_item.done", item=each, output_index=place)
-                yield event("completed", response=said.whole)
+                await ended(said, job, step, options, gate, who, draws)
+                for event in said.ended():
+                    yield event
 
     # ---- what the server says of itself ----
 
@@ -502,58 +486,6 @@ def _usage(steps):
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": images_in + text_in + out,
     }
-
-
-class _Response:
-    """The object of a response, as it grows."""
-
-    def __init__(self, talk, model, seed):
-        name = lambda kind: f"{kind}_{uuid.uuid4().hex}"
-        self.message_id, self.image_id, self.seed, self.store = name("msg"), name("ig"), seed, talk.store
-        self.whole = {
-            "id": name("resp"), "object": "response", "created_at": int(time.time()), "status": "in_progress", "model": model,
-            "output": [], "previous_response_id": talk.previous_response_id, "instructions": talk.instructions,
-            "parallel_tool_calls": False, "tool_choice": talk.model_dump()["tool_choice"],
-            "tools": [tool.model_dump(exclude_none=True) for tool in talk.tools], "metadata": talk.metadata or {},
-            "error": None, "incomplete_details": None, "store": talk.store, "usage": None,
-        }  # fmt: skip
-        if talk.safety_identifier or talk.user:
-            self.whole["safety_identifier"] = talk.safety_identifier or talk.user
-
-    def usage(self, found):
-        self.whole["usage"] = found
-
-    def image(self, data, about):
-        images = sum(each["type"] == "image_generation_call" for each in self.whole["output"])
-        self.whole["output"].append(
-            {
-                "type": "image_generation_call",
-                "id": f"{self.image_id}{f'_{images}' if images else ''}",
-                "status": "completed",
-                "result": data,
-                "seed": self.seed,
-                **about,
-            }  # fmt: skip
-        )
-
-    def text(self, turn):
-        """The words of a turn, which are a message, or a refusal."""
-        refused = bool(turn.parts) and isinstance(turn.parts[0], Refusal)
-        words = "".join(part.text for part in turn.parts if isinstance(part, Text))
-        if not words and not refused:
-            return
-        content = {"type": "refusal", "refusal": words or "The model refused."} if refused else {
-            "type": "output_text", "text": words, "annotations": [], "logprobs": [],
-        }  # fmt: skip
-        message = {
-            "type": "message",
-            "id": self.message_id,
-            "role": "assistant",
-            "status": "completed",
-            "content": [content],
-        }
-        first = bool(turn.parts) and isinstance(turn.parts[0], (Text, Refusal))
-        self.whole["output"].insert(0 if first else len(self.whole["output"]), message)
 
 
 def default_options(options):

@@ -16,10 +16,16 @@ class Store:
         self._found = collections.OrderedDict()  # id -> (client, document, bytes, when)
         self._bytes, self._lock = 0, threading.Lock()
 
-    def put(self, name, client, document):
-        """Keeps a document without the pixels that codes stand for."""
-        bare = lambda part: Image(codes=part.codes) if isinstance(part, Image) else part
-        document = Document([Turn(turn.role, [bare(part) for part in turn.parts]) for turn in document.turns])
+    def put(self, name, client, document, pixels=False):
+        """Keeps a document without the pixels that codes stand for, but for those of a user's pictures where `pixels` are asked for."""
+
+        def bare(part, role):
+            if not isinstance(part, Image):
+                return part
+            return Image(codes=part.codes, pixels=part.pixels if pixels and role == "user" else None)
+
+        turns = [Turn(turn.role, [bare(part, turn.role) for part in turn.parts]) for turn in document.turns]
+        document = Document(turns)
         size = 1000 + sum(_bytes(part) for turn in document.turns for part in turn.parts)
         with self._lock:
             self._found[name] = (client, document, size, time.monotonic())
@@ -52,4 +58,6 @@ class Store:
 def _bytes(part):
     if isinstance(part, Text):
         return 200 + 4 * len(part.text)
-    return 200 + (part.codes.nbytes if isinstance(part, Image) else 0)
+    if not isinstance(part, Image):
+        return 200
+    return 200 + part.codes.nbytes + (0 if part.pixels is None else part.pixels.nbytes)

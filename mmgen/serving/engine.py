@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import prometheus_client as prometheus
 
-from mmgen.document import Document, Text, Turn
+from mmgen.document import Document, Refusal, Text, Turn
 from mmgen.sampling.sampler import Request
 from mmgen.sampling.slots import Slots
 
@@ -65,6 +65,7 @@ class Job:
     loop: asyncio.AbstractEventLoop
     steps: asyncio.Queue
     came: float
+    began: float = 0.0  # when it got its slot
     gone: bool = False
     request: Request | None = None
     words: str = ""
@@ -108,7 +109,7 @@ class Engine:
         self._queues = collections.OrderedDict()  # client -> deque of jobs, the next client first
         self._active = {}  # ticket -> job
         self._lock = threading.Condition()
-        self._closed, self._seconds = False, 1.0  # what a job takes, a moving mean
+        self._closed, self._seconds = False, 1.0  # what a job takes in its slot, a moving mean
         self.ready = False
         self.registry = prometheus.CollectorRegistry()
         metric = lambda kind, name, *more: kind(f"mmgen_{name}", *more, registry=self.registry)
@@ -133,6 +134,7 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise Closed("the server is shutting down")
+            self._forget()
             if self.waiting >= self.most and (self.waiting or len(self._active) >= self._slots.count):
                 raise Full(max(1, math.ceil(self._seconds * (self.waiting + 1) / self._slots.count)))
             now = time.monotonic()
@@ -175,6 +177,7 @@ class Engine:
                     self._lock.wait()
                 if self._closed and (not (self._queues or self._active) or time.monotonic() > self._deadline):
                     break
+                self._forget()
                 taken = self._take()
             for job in taken:
                 self._begin(job)
@@ -191,6 +194,20 @@ class Engine:
         except Exception:  # noqa: BLE001 it is never ready, and the log says why
             traceback.print_exc()
 
+    def _forget(self):
+        """Those who wait no more, or too long, leave the queue, under the lock: they take nobody's place."""
+        now = time.monotonic()
+        for client, queue in list(self._queues.items()):
+            there = collections.deque(job for job in queue if not job.gone and now <= job.deadline)
+            for job in queue:
+                if job.gone or now > job.deadline:
+                    late = Late("the deadline passed while the request waited")
+                    self._end(job, late, "gone" if job.gone else "late")
+            if there:
+                self._queues[client] = there
+            else:
+                del self._queues[client]
+
     def _take(self):
         """The jobs that get a slot now, a client after the other."""
         taken = []
@@ -203,10 +220,7 @@ class Engine:
         return taken
 
     def _begin(self, job):
-        if job.gone or time.monotonic() > job.deadline:
-            return self._end(
-                job, Late("the deadline passed while the request waited"), "gone" if job.gone else "late"
-            )
+        job.began = time.monotonic()
         try:
             request = job.prepare(self.sampler)
             job.request = dataclasses.replace(request, document=self.sampler.encoded(request.document))
@@ -215,6 +229,8 @@ class Engine:
             job.prompt = {"image_tokens": codes, "text_tokens": len(prompt) - codes}
             self._active[self._slots.add(job.request)] = job
         except Exception as error:  # noqa: BLE001 whatever it is, it is this request's
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
             self._end(job, error, "refused" if isinstance(error, ValueError) else "failed")
 
     def _let_go(self):
@@ -244,9 +260,9 @@ class Engine:
                 [job.request.seed for job, *_ in finished],
             )
             for (job, _, told), turn in zip(finished, turns):
-                took = time.monotonic() - job.came
-                self._seconds += 0.1 * (took - self._seconds)
-                self.counts.seconds.observe(took)
+                now = time.monotonic()
+                self._seconds += 0.1 * (now - job.began - self._seconds)
+                self.counts.seconds.observe(now - job.came)
                 self.counts.tokens.inc(told["answer"])
                 job.tell(Step(_words(turn), turn=turn, tokens=told))
                 self.counts.jobs.labels("done").inc()
@@ -259,11 +275,10 @@ class Engine:
                 self._end(job, error, "failed")
 
     def _tell(self, job, turn, codes):
-        words, sketch, drawn = (
-            _words(turn).rstrip("\ufffd"),
-            None,
-            None,
-        )  # a character whose bytes have not all come
+        words, sketch, drawn = _words(turn), None, None
+        words = words.rstrip("\ufffd")  # a character whose bytes have not all come
+        if turn.parts and isinstance(turn.parts[0], Refusal):
+            words = ""  # what a model says in refusing is no answer
         if codes is not None and job.partials:
             due = int((codes >= 0).mean() * (job.partials + 1))  # of 3, after each quarter
             if due > job.sketched:

@@ -17,6 +17,7 @@ from mmgen.document import Image, Text, Turn
 
 MOST_IMAGES = 16  # of a request
 MASK_BYTES = 4 << 20
+PIXELS = images.Limits(max_pixels=32 << 20)  # of an upload
 
 
 class Wrong(Exception):
@@ -50,6 +51,7 @@ class _Strict(pydantic.BaseModel):
 
 
 Prompt = Annotated[str, pydantic.StringConstraints(min_length=1, max_length=32_000)]
+Words = Annotated[str, pydantic.StringConstraints(max_length=32_000)]
 
 
 class Options(_Strict):
@@ -107,7 +109,7 @@ FORM = {  # an edit, for the OpenAPI description
 
 class InputText(_Strict):
     type: Literal["input_text"]
-    text: Annotated[str, pydantic.StringConstraints(max_length=32_000)]
+    text: Words
 
 
 class InputImage(_Strict):
@@ -119,7 +121,7 @@ class InputImage(_Strict):
 class Message(_Strict):
     type: Literal["message"] = "message"
     role: Literal["user", "system", "developer"]
-    content: str | Annotated[list[InputText | InputImage], pydantic.Field(min_length=1, max_length=64)]
+    content: Words | Annotated[list[InputText | InputImage], pydantic.Field(min_length=1, max_length=64)]
 
 
 class Tool(Options):
@@ -131,16 +133,20 @@ class Choice(_Strict):
     type: Literal["image_generation"]
 
 
+Key = Annotated[str, pydantic.StringConstraints(max_length=64)]
+Value = Annotated[str, pydantic.StringConstraints(max_length=512)]
+
+
 class Talk(_Strict):
-    input: str | Annotated[list[Message], pydantic.Field(min_length=1, max_length=64)]
+    input: Words | Annotated[list[Message], pydantic.Field(min_length=1, max_length=64)]
     model: str | None = None
-    instructions: Annotated[str, pydantic.StringConstraints(max_length=32_000)] | None = None
+    instructions: Words | None = None
     previous_response_id: str | None = None
     tools: Annotated[list[Tool], pydantic.Field(max_length=1)] = []
     tool_choice: Literal["auto", "none", "required"] | Choice = "auto"
     stream: bool = False
     store: bool = True
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[Key, Value], pydantic.Field(max_length=16)] | None = None
     safety_identifier: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
     user: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
 
@@ -156,7 +162,7 @@ def decode(data, sampler, param):
     """Pixels of an image file, within limits."""
     try:
         background = images.ALPHA if sampler.tokenizer.alpha else (255, 255, 255)
-        return images.read(data, background=background)
+        return images.read(data, PIXELS, background=background)
     except images.BadImage as error:
         raise Wrong(400, f"{param}: {error}", "invalid_image", param) from None
 
@@ -200,6 +206,19 @@ def free_patches(data, first, size):
     return free.reshape(h, w)
 
 
+def edited(files, mask, sampler, size, patch, most):
+    """Files of an edit -> size (height, width) in patches, that of the first where it is None; pixels of the images; which patches are
+    free, or None."""
+    first = decode(files[0], sampler, "image")
+    size = size or near(first, patch, most)
+    free = None if mask is None else free_patches(mask, first, size)
+    side = (size[1] * sampler.tokenizer.patch, size[0] * sampler.tokenizer.patch)
+    shown = [images.fit(first, *side)]
+    del first  # before the next is decoded
+    shown += [images.fit(decode(data, sampler, "image"), *side) for data in files[1:]]
+    return size, shown, free
+
+
 async def read_form(asked):
     """-> fields {name: text}, image files [bytes], the mask's bytes or None."""
     kind = asked.headers.get("content-type", "")
@@ -238,6 +257,11 @@ async def read_form(asked):
 def turns_of(talk, sampler, size):
     """What is said in a request for a response: turns of a document, one of the user at the end."""
     messages = [Message(role="user", content=talk.input)] if isinstance(talk.input, str) else talk.input
+    pictures = [part for each in messages if not isinstance(each.content, str) for part in each.content]
+    if (found := sum(part.type == "input_image" for part in pictures)) > MOST_IMAGES:
+        raise Wrong(
+            400, f"input: expected at most {MOST_IMAGES} images, found {found}", "invalid_value", "input"
+        )
     turns = [Turn("system", [text(talk.instructions)])] if talk.instructions else []
     for message in messages:
         parts = []

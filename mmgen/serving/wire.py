@@ -1,8 +1,10 @@
 """How the server speaks HTTP: bodies within limits, lines that are closed when nothing comes, events, errors in the API's form."""
 
 import asyncio
+import hmac
 import json
 import time
+import traceback
 
 import uvicorn
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -11,7 +13,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mmgen.serving.engine import Closed, Full, Late
 from mmgen.serving.requests import Wrong
 
+SMALL = {"/v1/images/generations": 1 << 20}  # bytes of bodies that hold no pictures
 HEAD_SECONDS = 20  # in which a line that is open has to ask for something
+
+
+class Keys:
+    """Who asks for anything under /v1 has one of `keys`, if there are any, before anything else of a request is read."""
+
+    def __init__(self, app, keys):
+        self.app, self.keys = app, [f"Bearer {key}".encode() for key in keys]
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and self.keys and scope["path"].startswith("/v1"):
+            said = dict(scope["headers"]).get(b"authorization", b"")
+            if not any([hmac.compare_digest(said, key) for key in self.keys]):  # each is compared
+                words = "expected a key of this server: Authorization: Bearer KEY"
+                wrong = Wrong(401, words, "invalid_api_key")
+                close = {"Connection": "close"}
+                return await JSONResponse({"error": wrong.error}, 401, headers=close)(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class Limit:
@@ -24,11 +44,12 @@ class Limit:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        large = Wrong(413, f"the body is over {self.most} bytes", "request_too_large")
+        most = min(self.most, SMALL.get(scope["path"], self.most))
+        large = Wrong(413, f"the body is over {most} bytes", "request_too_large")
         slow = Wrong(408, f"the body took over {self.seconds:g} s to come", "request_too_slow")
         close = {"Connection": "close"}
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.most:
+        if not length.isdigit() or int(length) > most:
             return await JSONResponse({"error": large.error}, 413, headers=close)(scope, receive, send)
         end, seen, whole, wrong, said = time.monotonic() + self.seconds, 0, False, None, False
 
@@ -43,7 +64,7 @@ class Limit:
                 raise wrong from None
             seen += len(message.get("body", b""))
             whole = not message.get("more_body")
-            if seen > self.most:
+            if seen > most:
                 wrong = large
                 raise wrong
             return message
@@ -119,6 +140,8 @@ async def _lines(events):
         async for event in events:
             yield f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
     except Exception as error:  # noqa: BLE001 the status has been sent: this is how it is said
+        if not isinstance(error, (Wrong, Closed, Full, Late, ValueError)):
+            traceback.print_exc()
         error = error if isinstance(error, Wrong) else as_wrong(error)
         yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error.error})}\n\n"
 
