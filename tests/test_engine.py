@@ -147,5 +147,8 @@ def test_dialogues_are_forgotten_in_time_and_by_size():
         store.put(str(n), "a", document)
     assert 2 <= len(store) < 9 and store.get("0", "a") is None and store.get("8", "b") is None
     assert store.get("8", "a").images()[0].pixels is None
+    for n in range(3):
+        store.put(f"other {n}", "b", document)
+    assert store.get("other 2", "b") and store.get("8", "a")  # who has most makes room
     store.seconds = -1
     assert store.get("8", "a") is None and len(store) == 0

@@ -115,6 +115,15 @@ def line(running, *pieces, pause=0.0):
     return found
 
 
+def test_all_bodies_together_are_bounded(running, monkeypatch):
+    monkeypatch.setattr(wire, "MANY", 0.5)
+    found = running.http.post(
+        "/v1/responses", content=b" " * (700 << 10), headers={"content-type": "application/json"}
+    )
+    assert found.status_code == 429 and found.headers["retry-after"] == "5", found.text
+    assert running.http.post("/v1/images/generations", json={"prompt": "x"}).status_code == 200
+
+
 def test_slow_and_aborted_uploads(model, layer, monkeypatch):
     """A body that does not end, a head that does not, and lines on which nothing comes: told, closed, and nobody else waits for it."""
     monkeypatch.setattr(wire, "HEAD_SECONDS", 0.4)

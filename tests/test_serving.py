@@ -190,13 +190,19 @@ def test_a_streamed_response_has_pictures_and_words(running):
     assert call.type == "image_generation_call" and call.result
 
 
-def test_a_picture_that_was_only_asked_about_is_judged_again_when_it_is_drawn_from(running, monkeypatch):
+@pytest.mark.parametrize("role", ["user", "developer"])
+def test_a_picture_that_was_only_asked_about_is_judged_again_when_it_is_drawn_from(
+    running, monkeypatch, role
+):
     gate = running.gates["auto"]
     found, shown = Decision("refuse", ("child_edit",), reason="not changed"), gate.shown
     monkeypatch.setattr(gate, "shown", lambda images, edited: found if edited else shown(images, edited))
     url = f"data:image/png;base64,{base64.b64encode(png(picture(16))).decode()}"
-    content = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "what is it?"}]
-    answer = running.client.responses.create(model="tiny", input=[{"role": "user", "content": content}])
+    content = [{"type": "input_image", "image_url": url}]
+    answer = running.client.responses.create(
+        model="tiny",
+        input=[{"role": role, "content": content}, {"role": "user", "content": "what is it?"}],
+    )
     for _ in range(1):  # however often it was asked about
         answer = running.client.responses.create(
             model="tiny", input="and now?", previous_response_id=answer.id
@@ -375,6 +381,8 @@ def test_keys(model, layer):
                 "/v1/models", headers={"authorization": f"Bearer {key}".encode("latin-1")}
             )
             assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
+        twice = [("authorization", "Bearer secret-1"), ("authorization", "Bearer secret-2")]
+        assert running.http.get("/v1/models", headers=twice).status_code == 401  # who is it?
         assert running.http.get("/healthz").status_code == 200
     finally:
         running.stop()

@@ -80,10 +80,9 @@ def app(engine, settings):
 
     def client(asked: Asked):
         """Who asks: by key, which `wire.Keys` has seen to, or by address."""
-        said = asked.headers.get("authorization", "")
         if not settings.keys:
             return asked.client.host if asked.client else ""
-        return hmac.new(secret, said.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(secret, asked.state.client, hashlib.sha256).hexdigest()
 
     Client = Annotated[str, Depends(client)]
 

@@ -9,7 +9,7 @@ from mmgen.document import Document, Image, Text, Turn
 
 class Store:
     """{id: document}, each its client's alone. seconds: after which one that nobody asked for is forgotten. most: bytes of all, beyond
-    which those go first that were asked for longest ago."""
+    which those go first that were asked for longest ago, of the client that has most."""
 
     def __init__(self, seconds=3600.0, most=64 << 20):
         self.seconds, self.most = seconds, most
@@ -17,12 +17,12 @@ class Store:
         self._bytes, self._lock = 0, threading.Lock()
 
     def put(self, name, client, document, pixels=False):
-        """Keeps a document without the pixels that codes stand for, but for those of a user's pictures where `pixels` are asked for."""
+        """Keeps a document without the pixels that codes stand for, but for those of pictures that were shown where `pixels` are asked for."""
 
         def bare(part, role):
             if not isinstance(part, Image):
                 return part
-            return Image(codes=part.codes, pixels=part.pixels if pixels and role == "user" else None)
+            return Image(codes=part.codes, pixels=part.pixels if pixels and role != "assistant" else None)
 
         turns = [Turn(turn.role, [bare(part, turn.role) for part in turn.parts]) for turn in document.turns]
         document = Document(turns)
@@ -30,8 +30,14 @@ class Store:
         with self._lock:
             self._found[name] = (client, document, size, time.monotonic())
             self._bytes += size
-            while self._bytes > self.most or self._expired():
+            while self._expired():
                 self._drop(next(iter(self._found)))
+            while self._bytes > self.most:  # of whoever has most, so that nobody pushes others out
+                held = collections.Counter()
+                for whose, _, size, _ in self._found.values():
+                    held[whose] += size
+                ((most, _),) = held.most_common(1)
+                self._drop(next(name for name, found in self._found.items() if found[0] == most))
 
     def get(self, name, client):
         """The document, or None where there is none, or another's."""

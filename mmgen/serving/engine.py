@@ -198,11 +198,13 @@ class Engine:
         """Those who wait no more, or too long, leave the queue, under the lock: they take nobody's place."""
         now = time.monotonic()
         for client, queue in list(self._queues.items()):
-            there = collections.deque(job for job in queue if not job.gone and now <= job.deadline)
+            there = collections.deque()
             for job in queue:
-                if job.gone or now > job.deadline:
-                    late = Late("the deadline passed while the request waited")
-                    self._end(job, late, "gone" if job.gone else "late")
+                outcome = "gone" if job.gone else "late" if now > job.deadline else None
+                if outcome:
+                    self._end(job, Late("the deadline passed while the request waited"), outcome)
+                else:
+                    there.append(job)
             if there:
                 self._queues[client] = there
             else:

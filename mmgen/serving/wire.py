@@ -14,19 +14,23 @@ from mmgen.serving.engine import Closed, Full, Late
 from mmgen.serving.requests import Wrong
 
 SMALL = {"/v1/images/generations": 1 << 20}  # bytes of bodies that hold no pictures
+MANY = 4
 HEAD_SECONDS = 20  # in which a line that is open has to ask for something
 
 
 class Keys:
-    """Who asks for anything under /v1 has one of `keys`, if there are any, before anything else of a request is read."""
+    """Who asks for anything under /v1 has one of `keys`, if there are any, before anything else of a request is read. Who it was is in
+    the request's state: `client`, None where nobody needs a key."""
 
     def __init__(self, app, keys):
         self.app, self.keys = app, [f"Bearer {key}".encode() for key in keys]
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "http" and self.keys and scope["path"].startswith("/v1"):
-            said = dict(scope["headers"]).get(b"authorization", b"")
-            if not any([hmac.compare_digest(said, key) for key in self.keys]):  # each is compared
+        if scope["type"] == "http":
+            said = [value for name, value in scope["headers"] if name == b"authorization"]
+            found = [key for key in self.keys if len(said) == 1 and hmac.compare_digest(said[0], key)]
+            scope.setdefault("state", {})["client"] = found[0] if found else None
+            if self.keys and not found and _path(scope).startswith("/v1"):
                 words = "expected a key of this server: Authorization: Bearer KEY"
                 wrong = Wrong(401, words, "invalid_api_key")
                 close = {"Connection": "close"}
@@ -34,17 +38,29 @@ class Keys:
         await self.app(scope, receive, send)
 
 
+def _path(scope):
+    """The path within the application, wherever it is mounted."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
 class Limit:
-    """Bodies over `most` bytes are not read on, by their header or as they come, nor those that take over `seconds` to come. Who sends
-    them is told, and the line is closed, as the rest of the body is on it."""
+    """Bodies over `most` bytes are not read on, by their header or as they come, nor those that take over `seconds` to come, nor where all
+    that wait for their answers have MANY times `most`. Who sends them is told, and the line is closed, as the rest of the body is on it."""
 
     def __init__(self, app, most, seconds):
-        self.app, self.most, self.seconds = app, most, seconds
+        self.app, self.most, self.seconds, self.held = app, most, seconds, 0
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        most = min(self.most, SMALL.get(scope["path"], self.most))
+        full = Wrong(
+            429,
+            "too much is being sent; try again in 5 s",
+            "rate_limit_exceeded",
+            kind="rate_limit_error",
+            retry=5,
+        )
+        most = min(self.most, SMALL.get(_path(scope), self.most))
         large = Wrong(413, f"the body is over {most} bytes", "request_too_large")
         slow = Wrong(408, f"the body took over {self.seconds:g} s to come", "request_too_slow")
         close = {"Connection": "close"}
@@ -63,9 +79,13 @@ class Limit:
                 wrong = slow
                 raise wrong from None
             seen += len(message.get("body", b""))
+            self.held += len(message.get("body", b""))
             whole = not message.get("more_body")
             if seen > most:
                 wrong = large
+                raise wrong
+            if self.held > MANY * self.most:
+                wrong = full
                 raise wrong
             return message
 
@@ -76,10 +96,14 @@ class Limit:
                 await send(message)
             elif not said:
                 said = True
-                response = JSONResponse({"error": wrong.error}, wrong.status, headers=close)
+                retry = {"Retry-After": str(wrong.retry)} if wrong.retry else {}
+                response = JSONResponse({"error": wrong.error}, wrong.status, headers=close | retry)
                 await response(scope, receive, send)
 
-        await self.app(scope, counted, answer)
+        try:
+            await self.app(scope, counted, answer)
+        finally:
+            self.held -= seen
 
 
 class Line(H11Protocol):
