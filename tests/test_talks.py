@@ -338,3 +338,14 @@ def test_a_model_is_asked_after_its_own_answers(sampler, monkeypatch):
     for talk, found in zip(some, answers):
         for turn, answer in zip(talk.turns, found):
             assert answer is None or isinstance(answer, str) != talks.draws(turn)
+    # One that is too long from the first turn on is wrong; where all are, the suite is of no use.
+    first = some[0].turns[0]
+    long = dataclasses.replace(
+        some[0], turns=(dataclasses.replace(first, asks=(*first.asks, "x " * 500)), *some[0].turns[1:])
+    )
+    answers = talks.converse(sampler, [long, some[1]], size=(32, 32), seed=3)
+    assert set(answers[0]) == {None} and answers[1][0] is not None
+    verdicts = talks.judge_talk(long, answers[0], (32, 32))
+    assert not any(verdict.ok for verdict, _ in verdicts) and verdicts[0][0].why == talks.NO_ROOM
+    with pytest.raises(ValueError, match="too long"):
+        talks.converse(sampler, [long], size=(32, 32), seed=3)

@@ -49,7 +49,7 @@ SUITES = {
 
 UNREADABLE = "its own last picture cannot be read"
 OPEN = "its own last picture has not what is named, no room for what is wished, or is so already"
-NO_ROOM = "the dialogue has grown longer than the model's rows"
+NO_ROOM = "the dialogue is longer than the model's rows"
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def converse(sampler, talks, *, size, seed, batch_size=32, **options):
     """A model's answers to talks -> for each talk a list, of each turn uint8 [H, W, 3] or a text.
 
     Turn n of all talks is one batch. Whether to draw or to speak is told, and the size of pictures. Words are
-    answered without guidance, and may take twice as many tokens as the longest right answer. Where a talk has grown
-    longer than the model's rows, its further answers are None.
+    answered without guidance, and may take twice as many tokens as the longest right answer. Where a talk is longer
+    than the model's rows, or has grown so, its further answers are None. ValueError where all are from the first turn on.
     """
     width, height = size
     grid = height // sampler.tokenizer.patch, width // sampler.tokenizer.patch
@@ -137,10 +137,10 @@ def converse(sampler, talks, *, size, seed, batch_size=32, **options):
                 seed=draw_seed(draw_seed(seed, i), n),
                 **how,
             )
-            if not n or _fits(
-                sampler, request
-            ):  # a first turn that does not fit is an error of the sampler's
+            if _fits(sampler, request):
                 documents[i], requests[i] = document, request
+        if not n and not requests:  # a suite that this model cannot do
+            sampler.room(request, sampler.prompts(request)[0])
         turns = sampler.generate(list(requests.values()), batch_size) if requests else []
         said = dict(zip(requests, turns, strict=True))
         for i in asked:

@@ -14,7 +14,7 @@ from mmgen.serving.engine import Closed, Full, Late
 from mmgen.serving.requests import Wrong
 
 SMALL = {"/v1/images/generations": 1 << 20}  # bytes of bodies that hold no pictures
-MANY = 4
+MANY = 4  # times the largest body: what all that wait may hold
 HEAD_SECONDS = 20  # in which a line that is open has to ask for something
 
 
