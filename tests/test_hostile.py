@@ -4,6 +4,7 @@ import collections
 import gc
 import io
 import json
+import logging
 import resource
 import socket
 import time
@@ -130,6 +131,8 @@ def test_slow_and_aborted_uploads(model, layer, monkeypatch):
     running = Running(
         Engine(model, slots=1, every=8), gates={"auto": Safety(prompts=lambda: layer)}, seconds=1.0
     )
+    failed = []
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "error", lambda *said, **_: failed.append(said))
     head = b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 5000\r\n\r\n"
     try:
         found = line(running, head, *[b"--x"] * 9, pause=0.2)
@@ -147,7 +150,9 @@ def test_slow_and_aborted_uploads(model, layer, monkeypatch):
         for n in range(20):
             with socket.create_connection(("127.0.0.1", running.port)) as connection:
                 connection.sendall(head + b"--x" * n)
-        wait(lambda: not running.server.server_state.connections)
+        state = running.server.server_state
+        wait(lambda: not state.connections and not state.tasks)
+        assert not failed
         assert running.http.get("/readyz").status_code == 200 and not running.engine.waiting
     finally:
         running.stop()

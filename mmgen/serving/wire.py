@@ -8,6 +8,7 @@ import traceback
 
 import uvicorn
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mmgen.serving.engine import Closed, Full, Late
@@ -102,6 +103,8 @@ class Limit:
 
         try:
             await self.app(scope, counted, answer)
+        except ClientDisconnect:  # before the body was whole: there is nobody to answer, and nothing for the log
+            pass
         finally:
             self.held -= seen
 
