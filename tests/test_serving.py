@@ -235,8 +235,33 @@ def test_pictures_that_are_not_shown(running, monkeypatch):
     with pytest.raises(openai.BadRequestError, match="not shown") as found:
         running.client.images.generate(prompt="a red circle")
     assert found.value.body["moderation_details"]["moderation_stage"] == "output"
-    with pytest.raises(openai.APIError, match="not shown"):
-        list(running.client.images.generate(prompt="a red circle", stream=True, partial_images=2))
+    with pytest.raises(openai.APIError, match="not shown") as found:
+        for event in running.client.images.generate(prompt="a red circle", stream=True, partial_images=2):
+            raise AssertionError(event.type)
+    assert found.value.code == "moderation_blocked"
+
+
+def test_a_partial_image_that_is_stopped_is_left_out(running, monkeypatch):
+    """The second of three, which lacks what is drawn last; the picture comes all the same, in an image call too."""
+    stopped, asked = Decision("block", ("violence",), "eyes", "image", reason="It is not shown."), []
+    decide = Safety.drawn
+
+    def second(self, images):
+        asked.append(images)
+        return stopped if len(asked) == 2 else decide(self, images)
+
+    monkeypatch.setattr(Safety, "drawn", second)
+    how = dict(prompt="a red circle", partial_images=3, extra_body={"seed": 3})
+    *partial, last = running.client.images.generate(stream=True, **how)
+    assert len(asked) == len(partial) + 2 and [event.partial_image_index for event in partial] == [0, 1]
+    assert last.type == "image_generation.completed"
+    asked.clear()
+    tool = {"type": "image_generation", "partial_images": 3}
+    kinds = [event.type for event in running.client.responses.create(
+        model="tiny", input="a red circle", tools=[tool], tool_choice="required", stream=True
+    )]  # fmt: skip
+    assert kinds.count("response.image_generation_call.partial_image") == len(asked) - 2 == 2
+    assert kinds[-1] == "response.completed"
 
 
 def test_a_models_refusal_is_a_refusal(running, monkeypatch):

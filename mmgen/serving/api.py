@@ -248,6 +248,11 @@ def app(engine, settings):
         stop(await asyncio.to_thread(gate.answered, step.turn), "output")
         return step.turn
 
+    async def sketched(step, gate):
+        """Whether a step has a sketch that is shown. One that layer 3 stops is left out, and the answer goes on: half a
+        picture may look like what the whole one is not, and that is judged anyway."""
+        return step.sketch is not None and (await asyncio.to_thread(gate.drawn, [step.drawn])).allowed
+
     def about(options, pixels):
         size = f"{pixels.shape[1]}x{pixels.shape[0]}"
         alpha = pixels.shape[-1] == 4 and options.background != "opaque"
@@ -295,8 +300,7 @@ def app(engine, settings):
     async def streamed(job, options, gate, seed, kind, paste, more):
         index = 0
         async for step in job:
-            if step.sketch is not None:
-                stop(await asyncio.to_thread(gate.drawn, [step.drawn]), "output")
+            if await sketched(step, gate):
                 yield {
                     "type": f"{kind}.partial_image", "partial_image_index": index, "created_at": int(time.time()),
                     "b64_json": await drawn(step.sketch, options, gate, seed), **about(options, step.sketch), **more,
@@ -420,8 +424,7 @@ def app(engine, settings):
                 stop(await asyncio.to_thread(gate.answered, Turn("assistant", [Text(step.text)])), "output")
                 for event in said.said(step.text):
                     yield event
-            if step.sketch is not None:
-                stop(await asyncio.to_thread(gate.drawn, [step.drawn]), "output")
+            if await sketched(step, gate):
                 data = await drawn(step.sketch, options, gate, said.seed)
                 for event in said.sketched(data, index, about(options, step.sketch)):
                     yield event
