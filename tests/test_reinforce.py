@@ -1,6 +1,7 @@
 """GRPO: probabilities of what was drawn, the loss by hand, and runs that learn and resume exactly."""
 
 import functools
+import itertools
 import signal
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mmgen import world
-from mmgen.document import Document, Text, Turn
+from mmgen.document import Document, Image, Text, Turn
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
@@ -18,6 +19,7 @@ from mmgen.sampling import sampler as samplers
 from mmgen.sampling.sampler import Request
 from mmgen.sampling.strategies import Strategy
 from mmgen.stages import loop, program, reinforce
+from mmgen.world import tasks, wishes
 from mmgen.world.render import render
 from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records, run_python, whole_model
 
@@ -239,12 +241,55 @@ def test_rewards_of_the_world():
     assert [legible(x, item) for x in (picture, other, noise)] == [1, 1, 0]
 
 
+def test_rewards_of_wishes():
+    """What is right is worth 1; what was shown, and the answer to another wish, nothing. (Of little people in pixels the judge reads
+    a few wrongly.)"""
+    size = 64, 64
+    shown = lambda scene: tasks.picture(scene, *size)
+    for category in ("draw", "edit", "style", "mix", "sign"):
+        found = [wishes.wish(3, "valid", i, category, "en", size) for i in range(8)]
+        found = [each for each in found if each is not None]
+        assert len(found) == 8 or category == "sign" and 0 < len(found) < 8
+        assert sum(reinforce.reward("judge")(shown(item.scene), item) for item in found) >= len(found) - 1
+        for item, other in itertools.pairwise(found):
+            judge = reinforce.reward("judge")
+            assert item.category == category
+            assert judge(shown(other.scene), item) == 0
+            turns = wishes.document(item, size).turns
+            images = [part for part in turns[0].parts if isinstance(part, Image)]
+            assert len(images) == {"edit": 1, "style": 1, "mix": 2}.get(category, len(images))
+            assert Document(turns).text() == item.prompt
+            assert not any(judge(image.pixels, item) for image in images)
+    assert wishes.wish(3, "valid", 0, "counting", "zh", size) == world.item(3, "valid", 0, "counting", "zh")
+
+
+def test_edits_are_drawn_from_what_was_shown(sampler):
+    """The prompt has the codes of the user's picture, once for a group, and is as long as was counted for the room."""
+    data = config_of([
+        "--config", "reinforce:tiny", "--config.data.categories=('edit','position')", "--config.data.longest=170",
+    ]).data  # fmt: skip
+    prompts = reinforce.Prompts(data, 5, "train", sampler.text, 103, 64, 2)
+    items = prompts.rows_of(0, range(4))[0]["items"]
+    assert [item.category for item in items] == ["edit"] * 2 + ["position"] * 2
+    drawn, pixels = reinforce._draw(sampler, items, range(4), (8, 8), data)
+    batch, at = reinforce._rows(drawn, sampler.grammar, 64, data.longest)
+    for row, (item, (prompt, answer)) in enumerate(zip(items, drawn)):
+        assert len(prompt) == prompts._length(item) and at[row, 0] == len(prompt) + 3
+        assert ((prompt >= sampler.grammar.code_start).sum() == 64) == (item.category == "edit")
+    back = sampler.grammar.decode(np.concatenate([*drawn[0], [sampler.grammar.eos]]), sampler.text)
+    source = tasks.picture(items[0].turn.before, 32, 32)
+    np.testing.assert_array_equal(back.turns[0].parts[0].codes, sampler.tokenizer.encode(source[None])[0])
+    assert (batch["weights"].sum(1) == 64).all() and pixels[0].shape == (32, 32, 3)
+    with pytest.raises(ConfigError, match="config.data.longest"):
+        reinforce.Prompts(data, 5, "train", sampler.text, 72, 64, 2).rows_of(0, range(2))
+
+
 # ---- runs
 
 
 def test_prompts_are_a_function_of_the_step_and_fit(sampler):
     data = config_of(["--config", "reinforce:tiny", "--config.data.categories=('counting','position')"]).data
-    prompts = lambda room: reinforce.Prompts(data, 5, "train", sampler.text, room, 2)
+    prompts = lambda room: reinforce.Prompts(data, 5, "train", sampler.text, room, 64, 2)
     everything, replaced = prompts(100).rows_of(7, range(4))
     kinds = [item.category for item in everything["items"]]
     assert kinds == ["counting"] * 2 + ["position"] * 2 and not replaced
@@ -352,7 +397,7 @@ def test_four_devices_learn_what_one_does(space, tmp_path, mesh):
     [
         ("init=", "--config.init=DIR"), ("data.group=3", "divides"), ("data.group=1", "at least 2"),
         ("updates=3", "must divide"), ("data.size=(30,32)", "multiples of"), ("data.longest=60", "must hold"),
-        ("data.temperature=0.0", "at least 0.001"), ("loss.clip=(0.2,)", "clip"), ("data.categories=('count',)", "counting"),
+        ("data.categories=('style',)", "style needs a short side of 48"), ("data.temperature=0.0", "at least 0.001"), ("loss.clip=(0.2,)", "clip"), ("data.categories=('count',)", "counting"),
         ("data.languages=('fr',)", "language"), ("rewards=('judge',)", "NAME, WEIGHT"), ("rewards=(('jugde',1),)", "'judge'"),
         ("rewards=(('nowhere:judge',1),)", "imported"), ("model.width=64", "config.model"),
     ],

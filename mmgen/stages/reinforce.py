@@ -20,8 +20,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from mmgen import world
-from mmgen.document import Document, Turn
-from mmgen.document import Text as TextPart
 from mmgen.grammar import Grammar
 from mmgen.models import layers, transformer
 from mmgen.models.autoencoders import load_tokenizer
@@ -37,7 +35,7 @@ from mmgen.stages.loop import Stage
 from mmgen.stages.transformer import adopt
 from mmgen.text import Text
 from mmgen.world import rewards as world_rewards
-from mmgen.world.scene import CATEGORIES
+from mmgen.world import tasks, wishes
 
 REFERENCE = "reference"  # in the workdir: the weights that the run began with
 
@@ -63,8 +61,8 @@ def setup(config, workdir):
     codes = grid[0] * grid[1] * grammar.depth
     functions = [(name, reward(name), float(weight)) for name, weight in _pairs(config.rewards)]
     room = data.longest - codes - 3  # of a row, for a prompt
-    prompts = Prompts(data, config.seed, "train", text, room, data.group)
-    held_out = Prompts(data, config.seed, "valid", text, room, 1)
+    prompts = Prompts(data, config.seed, "train", text, room, codes, data.group)
+    held_out = Prompts(data, config.seed, "valid", text, room, codes, 1)
     painter = _painter(config, grammar, text, tokenizer)
     measure = functools.partial(log_probs, grammar=grammar, codes=codes, temperature=data.temperature)
     scorer = functools.cache(lambda graphdef: _scorer(graphdef, measure, config.accumulate))
@@ -166,8 +164,8 @@ def _check(config, grammar, tokenizer):
         raise ConfigError(
             f"config.data.size={tuple(data.size)} must be multiples of {patch}, up to {patch * grammar.max_side}"
         )
-    least = {"data.temperature": 1e-3, "data.slots": 1, "held_out.prompts": 0, "loss.kl": 0}
-    for name, value in least.items():
+    bounds = {"data.temperature": 1e-3, "data.slots": 1, "held_out.prompts": 0, "loss.kl": 0}
+    for name, value in bounds.items():
         found = functools.reduce(lambda node, key: node[key], name.split("."), config)
         if not found >= value:
             raise ConfigError(f"config.{name} is at least {value}, not {found}")
@@ -177,8 +175,13 @@ def _check(config, grammar, tokenizer):
             f"{config.loss.clip}"
         )
     for category in data.categories:
-        if category not in (*CATEGORIES, "scene"):
-            raise ConfigError(f"no category {category!r}; {nearest(category, (*CATEGORIES, 'scene'))}")
+        if category not in wishes.KINDS:
+            raise ConfigError(f"no category {category!r}; {nearest(category, wishes.KINDS)}")
+        least = tasks.LEAST.get(category, 0)
+        if min(data.size) < least:
+            raise ConfigError(
+                f"config.data.size={tuple(data.size)}: {category} needs a short side of {least} pixels at least"
+            )
     for language in data.languages:
         if language not in world.language.LANGUAGES:
             raise ConfigError(f"no language {language!r}; {nearest(language, world.language.LANGUAGES)}")
@@ -199,8 +202,8 @@ def _check(config, grammar, tokenizer):
 def reward(name):
     """The function of a reward's name: of mmgen/world/rewards.py, or "package.module:function".
 
-    It is called with a picture, uint8 [H, W, C], and the `world.Item` whose prompt asked for it, and returns a finite
-    number, the more the better.
+    It is called with a picture, uint8 [H, W, C], and the `world.Item` that asked for it (a `Wish` of world/wishes.py,
+    where that was an edit or another task), and returns a finite number, the more the better.
     """
     place, colon, function = name.rpartition(":")
     try:
@@ -210,7 +213,7 @@ def reward(name):
     found = getattr(module, function, None)
     if not callable(found):
         known = [
-            each for each in vars(module) if not each.startswith("_") and callable(getattr(module, each))
+            name for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__
         ]
         raise ConfigError(
             f"config.rewards: no function {function!r} in {module.__name__}; {nearest(function, known)}"
@@ -253,18 +256,12 @@ class Prompts:
     """The prompts of each step, a function of the step: row r of step s asks for number s * (B // G) + r // G.
 
     Categories and languages take turns. A prompt of more tokens than there is room for is replaced by another and
-    counted.
+    counted; what no picture answers is passed over.
     """
 
-    def __init__(self, data, seed, split, text, room, group):
-        self.data, self.seed, self.split, self.text, self.room, self.group = (
-            data,
-            seed,
-            split,
-            text,
-            room,
-            group,
-        )
+    def __init__(self, data, seed, split, text, room, codes, group):
+        self.data, self.seed, self.split, self.text = data, seed, split, text
+        self.room, self.codes, self.group = room, codes, group
 
     def rows_of(self, step, rows):
         """({"rows", "items": a world.Item for each}, how many prompts were replaced)."""
@@ -287,14 +284,25 @@ class Prompts:
     def _item(self, number):
         kinds, languages = self.data.categories, self.data.languages
         kind, language = kinds[number % len(kinds)], languages[number // len(kinds) % len(languages)]
+        long = False
         for tried in range(1000):
-            item = world.item(self.seed, self.split, number + (tried << 40), category=kind, language=language)
-            if len(self.text.encode(item.prompt)) + 4 <= self.room:  # <bos> <user> ... <end> <assistant>
-                return item, tried > 0
+            at = self.seed, self.split, number + (tried << 40), kind, language, tuple(self.data.size)
+            item = wishes.wish(*at)
+            if item is None:  # a question, say
+                continue
+            if self._length(item) <= self.room:
+                return item, long
+            long = True
         raise ConfigError(
             f"none of 1000 prompts of {kind!r} in {language!r} has at most {self.room - 4} tokens: "
             "raise config.data.longest"
         )
+
+    def _length(self, item):
+        """Tokens of <bos> <user> ... <end> <assistant>, of which an image has its codes and <boi> <h> <w> <eoi>."""
+        parts = item.turn.asks if isinstance(item, wishes.Wish) else (item.prompt,)
+        sizes = (len(self.text.encode(x)) if isinstance(x, str) else self.codes + 4 for x in parts)
+        return 4 + sum(sizes)
 
 
 def _painter(config, grammar, text, tokenizer):
@@ -322,18 +330,16 @@ def _painter(config, grammar, text, tokenizer):
 
 
 def _draw(sampler, items, seeds, grid, data):
-    """A picture of each item's prompt -> [(tokens of the prompt, of the answer)], pixels.
+    """A picture for each item -> [(tokens of the prompt, of the answer)], pixels.
 
     Slots of its own: what others have read was read with other weights. No guidance, and nothing is cut off: the
     policy that is improved must be the one that is drawn from (see `log_probs`).
     """
+    asked = {id(item): item for item in items}  # a group has one
+    documents = (wishes.document(item, data.size) for item in asked.values())
+    documents = dict(zip(asked, sampler.encode(documents)))
     requests = [
-        Request(
-            Document((Turn("user", (TextPart(item.prompt),)),)),
-            size=grid,
-            seed=seed,
-            image=Strategy(data.temperature),
-        )
+        Request(documents[id(item)], size=grid, seed=seed, image=Strategy(data.temperature))
         for item, seed in zip(items, seeds)
     ]
     tokens, pixels = [None] * len(requests), [None] * len(requests)
