@@ -122,7 +122,7 @@ def prompts_part(args):
 
 
 def pictures_part(args):
-    source = open_source("world:test/guarded", (64, 64), seed=args.seed, documents=args.count)
+    source = open_source(args.source, (args.side, args.side), seed=args.seed, documents=args.count)
     layer = ImageLayer(Policy(), args.classifier)
     groups, ms = {}, []
     for i in tqdm.tqdm(range(len(source)), disable=None):
@@ -322,6 +322,8 @@ def main():
     part = parts.add_parser("pictures")
     part.set_defaults(part=pictures_part)
     part.add_argument("--classifier", required=True, help="workdir of a run of classifier:safety")
+    part.add_argument("--source", default="world:test/guarded")
+    part.add_argument("--side", type=int, default=64, help="of its pictures, in pixels")
     part.add_argument("--count", type=int, default=2000)
     part.add_argument("--seed", type=int, default=0)
     part = parts.add_parser("together")

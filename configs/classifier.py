@@ -33,6 +33,7 @@ def get_config(variant):
     c.false_alarms = 0.01  # share of images without a label that may be given it, which sets its threshold
 
     c.data = d = ml_collections.ConfigDict()
+    # A source, and with `larger` another, whose pictures are made as small as its own
     d.source = dict(spec="world:train", size=(32, 32), seed=0, documents=20_000, category="colors")
     d.batch_size = 64
     d.max_bad = 0.1  # share of bad images above which the run gives up
@@ -58,11 +59,14 @@ def get_config(variant):
             symbol=dict(field="symbol", classes=("no", "yes"), multi=False),
         )
         m.image.patch = 8
-        d.source = dict(spec="world:train/guarded", size=(64, 64), seed=0, documents=40_000)
-        c.held_out = dict(spec="world:valid/guarded", size=(64, 64), seed=0, documents=4000)
-        c.steps = c.evaluate_every = 2500
+        pages = dict(spec="world:train/sign+poster+chart+diagram+comic", size=(128, 128), seed=0, documents=16_000)
+        d.source = dict(spec="world:train/guarded+guarded+guarded+draw", size=(64, 64), seed=0, documents=48_000, larger=pages)
+        pages = dict(pages, spec=pages["spec"].replace("train", "valid"), documents=1000)
+        c.held_out = dict(d.source, spec=d.source["spec"].replace("train", "valid"), documents=4000, larger=pages)
+        c.steps = c.evaluate_every = 3500
         c.false_alarms = 0.005
     if variant == "tiny":  # for tests: seconds
+        d.source.larger = dict(d.source, size=(48, 48), documents=40)
         d.source.documents, d.batch_size, c.held_out.documents = 200, 16, 60
         c.steps, c.log_every, c.evaluate_every, c.save_every = 20, 10, 20, 10
         c.optimizer.warmup = 2

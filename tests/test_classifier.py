@@ -6,11 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
+from mmgen.data import loader, sources
 from mmgen.models import classifier
 from mmgen.models.classifier import groups_of, load_classifier, targets
 from mmgen.runtime import config as configs
 from mmgen.runtime.config import ConfigError
+from mmgen.stages import classifier as classifier_stage
 from mmgen.stages import loop
+from mmgen.world.scene import COLORS
 from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records
 
 LABELS = {
@@ -219,3 +222,15 @@ def test_labels_that_do_not_fit_are_counted(tmp_path):
         del config.labels.color, config.labels.background
     with pytest.raises(RuntimeError, match="bad_label"):
         loop.train(config, tmp_path)
+
+
+def test_what_is_larger_is_made_as_small(run):
+    """Pictures of another source are learned from and measured on beside the source's own, at its size."""
+    source = sources.open_with_larger(**json.loads((run[0] / "config.json").read_text())["data"]["source"])
+    assert [len(part) for part in source.sources] == [200, 40] and source.pixels(220).shape == (48, 48, 3)
+    batch = loader.Images(source, 240).batch(0)["images"]
+    assert batch.shape == (240, 32, 32, 3)
+    images, labels, known = classifier_stage.held_out_labels(source, groups_of(LABELS | {
+        "color": dict(field="colors", classes=tuple(COLORS), multi=True)
+    }))  # fmt: skip
+    assert len(images) == len(labels) == 240 and {image.shape for image in images} == {(32, 32, 3)}

@@ -15,7 +15,7 @@ from mmgen.commands.common import (
     size,
     with_refiner,
 )
-from mmgen.data.sources import open_source
+from mmgen.data.sources import open_with_larger
 from mmgen.evals import compare, probe, prompts, report, suites, talks, towers
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.models.classifier import load_classifier
@@ -163,6 +163,7 @@ def _measure(args, suite, workdir, inside):
     settings = run["held_out"] | {"size": wanted or run["data"]["source"]["size"]}
     if args.data:
         settings |= {"spec": args.data, "seed": args.seed}
+        settings.pop("larger", None)
     if suite in ("tokenizer", "refiner"):  # what the tokenizer saw behind transparent parts
         settings |= background(
             run if suite == "tokenizer" else checkpoint.read_config(Path(workdir) / "tokenizer")
@@ -178,7 +179,7 @@ def _measure(args, suite, workdir, inside):
     more |= {} if args.tile is None else {"tile": args.tile}
     more |= {"temperature": args.refine_temperature} if suite == "refiner" else {}
     max_bad = run["data"]["max_bad"] if args.max_bad is None else args.max_bad
-    metrics, shown = measure(model, open_source(**settings), max_bad, **more)
+    metrics, shown = measure(model, open_with_larger(**settings), max_bad, **more)
     ranks = [name for name in metrics if name.startswith(("text_r", "image_r"))]  # shares of the pairs
     pairs = int(metrics.get("pairs", 0))
     shares = {name: [round(metrics.pop(name) * pairs), pairs] for name in ranks}

@@ -141,6 +141,12 @@ def open_source(
     return Source(spec, name, reader, size, documents, skipped, limits, background, [max_chars, keep.rules()])
 
 
+def open_with_larger(larger=None, **settings):
+    """`open_source` of the settings and, with those of a `larger` one, `Several` of both, at the size of the first."""
+    source = open_source(**settings)
+    return Several([source, open_source(name="larger", **larger)], alike=False) if larger else source
+
+
 def _name_and_spec(spec):
     """'photos=tars:x' -> ('photos', 'tars:x'). A name stands before the kind, so a path may have a "="."""
     found = re.fullmatch(r"([\w.-]+)=(\w+:.*)", spec, re.DOTALL)

@@ -12,7 +12,7 @@ from flax import nnx
 from mmgen.data import images as pictures
 from mmgen.data.images import BadImage
 from mmgen.data.loader import Images
-from mmgen.data.sources import Bad, open_source
+from mmgen.data.sources import Bad, open_with_larger
 from mmgen.models import classifier
 from mmgen.models.classifier import CALIBRATION, Classes, Classifier
 from mmgen.runtime.config import ConfigError, nearest
@@ -31,7 +31,7 @@ def setup(config, workdir):
     if not 0 < config.false_alarms < 1:
         raise ConfigError(f"config.false_alarms is a share between 0 and 1, not {config.false_alarms}")
     check_patch(config)
-    source, held_out = open_source(**data.source), open_source(**config.held_out)
+    source, held_out = (open_with_larger(**each) for each in (data.source, config.held_out))
     for each in (source, held_out):
         _check_fields(each, groups)
     labelled = Images(
