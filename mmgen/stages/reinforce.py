@@ -300,9 +300,8 @@ class Prompts:
 
     def _length(self, item):
         """Tokens of <bos> <user> ... <end> <assistant>, of which an image has its codes and <boi> <h> <w> <eoi>."""
-        parts = item.turn.asks if isinstance(item, wishes.Wish) else (item.prompt,)
-        sizes = (len(self.text.encode(x)) if isinstance(x, str) else self.codes + 4 for x in parts)
-        return 4 + sum(sizes)
+        size = lambda part: len(self.text.encode(part)) if isinstance(part, str) else self.codes + 4
+        return 4 + sum(map(size, wishes.asks(item)))
 
 
 def _painter(config, grammar, text, tokenizer):

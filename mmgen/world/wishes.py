@@ -31,8 +31,12 @@ def wish(seed, split, i, category, language, size):
     return Wish(prompt, claim, turn.after, category, turn)
 
 
+def asks(item):
+    """What is said, as texts, and shown, as scenes and pages."""
+    return item.turn.asks if isinstance(item, Wish) else (item.prompt,)
+
+
 def document(item, size):
     """What the user says and shows, with pictures of size (width, height) in pixels."""
-    parts = item.turn.asks if isinstance(item, Wish) else (item.prompt,)
-    parts = (Text(part) if isinstance(part, str) else Image(tasks.picture(part, *size)) for part in parts)
+    parts = (Text(part) if isinstance(part, str) else Image(tasks.picture(part, *size)) for part in asks(item))
     return Document((Turn("user", tuple(parts)),))
