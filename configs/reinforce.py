@@ -24,6 +24,7 @@ def get_config(variant):
     d.size = (32, 32)  # of the pictures, (width, height) in pixels
     d.batch_size, d.group = 128, 8  # pictures a step; how many of them one prompt asks for
     d.slots = 64  # pictures that are drawn at once
+    d.workers = 0  # processes that reward pictures; 0: none but the run's own
     d.temperature = 1.0
     d.longest = 104  # tokens of a row: a prompt and its picture
     d.row_length = base.data.row_length  # of whoever samples from the run
@@ -46,11 +47,14 @@ def get_config(variant):
         d.size = (64, 64)
         d.categories = ("single_object", "two_object", "counting", "position", "color_attribution")
         c.steps = 200
-    if variant == "reference":  # on two CPU cores, after transformer:reference-2
-        d.size, d.languages, d.longest = (64, 64), ("en", "zh"), 304
-        d.categories = ("single_object", "two_object", "counting", "position", "color_attribution")
-        d.batch_size, c.steps, c.held_out.prompts = 64, 200, 64
-        c.model.dtype, c.model.unroll = "float32", True
+    if variant == "reference":  # on a GPU, after transformer:reference-4
+        d.size, d.languages, d.longest = (64, 64), ("en", "zh"), 640
+        d.categories = (
+            "edit", "counting", "position", "edit", "two_object", "sign", "edit", "color_attribution", "style", "single_object",
+        )  # fmt: skip
+        d.batch_size, d.slots, d.workers, c.accumulate = 256, 256, 14, 2
+        c.loss.kl, c.optimizer.learning_rate, c.steps = 0.01, 2e-4, 200
+        c.evaluate_every, c.save_every, c.keep = 25, 25, 8
     if variant == "tiny":  # for tests: seconds
         d.batch_size, d.group, d.slots = 4, 2, 4
         c.steps, c.held_out.prompts = 4, 4

@@ -307,13 +307,15 @@ def test_prompts_are_a_function_of_the_step_and_fit(sampler):
 
 
 def test_killed_and_resumed_is_bit_identical(space, run, tmp_path):
-    command = ["train", *flags_of(space), "--workdir", tmp_path]
+    """And rewarded by other processes, which end with the one that is killed."""
+    apart = "--config.data.workers=2"
+    command = ["train", *flags_of(space, apart), "--workdir", tmp_path]
     killed = run_python(KILLED, 5, *command, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.latest(tmp_path) in (2, 4)  # the last may not be whole yet
     assert (
         mmgen(
-            "train", *flags_of(space)[:2], *flags_of(space, "--config.init=/gone")[3:], "--workdir", tmp_path
+            "train", *flags_of(space)[:2], *flags_of(space, "--config.init=/gone", apart)[3:], "--workdir", tmp_path
         )
         == 0
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mmgen.document import Document, Image, Turn, caption_to_image
 from mmgen.document import Text as Words
 from mmgen.grammar import CONTROL, Grammar
-from mmgen.text import Text, train
+from mmgen.text import SPELT, Text, train
 
 # A busy machine is no failure.
 settings.register_profile("patient", deadline=None)
@@ -48,6 +48,24 @@ def test_every_text_survives(text, words):
 @given(anything, anything)
 def test_texts_join(text, first, second):
     assert text.decode(text.encode(first) + text.encode(second)) == first + second
+
+
+@pytest.mark.parametrize("quoted", ['"STARS"', "“三颗star”", "「large」", "『红 a』", '"▁red"'])
+def test_what_is_quoted_is_spelt(text, quoted):
+    words, inside = f"a large {quoted} star", quoted[1:-1]
+    ids = text.encode(words)
+    assert text.decode(ids) == words
+    before, after = text.encode(f"a large {quoted[0]}"), text.encode(f"{quoted[-1]} star")
+    assert ids == before + [i for character in inside for i in text.encode(character)] + after
+    whole = Text(text.model.removesuffix(SPELT))  # a model of before: as its transformer was trained
+    assert whole.hash != text.hash and whole.decode(whole.encode(words)) == words
+    assert len(whole.encode(quoted)) <= len(text.encode(quoted))
+    assert whole.encode('a "large" star') != text.encode('a "large" star')
+
+
+@pytest.mark.parametrize("words", ['an open " star', 'a "" star', '"' + "star " * 13 + '"', '"large\nstar"'])
+def test_what_is_no_lettering_is_not_spelt(text, words):
+    assert text.encode(words) == Text(text.model.removesuffix(SPELT)).encode(words)
 
 
 @given(st.lists(st.integers(0, 399)))

@@ -7,10 +7,14 @@ is worse less likely, and a penalty keeps the model near the one it began as. Se
 Shapes: B pictures a step, G of them a group, T tokens of a row, n codes of a picture.
 """
 
+import concurrent.futures
 import functools
 import importlib
 import itertools
 import json
+import multiprocessing
+import os
+import threading
 from pathlib import Path
 
 import jax
@@ -60,6 +64,7 @@ def setup(config, workdir):
     grid = _check(config, grammar, tokenizer)
     codes = grid[0] * grid[1] * grammar.depth
     functions = [(name, reward(name), float(weight)) for name, weight in _pairs(config.rewards)]
+    apart = _processes(data.workers) if data.workers else map
     room = data.longest - codes - 3  # of a row, for a prompt
     prompts = Prompts(data, config.seed, "train", text, room, codes, data.group)
     held_out = Prompts(data, config.seed, "valid", text, room, codes, 1)
@@ -77,7 +82,7 @@ def setup(config, workdir):
     def rewarded(pixels, items):
         """{name: float32 [B]}, and their weighted sum as "reward"."""
         found = {
-            f"reward_{name}": np.array([one(*each) for each in zip(pixels, items)], np.float32)
+            f"reward_{name}": np.array(list(apart(one, pixels, items)), np.float32)
             for name, one, _ in functions
         }
         total = sum(weight * each for (*_, weight), each in zip(functions, found.values()))
@@ -164,7 +169,7 @@ def _check(config, grammar, tokenizer):
         raise ConfigError(
             f"config.data.size={tuple(data.size)} must be multiples of {patch}, up to {patch * grammar.max_side}"
         )
-    bounds = {"data.temperature": 1e-3, "data.slots": 1, "held_out.prompts": 0, "loss.kl": 0}
+    bounds = {"data.temperature": 1e-3, "data.slots": 1, "data.workers": 0, "held_out.prompts": 0, "loss.kl": 0}
     for name, value in bounds.items():
         found = functools.reduce(lambda node, key: node[key], name.split("."), config)
         if not found >= value:
@@ -233,6 +238,24 @@ def _pairs(rewards):
             f"{rewards!r}"
         )
     return pairs
+
+
+def _processes(count):
+    """`map`, by so many processes. They are spawned, not forked: this one has threads, and an accelerator."""
+    pool = concurrent.futures.ProcessPoolExecutor(
+        count, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
+    return lambda function, *lists: pool.map(function, *lists, chunksize=-(-len(lists[0]) // (4 * count)))
+
+
+def _end_with_parent():
+    """However that one ends: a process of a pool waits for more for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def advantages(rewards, normalise=False):
