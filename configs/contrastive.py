@@ -8,7 +8,7 @@ import ml_collections
 
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("world", "tiny", "emoji", "350m")
+VARIANTS = ("world", "reference", "tiny", "emoji", "350m")
 
 
 def get_config(variant):
@@ -57,6 +57,10 @@ def get_config(variant):
 
     if variant == "world":  # a caption with one attribute wrong beside each makes it learn shapes
         d.batch_size, d.altered, d.length = 128, 1, 40
+        c.steps = 2000
+    if variant == "reference":  # of the released model: docs/reference.md
+        i.patch, d.batch_size, d.altered, d.length = 8, 128, 1, 48
+        d.source.size = c.held_out.size = (64, 64)
         c.steps = 2000
     if variant == "emoji":  # names of real pictures at 64 px, from img2dataset tars
         i.patch, d.length = 8, 24

@@ -53,7 +53,7 @@ def get_config(variant):
             "edit", "counting", "position", "edit", "two_object", "sign", "edit", "color_attribution", "style", "single_object",
         )  # fmt: skip
         d.batch_size, d.slots, d.workers, c.accumulate = 256, 256, 14, 2
-        c.loss.kl, c.optimizer.learning_rate, c.steps = 0.01, 2e-4, 200
+        c.loss.kl, c.optimizer.learning_rate, c.steps = 0.02, 2e-4, 77
         c.evaluate_every, c.save_every, c.keep = 25, 25, 8
     if variant == "tiny":  # for tests: seconds
         d.batch_size, d.group, d.slots = 4, 2, 4

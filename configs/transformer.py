@@ -107,16 +107,17 @@ def get_config(variant):
     if variant == "reference-2":  # the run of the part before (config.init) goes on
         c.seed, c.steps, c.optimizer.warmup = 1, 981, 30
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 8e-3, 2e-3
-    if variant in ("reference-3", "reference-4"):  # and on, each on new documents, in which quoted words are spelt
+    if variant in ("reference-3", "reference-4"):  # and on, each on new documents
         d.mixture = (
             ("plain", 0.11), ("draw", 0.08), ("refusal", 0.02), ("edit", 0.24), ("style", 0.05), ("ask", 0.05), ("caption", 0.05),
             ("detail", 0.05), ("compare", 0.02), ("mix", 0.015), ("reason", 0.02), ("dialogue", 0.07), ("story", 0.005),
             ("prose", 0.005), ("sign", 0.08), ("poster", 0.04), ("chart", 0.04), ("diagram", 0.03), ("comic", 0.04),
         )  # fmt: skip
-        c.seed, c.steps, c.optimizer.warmup, c.save_every = 2, 20_000, 100, 2_000  # stopped long before: the rate stays high
+        c.seed, c.steps, c.optimizer.warmup, c.save_every = 2, 6_435, 100, 2_000
+        c.optimizer.final = 0.765  # the next part goes on from there: this was to be a third of a longer run
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1.5e-2, 4e-3
     if variant == "reference-4":
-        c.seed, c.steps, c.optimizer.warmup = 3, 4_400, 20
+        c.seed, c.steps, c.optimizer.warmup, c.optimizer.final = 3, 4_457, 20, 0.0
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1e-2, 2.7e-3
     if variant == "dialogue":  # a quickstart run (config.init) goes on: docs/posttraining.md
         d.mixture = (("draw", 0.3), ("edit", 0.3), ("dialogue", 0.3), ("question", 0.05), ("caption", 0.05))
