@@ -16,7 +16,7 @@ def get_config(variant):
     c = ml_collections.ConfigDict()
     c.stage = "reinforce"
     c.seed = 0
-    c.model = base.model
+    c.model, c.sampling = base.model, base.sampling
 
     c.data = d = ml_collections.ConfigDict()
     d.categories = ("counting",)  # of the world's prompts, in turns

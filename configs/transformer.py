@@ -55,6 +55,7 @@ def get_config(variant):
     # Weight of log Z squared; and how many tokens a device turns into logits at a time (0: all)
     c.loss = dict(z=1e-4, chunk=0)
 
+    c.sampling = dict(temperature=0.1)  # of pictures, where who asks for one says nothing of it
     c.steps = 8200
     c.optimizer = OPTIMIZER | dict(adam_learning_rate=6e-3, beta2=0.98)
     c.ema = 0.0
@@ -102,6 +103,7 @@ def get_config(variant):
         )  # fmt: skip
         d.batch_size, d.row_length, d.overlong, d.threads = 24, 1280, "drop", 3
         d.image_drop, d.text_weight, d.user_weight, d.user_images = 0.05, 2.0, True, False
+        c.sampling.temperature = 0.5  # at 0.1 white grounds stay empty
         c.steps, c.ema, c.log_every, c.save_every = 3_200, 0.999, 50, 1_000
         c.optimizer.warmup, c.optimizer.adam_learning_rate, c.spike, c.keep_pages = 200, 5e-3, 20.0, False
     if variant == "reference-2":  # the run of the part before (config.init) goes on

@@ -1,13 +1,14 @@
 """The model that comes with mmgen: it is there, it is small, and it draws what it is asked for where none is named."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import mmgen as package
-from mmgen.commands.common import model_folder
+from mmgen.commands.common import model_folder, with_defaults
 from mmgen.data.sources import open_source
 from mmgen.safety.images import ImageLayer
 from mmgen.safety.policy import Policy
@@ -24,6 +25,16 @@ def test_it_is_named_reference_unless_a_folder_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reference").mkdir()
     assert model_folder("reference") == "reference"
+
+
+def test_it_is_sampled_at_its_own_temperature(tmp_path):
+    found = lambda folder, temperature=None: (
+        with_defaults(Namespace(checkpoint=folder, temperature=temperature)).temperature
+    )
+    assert found(FOLDER) == json.loads((FOLDER / "config.json").read_text())["sampling"]["temperature"] == 0.5
+    assert found(FOLDER, 0.0) == 0.0
+    (tmp_path / "config.json").write_text('{"stage": "transformer"}')  # a run of before there was such a setting
+    assert found(tmp_path) == 0.1
 
 
 def test_it_is_small_and_says_nothing_of_where_it_was_made():

@@ -25,6 +25,7 @@ from mmgen.commands.common import (
     sampling_options,
     signer_from,
     size,
+    with_defaults,
     with_refiner,
 )
 from mmgen.data import files
@@ -66,7 +67,7 @@ def main(argv):
     )  # fmt: skip
     add_sampling_flags(parser)
     add_safety_flags(parser)
-    args = parser.parse_args(argv)
+    args = with_defaults(parser.parse_args(argv))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if sys.stdin.isatty():

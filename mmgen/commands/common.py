@@ -11,7 +11,7 @@ import mmgen
 from mmgen.data import files, images
 from mmgen.data.sources import KINDS, Several, open_source
 from mmgen.document import Image
-from mmgen.runtime import hardware
+from mmgen.runtime import checkpoint, hardware
 from mmgen.safety.gate import Off, Safety
 from mmgen.safety.images import ImageLayer, Onnx
 from mmgen.safety.policy import Policy
@@ -132,7 +132,8 @@ def add_sampling_flags(parser):
         default=0.0,
         help="take back the spread that guidance adds to logits",
     )
-    add("--temperature", type=float, default=0.1, help="of image codes; 0 is greedy")
+    add("--temperature", type=float,
+        help="of image codes; 0 is greedy (default: config.sampling of the checkpoint, or 0.1)")  # fmt: skip
     add("--top-k", type=int, default=0)
     add("--top-p", type=float, default=1.0)
     add("--min-p", type=float, default=0.0)
@@ -140,6 +141,13 @@ def add_sampling_flags(parser):
         help="let a temperature below 1 begin objects as often as was learned")  # fmt: skip
     add("--text-temperature", type=float, default=0.7, help="of text; 0 is greedy")
     add("--text-top-p", type=float, default=1.0)
+
+
+def with_defaults(args):
+    """args, and where its flags leave the temperature open that of the checkpoint: its config's `sampling`."""
+    if args.temperature is None:
+        args.temperature = checkpoint.read_config(args.checkpoint).get("sampling", {}).get("temperature", 0.1)
+    return args
 
 
 def sampling_options(args):

@@ -13,6 +13,7 @@ from mmgen.commands.common import (
     sampling_options,
     share,
     size,
+    with_defaults,
     with_refiner,
 )
 from mmgen.data.sources import open_with_larger
@@ -42,7 +43,7 @@ def main(argv):
     on pairs of --data; classifier: on labelled images of --data; tokenizer: how well codes give back the images of
     --data; refiner: how much nearer it comes to them, by numbers of steps; all: what a transformer was trained for, and its tokenizer. With --prompts nothing is judged: pictures for
     the prompts of a public benchmark."""
-    args = _parser().parse_args(argv)
+    args = with_defaults(_parser().parse_args(argv))
     _check(args)
     hardware.compilation_cache()
     if args.prompts:

@@ -16,6 +16,7 @@ from mmgen.commands.common import (
     sampling_options,
     signer_from,
     size,
+    with_defaults,
     with_refiner,
 )
 
@@ -60,7 +61,7 @@ def main(argv):
     add_sampling_flags(parser)
     add_refiner_flags(parser)
     add_safety_flags(parser)
-    args = parser.parse_args(argv)
+    args = with_defaults(parser.parse_args(argv))
     try:
         from mmgen.serving import api, dialogues, engine, wire
     except ModuleNotFoundError as error:

@@ -64,6 +64,7 @@ _FREE = {
     "data.max_bad",
     "data.tokenizer",  # where it lies
     "refine_steps",
+    "sampling",
     "data.shards",  # where they lie; the stage compares what they hold
     "data.text",
 }
