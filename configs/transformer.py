@@ -116,7 +116,7 @@ def get_config(variant):
             ("prose", 0.005), ("sign", 0.08), ("poster", 0.04), ("chart", 0.04), ("diagram", 0.03), ("comic", 0.04),
         )  # fmt: skip
         c.seed, c.steps, c.optimizer.warmup, c.save_every = 2, 6_435, 100, 2_000
-        c.optimizer.final = 0.765  # the next part goes on from there: this was to be a third of a longer run
+        c.optimizer.final = 0.765  # the next part begins near there: this was the first third of a longer fall
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1.5e-2, 4e-3
     if variant == "reference-4":
         c.seed, c.steps, c.optimizer.warmup, c.optimizer.final = 3, 4_457, 20, 0.0

@@ -30,8 +30,9 @@ RESERVED = re.compile("[\0\t\r\n\u2581\u2585]")
 # Chinese characters, which stand side by side without spaces.
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
-# What is told character by character: some characters in quotation marks. Longer ones are speech rather than lettering.
-QUOTED = re.compile('"([^"\n]{1,64})"|“([^”\n]{1,64})”|「([^」\n]{1,64})」|『([^』\n]{1,64})』')
+# What is told character by character: up to LETTERING characters of a line in quotation marks. More are speech.
+QUOTED = re.compile('"([^"]*)"|“([^”]*)”|「([^」]*)」|『([^』]*)』')
+LETTERING = 64
 
 # At the end of a model's file: its text is told so. Field 200 of the protobuf, the first that the format leaves to
 # others, so that SentencePiece reads the file as ever. Models without it, and what was trained with them, stay as they were.
@@ -109,9 +110,10 @@ def _runs(text):
     at = 0
     for match in QUOTED.finditer(text):
         start, stop = match.span(match.lastindex)
-        yield text[at:start]
-        yield from text[start:stop]
-        at = stop
+        if stop - start <= LETTERING and "\n" not in text[start:stop]:
+            yield text[at:start]
+            yield from text[start:stop]
+            at = stop
     yield text[at:]
 
 

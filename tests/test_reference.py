@@ -29,7 +29,7 @@ def test_it_is_named_reference_unless_a_folder_is(tmp_path, monkeypatch):
 
 def test_it_is_sampled_at_its_own_temperature(tmp_path):
     found = lambda folder, temperature=None: (
-        with_defaults(Namespace(checkpoint=folder, temperature=temperature)).temperature
+        with_defaults(Namespace(temperature=temperature), folder).temperature
     )
     assert found(FOLDER) == json.loads((FOLDER / "config.json").read_text())["sampling"]["temperature"] == 0.5
     assert found(FOLDER, 0.0) == 0.0

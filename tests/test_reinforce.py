@@ -45,6 +45,9 @@ def bright(pixels, item):
     return float(pixels.mean()) / 255
 
 
+nameless = lambda pixels, item: 0.0  # noqa: E731  no other process finds it by its name
+
+
 def flags_of(space, *more):
     return [
         "--config", "reinforce:tiny", f"--config.init={space.transformer}", f"--config.steps={STEPS}",
@@ -401,12 +404,13 @@ def test_four_devices_learn_what_one_does(space, tmp_path, mesh):
         ("updates=3", "must divide"), ("data.size=(30,32)", "multiples of"), ("data.longest=60", "must hold"),
         ("data.categories=('style',)", "style needs a short side of 48"), ("data.temperature=0.0", "at least 0.001"), ("loss.clip=(0.2,)", "clip"), ("data.categories=('count',)", "counting"),
         ("data.languages=('fr',)", "language"), ("rewards=('judge',)", "NAME, WEIGHT"), ("rewards=(('jugde',1),)", "'judge'"),
+        ("data.workers=1 --config.rewards=(('tests.test_reinforce:nameless',1.0),)", "other processes"), ("data.workers=-1", "at least 0"),
         ("rewards=(('nowhere:judge',1),)", "imported"), ("model.width=64", "config.model"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(space, tmp_path, mistake, words):
     with pytest.raises(ValueError if "model" not in mistake else checkpoint.CheckpointError, match=words):
-        loop.train(config_of(flags_of(space, f"--config.{mistake}")), tmp_path)
+        loop.train(config_of(flags_of(space, *f"--config.{mistake}".split(" "))), tmp_path)
 
 
 def test_only_a_transformer_run_can_be_begun_with(space, tmp_path):

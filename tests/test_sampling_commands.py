@@ -248,6 +248,17 @@ def test_a_chat(space, monkeypatch, tmp_path, capsys):
     assert resumed == go_on() and len(resumed["turns"]) == 6
 
 
+def test_a_chat_says_when_it_is_full(space, monkeypatch, tmp_path, capsys):
+    assert talk(space, monkeypatch, tmp_path, *["a star"] * 8, "/undo", "a star") == 0
+    lines = capsys.readouterr().out.splitlines()
+    full = [n for n, line in enumerate(lines) if line.startswith("(no room for another picture")]
+    drawn = [n for n, line in enumerate(lines) if line.endswith(".png")]
+    refused = [n for n, line in enumerate(lines) if line.startswith("! the prompt is too long")]
+    # Said once, after the last that fitted; then none fits, until one is taken back.
+    assert len(full) == 2 and 2 <= len(drawn) < 8 and refused
+    assert drawn[-2] < full[0] < refused[0] and refused[-1] < drawn[-1] < full[1]
+
+
 def test_a_chat_that_is_no_chat(space, sampler, monkeypatch, tmp_path, capsys):
     for text, words in (
         ("{}", "no dialogue"),

@@ -26,7 +26,7 @@ CAPTIONS = [
 ]
 LOOKS_SPECIAL = "<bos> <eos> <|assistant|> <end> <h:3> <s> </s> <unk> <pad> <0x41> ▁ ▅ ⁇".split() + [" ⁇ "]
 
-odd = st.sampled_from([*" ▁▅\t\n\r\0aé红🟥\u200b\ufeff\ufffd\u0301\U0010ffff", *LOOKS_SPECIAL])
+odd = st.sampled_from([*'"“”', *" ▁▅\t\n\r\0aé红🟥\u200b\ufeff\ufffd\u0301\U0010ffff", *LOOKS_SPECIAL])
 anything = st.text() | st.lists(odd).map("".join)
 
 
@@ -65,7 +65,11 @@ def test_what_is_quoted_is_spelt(text, quoted):
 
 @pytest.mark.parametrize("words", ['an open " star', 'a "" star', '"' + "star " * 13 + '"', '"large\nstar"'])
 def test_what_is_no_lettering_is_not_spelt(text, words):
-    assert text.encode(words) == Text(text.model.removesuffix(SPELT)).encode(words)
+    whole = Text(text.model.removesuffix(SPELT))
+    assert text.encode(words) == whole.encode(words)
+    if words.count('"') == 2:  # and what comes after it is
+        spelt = [i for part in (words + ' and "', *"large", '"') for i in whole.encode(part)]
+        assert text.encode(words + ' and "large"') == spelt
 
 
 @given(st.lists(st.integers(0, 399)))

@@ -67,7 +67,8 @@ def main(argv):
     )  # fmt: skip
     add_sampling_flags(parser)
     add_safety_flags(parser)
-    args = with_defaults(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args = with_defaults(args, args.checkpoint)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if sys.stdin.isatty():
@@ -187,6 +188,11 @@ def answer(dialogue, parts, out, way, gate, signer):
             files.write(str(name), data)
             print(drawn(pixels, data, way), end="")
             print(name)
+    if dialogue.options["output"] != "text" and dialogue.full:
+        print(
+            f"(no room for another picture: this model reads {dialogue.sampler.longest} tokens; go back with /undo, "
+            "choose a smaller /size, or begin anew)"
+        )
 
 
 def check(decision):

@@ -143,11 +143,12 @@ def add_sampling_flags(parser):
     add("--text-top-p", type=float, default=1.0)
 
 
-def with_defaults(args):
-    """args, and where its flags leave the temperature open that of the checkpoint: its config's `sampling`."""
-    if args.temperature is None:
-        args.temperature = checkpoint.read_config(args.checkpoint).get("sampling", {}).get("temperature", 0.1)
-    return args
+def with_defaults(args, workdir):
+    """args, and where its flags leave the temperature open that of a run: its config's `sampling`."""
+    if args.temperature is not None:
+        return args
+    own = checkpoint.read_config(workdir).get("sampling", {})
+    return argparse.Namespace(**vars(args) | {"temperature": own.get("temperature", 0.1)})
 
 
 def sampling_options(args):

@@ -43,7 +43,7 @@ def main(argv):
     on pairs of --data; classifier: on labelled images of --data; tokenizer: how well codes give back the images of
     --data; refiner: how much nearer it comes to them, by numbers of steps; all: what a transformer was trained for, and its tokenizer. With --prompts nothing is judged: pictures for
     the prompts of a public benchmark."""
-    args = with_defaults(_parser().parse_args(argv))
+    args = _parser().parse_args(argv)
     _check(args)
     hardware.compilation_cache()
     if args.prompts:
@@ -63,6 +63,7 @@ def main(argv):
 
 def _evaluate(args, names, workdir, out, baseline=None):
     """Runs suites on the checkpoint of a workdir, writes the report of all, and of several each one's too -> path."""
+    args = with_defaults(args, workdir)
     parts, model = {}, None
     for name in names:
         began = time.monotonic()
@@ -202,7 +203,7 @@ def _covered(workdir, size):
 
 
 def _draw(args):
-    records = prompts.read(args.prompts)
+    args, records = with_defaults(args, args.checkpoint), prompts.read(args.prompts)
     model = with_refiner(sampler.load(args.checkpoint), args.checkpoint, args)
     grid = grid_of(args.size, model) if args.size else None
     how = dict(n=args.n, seed=args.seed, size=grid, batch_size=args.batch_size, **sampling_options(args))

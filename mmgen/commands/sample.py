@@ -92,7 +92,8 @@ def main(argv):
     add_safety_flags(parser)
     parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times in the files")
     parser.add_argument("--out", default="out.png", help="FILE.png for a contact sheet, or a folder")
-    args = with_defaults(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args = with_defaults(args, args.checkpoint)
 
     lines = [{"prompt": prompt} for prompt in args.prompt] + (
         read_lines(args.prompts) if args.prompts else []

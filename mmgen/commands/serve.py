@@ -61,7 +61,8 @@ def main(argv):
     add_sampling_flags(parser)
     add_refiner_flags(parser)
     add_safety_flags(parser)
-    args = with_defaults(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args = with_defaults(args, args.checkpoint)
     try:
         from mmgen.serving import api, dialogues, engine, wire
     except ModuleNotFoundError as error:

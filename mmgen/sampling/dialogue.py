@@ -1,5 +1,7 @@
 """A conversation with a model, which keeps its keys and values from turn to turn."""
 
+import dataclasses
+
 from mmgen.document import Document, Text, Turn
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.slots import Slots
@@ -52,6 +54,17 @@ class Dialogue:
     def turns(self):
         """How many answers there are."""
         return sum(turn.role == "assistant" for turn in self.document.turns)
+
+    @property
+    def full(self):
+        """Whether no other picture (of the size in `options`, or any) finds room in the model's rows: what is asked
+        for then is answered in words, if at all."""
+        request = dataclasses.replace(self.request(), output="image")
+        try:
+            self.sampler.room(request, self.sampler.prompts(request)[0])
+        except ValueError:
+            return True
+        return False
 
     def rewind(self, turns):
         """Back to where there were so many answers. ValueError where there were never."""

@@ -491,5 +491,5 @@ def _usage(steps):
 
 
 def default_options(options):
-    """Those of `Request` where a client says nothing: as the commands have them."""
+    """Those of `Request` where a client says nothing: as the commands have them for a model that says nothing else."""
     return {"guidance": 1.5, "image": Strategy(0.1, keep_mode=True), "text": Strategy(0.7)} | options

@@ -93,6 +93,7 @@ class Stage(NamedTuple):
     # (Program, params, step, rows of the data, share) -> these rows of a batch, made with the weights of the step;
     # share(rows of a batch) is the batch as global arrays
     rollout: Callable | None = None
+    close: Callable[[], None] = lambda: None  # at the end of a run, however it ends
 
 
 def setup(config, workdir):
@@ -116,6 +117,7 @@ def train(config, workdir, *, stop_at=None):
         if config.keep_pages:
             memory.keep_pages()
         stage = setup(config, workdir)
+        within.callback(stage.close)
         mesh = meshes.make_mesh(dict(config.mesh))
         layout = NamedSharding(mesh, meshes.spec(stage.axes, config.sharding))
         updates = config.get("updates", 1)

@@ -7,14 +7,11 @@ is worse less likely, and a penalty keeps the model near the one it began as. Se
 Shapes: B pictures a step, G of them a group, T tokens of a row, n codes of a picture.
 """
 
-import concurrent.futures
 import functools
 import importlib
 import itertools
 import json
-import multiprocessing
-import os
-import threading
+import pickle
 from pathlib import Path
 
 import jax
@@ -30,6 +27,7 @@ from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError, nearest
+from mmgen.runtime.workers import Workers
 from mmgen.sampling import cache as caches
 from mmgen.sampling.sampler import Request, Sampler, draw_seed
 from mmgen.sampling.slots import Slots
@@ -64,7 +62,15 @@ def setup(config, workdir):
     grid = _check(config, grammar, tokenizer)
     codes = grid[0] * grid[1] * grammar.depth
     functions = [(name, reward(name), float(weight)) for name, weight in _pairs(config.rewards)]
-    apart = _processes(data.workers) if data.workers else map
+    for name, function, _ in functions if data.workers else ():
+        try:
+            pickle.dumps(function)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"config.rewards: {name} cannot be sent to other processes ({error}): make it a plain function of its "
+                "module, or leave config.data.workers at 0"
+            ) from error
+    workers = Workers(data.workers) if data.workers else None
     room = data.longest - codes - 3  # of a row, for a prompt
     prompts = Prompts(data, config.seed, "train", text, room, codes, data.group)
     held_out = Prompts(data, config.seed, "valid", text, room, codes, 1)
@@ -81,8 +87,9 @@ def setup(config, workdir):
 
     def rewarded(pixels, items):
         """{name: float32 [B]}, and their weighted sum as "reward"."""
+        mapped = workers.map if workers else map
         found = {
-            f"reward_{name}": np.array(list(apart(one, pixels, items)), np.float32)
+            f"reward_{name}": np.array(list(mapped(one, pixels, items)), np.float32)
             for name, one, _ in functions
         }
         total = sum(weight * each for (*_, weight), each in zip(functions, found.values()))
@@ -146,6 +153,7 @@ def setup(config, workdir):
         identity=vocabulary,
         complete=".",
         rollout=rollout,
+        close=workers.close if workers else lambda: None,
     )
 
 
@@ -238,24 +246,6 @@ def _pairs(rewards):
             f"{rewards!r}"
         )
     return pairs
-
-
-def _processes(count):
-    """`map`, by so many processes. They are spawned, not forked: this one has threads, and an accelerator."""
-    pool = concurrent.futures.ProcessPoolExecutor(
-        count, multiprocessing.get_context("spawn"), initializer=_end_with_parent
-    )
-    return lambda function, *lists: pool.map(function, *lists, chunksize=-(-len(lists[0]) // (4 * count)))
-
-
-def _end_with_parent():
-    """However that one ends: a process of a pool waits for more for ever."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def advantages(rewards, normalise=False):
