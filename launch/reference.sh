@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The model that comes with mmgen, from nothing (docs/reference.md): the tokenizer and the shards on two CPU cores in an
-# hour, the transformer and its rewards in seventeen minutes of an H100. The released one was made in pieces, and differs in
+# hour, the transformer and its rewards in sixteen minutes of an H100. The released one was made in pieces, and differs in
 # two things: its text model tells quoted words in pieces, not in letters, and its first part had fewer signs and posters.
 #
 #   launch/reference.sh runs/reference         # the model of docs/reference.md
