@@ -62,7 +62,6 @@ def main(argv):
     add_refiner_flags(parser)
     add_safety_flags(parser)
     args = parser.parse_args(argv)
-    args = with_defaults(args, args.checkpoint)
     try:
         from mmgen.serving import api, dialogues, engine, wire
     except ModuleNotFoundError as error:
@@ -91,7 +90,7 @@ def main(argv):
     grid = grid_of(pixels, model) if pixels else None
     settings = api.Settings(
         name=args.name or Path(args.checkpoint).resolve().name, gates=gates, signer=signer, keys=keys, size=args.size,
-        options=sampling_options(args), seconds=args.deadline, body=args.body,
+        options=sampling_options(with_defaults(args, args.checkpoint)), seconds=args.deadline, body=args.body,
         store=dialogues.Store(args.keep, args.keep_bytes),
     )  # fmt: skip
     running = engine.Engine(model, size=grid, slots=args.slots, waiting=args.queue, every=args.every)
