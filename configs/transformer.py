@@ -8,7 +8,7 @@ import ml_collections
 
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "tiny", "preview", "preview-2", "preview-3", "reference", "reference-2", "reference-3", "reference-4", "emoji", "dialogue", "350m", "1b", "7b")
+VARIANTS = ("quickstart", "tiny", "preview", "preview-2", "preview-3", "reference", "reference-2", "reference-3", "reference-4", "reference-5", "reference-6", "emoji", "dialogue", "350m", "1b", "7b")
 
 
 def get_config(variant):
@@ -121,6 +121,24 @@ def get_config(variant):
     if variant == "reference-4":
         c.seed, c.steps, c.optimizer.warmup, c.optimizer.final = 3, 4_457, 20, 0.0
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1e-2, 2.7e-3
+    if variant == "reference-5":  # words: spelt, and a third of all tokens
+        d.mixture = (
+            ("sign", 0.32), ("poster", 0.06), ("edit", 0.22), ("dialogue", 0.06), ("draw", 0.05), ("style", 0.05), ("plain", 0.03),
+            ("ask", 0.04), ("caption", 0.04), ("detail", 0.03), ("chart", 0.02), ("comic", 0.02), ("diagram", 0.015),
+            ("compare", 0.01), ("mix", 0.01), ("reason", 0.01), ("refusal", 0.01), ("prose", 0.0025), ("story", 0.0025),
+        )  # fmt: skip
+        c.seed, c.steps, c.optimizer.warmup, c.save_every = 4, 8_000, 100, 2_000
+        c.optimizer.final = 0.765
+        c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1.5e-2, 4e-3
+    if variant == "reference-6":  # all tasks again, most of what is weak
+        d.mixture = (
+            ("edit", 0.27), ("sign", 0.14), ("poster", 0.05), ("dialogue", 0.08), ("draw", 0.07), ("style", 0.06), ("caption", 0.07),
+            ("ask", 0.055), ("detail", 0.04), ("count", 0.035), ("plain", 0.025), ("chart", 0.02), ("comic", 0.02),
+            ("diagram", 0.015), ("compare", 0.015), ("mix", 0.01), ("reason", 0.01), ("refusal", 0.01), ("prose", 0.0025),
+            ("story", 0.0025),
+        )  # fmt: skip
+        c.seed, c.steps, c.optimizer.warmup, c.optimizer.final, c.save_every = 5, 9_000, 20, 0.0, 2_000
+        c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1.15e-2, 3.1e-3
     if variant == "dialogue":  # a quickstart run (config.init) goes on: docs/posttraining.md
         d.mixture = (("draw", 0.3), ("edit", 0.3), ("dialogue", 0.3), ("question", 0.05), ("caption", 0.05))
         d.batch_size, d.row_length, d.overlong = 3, 560, "drop"

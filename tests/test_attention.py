@@ -11,6 +11,7 @@ from conftest import run_python
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from mmgen.models import attention as module
+from mmgen.models import flash
 from mmgen.models.attention import attention
 
 ALL = ("xla", "chunked", "gpu", "splash")
@@ -102,6 +103,30 @@ def test_several_blocks(impl):
     check_packed(impl, 2, T=384)
 
 
+@pytest.mark.parametrize("q, k", [(32, 64), (64, 32), (128, 16)])
+def test_tiles_skip_other_documents(monkeypatch, q, k):
+    """Documents that end with a tile, just before and after one, and within one; 48 channels, heads in
+    threes. What is skipped is not even read: NaN in a document that has its tiles to itself stays there."""
+    monkeypatch.setattr(flash, "TILES", flash.Tiles(*[flash.Tile(q, k, 4, 2)] * 3))
+    first = np.repeat([1, 2, 3, 4, 0], [128, 63, 2, 3, 60])
+    segments = np.stack([first, np.repeat([1, 2, 3], [128, 1, 127])]).astype(np.int32)
+    given = draw((2, 256, 6, 48), 2)
+    assert_close(outcome(*given, segments, impl="gpu"), slow(*given, packed(segments)), 3e-6)
+    for other, kept in (segments == 1, slice(128, None)), (segments != 1, slice(128)):
+        results = [
+            outcome(*(np.where(other[..., None, None], poison, x) for x in given), segments, impl="gpu")
+            for poison in (0, np.nan)
+        ]
+        for a, b in zip(*results, strict=True):
+            assert np.array_equal(np.asarray(a)[:, kept], np.asarray(b)[:, kept])
+
+
+@pytest.mark.parametrize("dtype, C, expected", [("bfloat16", 64, 128), ("float32", 64, 64), ("float32", 96, 32)])
+def test_tiles_fit_shared_memory(dtype, C, expected):
+    tile = flash.Tile(128, 64, 4, 2)
+    assert flash.fit(flash.Tiles(*[tile] * 3), dtype, C).dq == (expected, min(64, max(32, expected // 2)), 4, 2)
+
+
 @pytest.mark.parametrize("impl", ["xla", "gpu", "splash"])
 def test_every_query_sees_all(impl):
     given = draw((2, 128, 4, 32), 2)
@@ -126,19 +151,22 @@ def test_a_document_knows_nothing_of_its_neighbours(impl):
         assert not np.array_equal(a[segments == 2], b[segments == 2])
 
 
-def test_what_is_kept_spares_the_backward_pass_a_forward_pass():
-    """Kept under its name, the output is not computed again: as many products as where everything is kept."""
+@pytest.mark.parametrize("impl", ["chunked", "gpu"])
+def test_what_is_kept_spares_the_backward_pass_a_forward_pass(impl):
+    """Kept under its name, the output is not computed again: as many products (of an interpreted kernel, loops
+    in what is compiled: unused kernels are still in the jaxpr) as where everything is kept."""
     given, segments = draw((2, 128, 4, 32), 2), rows(128)
 
-    def products(**options):
-        layer = jax.checkpoint(lambda *x: attention(*x, segments, impl="chunked"), **options)
-        return str(jax.make_jaxpr(jax.grad(lambda *x: layer(*x).sum(), (0, 1, 2)))(*given[:3])).count(
-            "dot_general"
-        )
+    def count(**options):
+        layer = jax.checkpoint(lambda *x: attention(*x, segments, impl=impl), **options)
+        both = jax.value_and_grad(lambda *x: (layer(*x) ** 2).sum(), (0, 1, 2))
+        if impl == "gpu":
+            return jax.jit(both).lower(*given[:3]).compile().as_text().count(" while(")
+        return str(jax.make_jaxpr(both)(*given[:3])).count("dot_general")
 
     policies = jax.checkpoint_policies
-    kept = products(policy=policies.save_only_these_names(module.NAME))
-    assert kept == products(policy=policies.everything_saveable) < products()
+    kept = count(policy=policies.save_only_these_names(module.NAME))
+    assert kept == count(policy=policies.everything_saveable) < count()
 
 
 def test_bias():

@@ -225,6 +225,19 @@ def test_shares_of_tokens_are_exact_in_the_long_run():
         assert max(often) - min(often) <= 1
 
 
+def test_a_name_stands_for_all_parts_that_have_it():
+    parts = [Part("a#0", 0, 10), Part("b", 10, 30), Part("a#2", 30, 60), Part("a#3", 60, 70)]
+    plan = lambda mixture: Plan(simple([10] * 70), parts, 40, mixture=mixture)
+    together = plan({"a": 3, "b": 1})
+    assert together.parts == parts
+    assert np.allclose(together.rates, [70 * 3 / 4 / 5, 70 / 4, 70 * 9 / 4 / 5, 70 * 3 / 4 / 5])
+    assert np.allclose(plan({"a": 3, "b": 1, "a#2": 0}).rates, [40 * 3 / 8, 40 / 4, 40 * 3 / 8])
+    with pytest.raises(ValueError, match="leaves out"):
+        plan({"a#0": 1, "a#2": 1, "b": 1})
+    with pytest.raises(ValueError, match="not there"):
+        plan({"a": 1, "b": 1, "c": 1})
+
+
 def test_a_mixture_counts_what_fits():
     """Documents left out as too long give no tokens; the others make up for them."""
     lengths = simple([10] * 200 + [10, 90] * 100)

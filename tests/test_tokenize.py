@@ -357,6 +357,23 @@ def test_documents_that_are_too_long(space, tmp_path):
         tokenize(space, source(), tmp_path / "x", overlong="drop")
 
 
+def test_a_share_of_what_users_show_is_watermarked(space, tmp_path):
+    source = lambda: open_source("world:train/edit", (64, 64), 5, documents=12)
+    codes = {}
+    for share in (0.0, 0.5, 1.0):
+        tokenize(space, source(), tmp_path / str(share), marked=share)
+        shards, text = Shards(tmp_path / str(share)), TextModel(tmp_path / str(share) / "text.model")
+        documents = [shards.grammar.decode(shards.tokens(i), text) for i in range(len(shards))]
+        codes[share] = [[image.codes.tolist() for image in document.images()] for document in documents]
+    asked, drawn = (sum(a[k] != b[k] for a, b in zip(codes[0.0], codes[1.0])) for k in (0, 1))
+    assert asked == 12 and drawn == 0  # each has one picture of the user's, and the answer
+    half = [some[0] for some in codes[0.5]]
+    marked = [i for i in range(12) if half[i] == codes[1.0][i][0]]
+    assert 0 < len(marked) < 12 and all(half[i] == codes[0.0][i][0] for i in range(12) if i not in marked)
+    with pytest.raises(ValueError, match="marked"):
+        tokenize(space, source(), tmp_path / "x", marked=1.5)
+
+
 def tar(path, count, bad=(), sizes=((32, 32),)):
     with tarfile.open(path, "w") as file:
         for k in range(count):

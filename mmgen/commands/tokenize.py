@@ -35,6 +35,13 @@ def main(argv):
     )
     add("--towers", help="workdir of a contrastive run, to leave out images that do not fit their text")
     add("--min-score", type=float, help="the least cosine of an image and its text, by --towers (.2)")
+    add("--category", help="of a world: its kind of scene, such as counting")
+    add(
+        "--marked",
+        type=float,
+        default=0.0,
+        help="share of users' images that get a watermark, as drawn ones have",
+    )
     add("--shard-size", type=int, default=16384, help="documents a shard: what a stopped run has to do again")
     add("--workers", type=int, default=0, help="processes that read and draw; 0: threads")
     add("--overwrite", action="store_true", help="replace what --out holds")
@@ -44,7 +51,9 @@ def main(argv):
     config = checkpoint.read_config(args.tokenizer, "tokenizer")
     patch = config["model"]["patch"]
     manifest = tokenize(
-        source_from(args, multiple=patch, max_side=patch * args.max_side, **background(config)),
+        source_from(
+            args, multiple=patch, max_side=patch * args.max_side, category=args.category, **background(config)
+        ),
         args.tokenizer,
         args.text,
         args.out,
@@ -59,6 +68,7 @@ def main(argv):
         overwrite=args.overwrite,
         towers=load_towers(args.towers) if args.towers else None,
         min_score=0.2 if args.min_score is None else args.min_score,
+        marked=args.marked,
     )
     if manifest is None:
         print(f"{args.out}: this process has done its shards; others are not finished yet")

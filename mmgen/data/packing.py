@@ -88,7 +88,8 @@ class Plan:
     Each epoch draws every document's variant, shuffles, cuts the order into windows and packs each, best
     fit. An epoch without a mixture has every document once. With one, {part name: weight}, it has as
     many tokens as the parts have together, shared out by weight: a part is gone through again and again,
-    in a new order each time, and goes on in the next epoch where it stopped.
+    in a new order each time, and goes on in the next epoch where it stopped. "NAME" is all parts of that name
+    (NAME#0, NAME#1, ...) together, so that each of their documents comes as often.
 
     lengths: int array or memory map [N, P, 3]: of each phrasing its tokens, and those that DROP_TEXT
     and DROP_IMAGES take away; phrasings that a document does not have are 0.
@@ -109,6 +110,7 @@ class Plan:
         if not len(lengths):
             raise ValueError("there is no document to make rows of")
         if mixture:
+            mixture = _shared_out(parts, mixture)
             parts = _weighed(parts, mixture)
             weights = [mixture[part.name] / sum(mixture.values()) for part in parts]
             tokens = [self._tokens(part) for part in parts]
@@ -267,6 +269,19 @@ class Plan:
         if not total:
             raise ValueError(f"no document of {part.name} fits in a row of {self.row_length} tokens")
         return total
+
+
+def _shared_out(parts, mixture):
+    """The mixture with the weight of a name that several parts have shared out among those not named alone, by their
+    documents."""
+    found = dict(mixture)
+    for name in mixture:
+        same = [part for part in parts if part.name.rpartition("#")[0] == name and part.name not in mixture]
+        if same and name not in (part.name for part in parts):
+            count = sum(part.stop - part.start for part in same)
+            weight = found.pop(name)
+            found |= {part.name: weight * (part.stop - part.start) / count for part in same}
+    return found
 
 
 def _weighed(parts, mixture):

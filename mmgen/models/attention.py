@@ -26,7 +26,8 @@ def attention(q, k, v, see=None, *, impl="xla"):
     q [B, T, N, C]; k, v [B, S, K, C] with N a multiple of K -> [B, T, N, C]. Each query sees, by `see`:
       None          every key;
       int [B, T]    the segments of packed rows (S = T): itself and what is before it in its own segment.
-                    Padding is a segment as any other, 0;
+                    Padding is a segment as any other, 0. Segments are runs: "gpu" takes none whose number
+                    comes back later in its row;
       float         what this bias leaves it, broadcastable to [B, T, S]: see `bias_of`.
     The softmax is in float32 at least, and in float64 where the inputs are. The result bears the checkpoint
     name NAME.
@@ -317,23 +318,12 @@ ring.defvjp(_ring_forward, _ring_backward)
 
 
 def gpu(q, k, v, see=None, *, interpret=False):
-    """JAX's Pallas kernel for GPUs (Triton; arXiv:2205.14135). Unlike others it reads segments in both passes:
-    jax.nn.dot_product_attention's cuDNN knows a row's length but not where its documents end. Newer JAX says
-    that Triton kernels will go; "chunked" then remains. Kv-heads are repeated to as many as there are heads,
-    and the backward pass begins with the forward pass under every remat policy: the kernel does not name what
-    it keeps."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas.ops.gpu import attention as triton  # warns on newer JAX; only GPUs need it
+    """Our Pallas kernel for GPUs (Triton), see `flash`: in packed rows it skips other documents in both
+    passes, where jax.nn.dot_product_attention's cuDNN knows a row's length but not where its documents end.
+    Newer JAX says that Triton kernels will go; "chunked" then remains."""
+    from mmgen.models import flash  # only GPUs need it
 
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    # Tiles of 16 KiB: one of q, two of both k and v: 80 KiB are within what GPUs since Ampere have for them.
-    side = min(128, 2**14 // q.dtype.itemsize // pl.next_power_of_2(q.shape[-1]))
-    blocks = triton.BlockSizes(side, side, 32, 32, 32, 32)
-    y = triton.mha(
-        q, k, v, see, sm_scale=q.shape[-1] ** -0.5, causal=see is not None, block_sizes=blocks,
-        interpret=interpret,
-    )  # fmt: skip
-    return _named(y)
+    return flash.flash(q, k, v, see, flash.fit(flash.TILES, q.dtype, q.shape[-1]), interpret)
 
 
 def splash(q, k, v, see=None, *, interpret=False):

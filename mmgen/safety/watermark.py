@@ -96,7 +96,7 @@ def _small(pixels):
     return np.asarray(Image.fromarray(gray).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float64)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _pattern(key):
     """Signs float64 [N] of a key, and the places of their coefficients."""
     frequency = np.hypot(*np.indices((SIDE, SIDE)))

@@ -18,6 +18,7 @@ from mmgen.document import Document, Image, Turn
 from mmgen.grammar import Grammar
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint
+from mmgen.safety import watermark
 from mmgen.text import Text
 
 MOST_CODES = 2**20  # of which a transformer can still hold a row and a logit each
@@ -27,6 +28,7 @@ LOW = "low_score"  # why a document was left out whose images do not fit its tex
 def tokenize(
     source, tokenizer_dir, text_path, out, *, max_side, phrasings=1, longest=0, overlong="refuse", max_bad=0.1,
     shard_size=16384, process=(0, 1), workers=0, overwrite=False, batch=512, towers=None, min_score=0.0,
+    marked=0.0,
 ):  # fmt: skip
     """Writes the documents of `source` to the folder `out` as shards -> the manifest.
 
@@ -38,6 +40,8 @@ def tokenize(
     number; a longer one is refused, and counted, or with overlong="cut" loses its last turns, also counted.
     towers, min_score: a document with images and text, of which some image's cosine with that text is less by
     `contrastive.Towers`, is left out and counted as low_score; that is no fault of the source.
+    marked: share of the users' images that are given a watermark (safety/watermark.py), as those have that mmgen has
+    drawn: whoever is to change them must know them in spite of it. It depends on the item's number alone.
     max_bad: share of bad items above which a run gives up. workers: processes that read and draw; 0 for
     threads. The folder also gets copies of the tokenizer and the text model, so that a run that learns from
     it, and the samples of that run, need nothing else.
@@ -49,6 +53,8 @@ def tokenize(
             f"expected a shard size and phrasings of at least 1 and longest of at least 0, found {shard_size}, "
             f"{phrasings}, {longest}"
         )
+    if not 0 <= marked <= 1:
+        raise ValueError(f"marked: expected a share between 0 and 1, found {marked}")
     if overwrite and process[1] > 1:
         raise ValueError("several processes cannot overwrite a folder at once: empty it first")
     out, (rank, count) = Path(out), process
@@ -70,6 +76,8 @@ def tokenize(
     settings = {"shard_size": shard_size, "phrasings": phrasings, "longest": longest, "overlong": overlong}
     if towers:
         settings |= {"towers": towers.name, "min_score": min_score}
+    if marked:
+        settings["marked"] = marked
     job = {**facts, **settings, "fingerprint": source.fingerprint, "grammar": grammar.to_dict()}
     finished = shards.begin(out, job, overwrite=overwrite)
     if finished:
@@ -108,7 +116,7 @@ def tokenize(
                     assert pulled[0][0] == first, (pulled[0][0], first)
                     pulled = _filtered(pulled, towers, min_score) if towers else pulled
                     for i, rows, drawn, shortened in _encode(
-                        pulled, tokenizer, grammar, text, longest, overlong
+                        pulled, tokenizer, grammar, text, longest, overlong, marked
                     ):
                         if isinstance(rows, BadImage):
                             skipped[rows.reason] += 1
@@ -201,10 +209,10 @@ def _filtered(items, towers, least):
     return items
 
 
-def _encode(items, tokenizer, grammar, text, longest, overlong):
+def _encode(items, tokenizer, grammar, text, longest, overlong, marked=0.0):
     """(i, [Document, ...] or BadImage) each -> (i, a token array for each phrasing or BadImage, how many
     images, whether it was cut) each; images of equal size are encoded together."""
-    images = {i: found[0].images() for i, found in items if not isinstance(found, BadImage)}
+    images = {i: _marked(i, found[0], marked) for i, found in items if not isinstance(found, BadImage)}
     alike = collections.defaultdict(list)
     for i, found in images.items():
         for k, image in enumerate(found):
@@ -234,6 +242,23 @@ def _encode(items, tokenizer, grammar, text, longest, overlong):
                 "overlong", f"document {i} has {len(whole[0])} tokens, at most {longest} are kept"
             )
         yield i, kept, len(images[i]), cut
+
+
+_KEYS = 64  # of watermarks: none is to be learned by heart
+
+
+def _marked(i, document, share):
+    """The images of document i, the share of those that the user shows with a watermark."""
+    rng, found = np.random.default_rng((0x3A12, i)), []
+    for turn in document.turns:
+        for image in turn.parts:
+            if not isinstance(image, Image):
+                continue
+            chosen, number = rng.random() < share, int(rng.integers(_KEYS))
+            if chosen and turn.role == "user" and image.pixels is not None:
+                image = Image(watermark.embed(image.pixels, number.to_bytes(1)))
+            found.append(image)
+    return found
 
 
 def _with(document, images):
