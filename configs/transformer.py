@@ -103,7 +103,7 @@ def get_config(variant):
         )  # fmt: skip
         d.batch_size, d.row_length, d.overlong, d.threads = 24, 1280, "drop", 3
         d.image_drop, d.text_weight, d.user_weight, d.user_images = 0.05, 2.0, True, False
-        c.sampling.temperature = 0.5  # at 0.1 white grounds stay empty
+        c.sampling.temperature = 0.3  # at 0.1 white grounds stay empty
         c.steps, c.ema, c.log_every, c.save_every = 3_200, 0.999, 50, 1_000
         c.optimizer.warmup, c.optimizer.adam_learning_rate, c.spike, c.keep_pages = 200, 5e-3, 20.0, False
     if variant == "reference-2":  # the run of the part before (config.init) goes on

@@ -18,6 +18,7 @@ def test_weights_come_back_within_what_their_kind_can_tell(kind, error, tmp_path
         "a/b": rng.normal(size=8).astype(np.float32),  # small: kept as it is
         "zero": np.zeros((40, 40), np.float32),
         "tiny": np.full((40, 40), 1e-12, np.float32),
+        "scale": np.float32(4.5) * np.ones((), np.float32),  # of towers
     }
     back = packed.write(tmp_path / packed.NAME, arrays, kind, 7)
     shapes, step = packed.names(tmp_path / packed.NAME)

@@ -181,6 +181,12 @@ def model_folder(name):
     return str(own) if name == "reference" and not Path(name).exists() and own.exists() else name
 
 
+def towers_folder(name):
+    """The folder of towers: a workdir, or those of the model that comes with mmgen, by its name `reference`."""
+    folder = model_folder(name)
+    return f"{folder}/towers" if folder != name else name
+
+
 def add_refiner_flags(parser):
     """How codes become pixels; `with_refiner` reads them."""
     add = parser.add_argument

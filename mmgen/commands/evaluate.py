@@ -13,6 +13,7 @@ from mmgen.commands.common import (
     sampling_options,
     share,
     size,
+    towers_folder,
     with_defaults,
     with_refiner,
 )
@@ -214,8 +215,8 @@ def _draw(args):
 def _check(args):
     """ValueError for flags that do not go together, before anything is loaded."""
     drawn = args.suite in (*DRAWN, "all")
-    if args.best_of < 1 or (args.best_of > 1 and not args.towers):
-        raise ValueError(f"--best-of {args.best_of} needs --towers DIR to say which is best")
+    if args.best_of < 1:
+        raise ValueError(f"expected --best-of of at least 1, found {args.best_of}")
     if args.best_of != 1 and (args.suite not in ("world", "all") or args.prompts):
         raise ValueError(f"--best-of is for suite world, not for {args.prompts or args.suite}")
     if args.towers and (args.suite not in ("world", "tokenizer", "refiner", "all") or args.prompts):
@@ -286,10 +287,15 @@ def _parser():
         "--probe", type=int, default=64, help="pictures to probe the (English) words with; 0: none"
     )
     drawn.add_argument(
-        "--towers", help="workdir of a contrastive run: adds its CLIPScore and Fréchet distance"
+        "--towers",
+        type=towers_folder,
+        help="workdir of a contrastive run, or `reference`: adds its CLIPScore and Fréchet distance",
     )
     drawn.add_argument(
-        "--best-of", type=int, default=1, help="draw so many a prompt, keep the --towers' favourite"
+        "--best-of",
+        type=int,
+        default=1,
+        help="draw so many a prompt, keep the --towers' favourite, or the likeliest",
     )
 
     files = parser.add_argument_group("pictures for other judges (docs/evaluation.md)")

@@ -26,6 +26,7 @@ from mmgen.commands.common import (
     sampling_options,
     signer_from,
     size,
+    towers_folder,
     with_defaults,
     with_refiner,
 )
@@ -85,8 +86,9 @@ def main(argv):
     parser.add_argument("--best-of", type=int, default=1, help="draw so many for each answer, keep the best")
     parser.add_argument(
         "--towers",
+        type=towers_folder,
         metavar="DIR",
-        help="workdir of a contrastive run, which says what is best; else the likelihood",
+        help="workdir of a contrastive run, or `reference`, which says what is best; else the likelihood",
     )
     add_refiner_flags(parser)
     add_safety_flags(parser)

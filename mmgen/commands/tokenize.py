@@ -2,7 +2,7 @@
 
 import argparse
 
-from mmgen.commands.common import add_source_flags, source_from
+from mmgen.commands.common import add_source_flags, source_from, towers_folder
 from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
 from mmgen.runtime.mesh import process
@@ -33,7 +33,11 @@ def main(argv):
         default="refuse",
         help="longer ones: leave out, or cut at a turn",
     )
-    add("--towers", help="workdir of a contrastive run, to leave out images that do not fit their text")
+    add(
+        "--towers",
+        type=towers_folder,
+        help="workdir of a contrastive run, or `reference`, to leave out images that do not fit their text",
+    )
     add("--min-score", type=float, help="the least cosine of an image and its text, by --towers (.2)")
     add("--category", help="of a world: its kind of scene, such as counting")
     add(

@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
     dkv: Tile
 
 
-TILES = Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2))  # for rows of 128 bytes in a head
+TILES = Tiles(Tile(128, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2))  # of several on an H100: docs/lab-notes.md
 
 
 def fit(tiles, dtype, channels):

@@ -32,7 +32,7 @@ def write(path, arrays, kind, step):
         raise ValueError(f"weights are kept in {', '.join(KINDS)}; found {kind!r}")
     kept = {}
     for name, array in arrays.items():
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # np.ascontiguousarray gives a scalar an axis
         if array.size < _LEAST or array.dtype != np.float32 or kind == "float32":
             kept[name] = array
         elif kind == "bfloat16":

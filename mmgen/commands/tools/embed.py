@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mmgen.commands.common import add_source_flags, source_from
+from mmgen.commands.common import add_source_flags, source_from, towers_folder
 from mmgen.data.images import BadImage
 from mmgen.data.sources import Bad
 from mmgen.models.contrastive import load_towers
@@ -17,7 +17,13 @@ def main(argv):
     """Writes the joint vectors of a source's images and texts: images.npy and texts.npy, float16 [documents, E],
     whose row i is document i (its first image, all its text; zeros where it is bad or has none), and embed.json."""
     parser = argparse.ArgumentParser("mmgen tools embed", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--towers", required=True, metavar="DIR", help="workdir of a contrastive run")
+    parser.add_argument(
+        "--towers",
+        type=towers_folder,
+        required=True,
+        metavar="DIR",
+        help="workdir of a contrastive run, or `reference`",
+    )
     add_source_flags(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the vectors; made")
     parser.add_argument("--batch-size", type=int, default=256)

@@ -11,13 +11,13 @@ from mmgen.runtime import checkpoint, packed
 
 def main(argv):
     """Packs a transformer run, with all that its samples need and what lies beside it (refiners/, safety/, towers/), into a
-    small folder to give away: weights of the transformer in 8 bits, of the rest in bfloat16. Every command takes the
+    small folder to give away: weights of the transformer and of towers in 8 bits, of the rest in bfloat16. Every command takes the
     folder as it takes a workdir, to sample, to evaluate, and to begin a training with (config.init)."""
     parser = argparse.ArgumentParser("mmgen tools pack", description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="workdir of a transformer run")
     add("--out", required=True, metavar="DIR", help="a new folder")
-    add("--kind", choices=packed.KINDS, default="int8", help="of the transformer's large arrays")
+    add("--kind", choices=packed.KINDS, default="int8", help="of large arrays of the transformer and of towers")
     args = parser.parse_args(argv)
     source, out = Path(args.checkpoint), Path(args.out)
     checkpoint.read_config(source, "transformer", "reinforce")
@@ -39,9 +39,9 @@ def main(argv):
         packed.pack(each, making / "refiners" / each.name, "bfloat16")
         if (each / "upsampler").exists():
             packed.pack(each / "upsampler", making / "refiners" / each.name / "upsampler", "bfloat16")
-    for name in ("safety", "towers"):
+    for name, kind in (("safety", "bfloat16"), ("towers", args.kind)):
         if (source / name).exists():
-            packed.pack(source / name, making / name, "bfloat16")
+            packed.pack(source / name, making / name, kind)
     # Rounded, it is another tokenizer, and everything that is packed here goes with that one.
     vocabulary = json.loads((making / "vocabulary.json").read_text())
     vocabulary |= {"tokenizer_hash": load_tokenizer(making / "tokenizer").hash, "packed_from": was}
