@@ -325,3 +325,26 @@ def test_big_presets_are_as_big_as_their_name_and_can_be_laid_out(variant, billi
         share = math.prod(sharding.shard_shape(leaf.shape)) / math.prod(leaf.shape)
         assert share <= (1 / 32 if math.prod(leaf.shape) > 1e6 else 1 / 8), (leaf.shape, sharding.spec)
     assert config.model.heads % config.model.kv_heads == 0 and config.model.width % config.model.heads == 0
+
+
+def test_on_gpus_rows_and_their_sums_are_the_same(monkeypatch):
+    """The gradient is there a product with rows of one 1 and zeros, and each place's table is apart."""
+    rng = np.random.default_rng(0)
+    tables = jnp.asarray(rng.normal(size=(5, 7, 3)), jnp.float32)
+    ids = jnp.asarray(rng.integers(-1, 7, size=(4, 9, 5)))
+    weights = jnp.asarray(rng.normal(size=(4, 9, 5, 3)), jnp.float32)
+
+    def found():
+        every = lambda tables: transformer.rows_of_each(tables, ids)
+        one = lambda tables: transformer.rows_of(tables[0], ids)
+        return [
+            (look(tables), jax.grad(lambda tables: (look(tables) * weights).sum())(tables)) for look in (every, one)
+        ]
+
+    expected = found()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(transformer, "_PART", 50)  # ids in several parts
+    for (rows, slope), (rows_too, slope_too) in zip(expected, found(), strict=True):
+        np.testing.assert_array_equal(rows, rows_too)
+        np.testing.assert_allclose(slope, slope_too, rtol=1e-5, atol=1e-6)
+    assert not np.asarray(expected[0][0])[np.asarray(ids) < 0].any()

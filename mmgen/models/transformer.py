@@ -182,13 +182,20 @@ class Transformer(nnx.Module):
         sums = [sum(each for of, each in found if of is half) for half in self.parts[-2:]]
         return jnp.concatenate(sums, -2)
 
-    def _lookup_halves(self, ids):
-        """What `lookup` in the `embedding_table` gives, without making it: large codebooks have few halves."""
+    def _lookup_halves(self, ids, codes_from=None):
+        """What `lookup` in the `embedding_table` gives, without making it: large codebooks have few halves. Of the last
+        axis, what stands from `codes_from` on are codes or nothing, and have no rows of their own to be looked up."""
         halves = constrain(self._halves(self.digit_embedding[...]), (None, None)).astype(self.dtype)
         codes = ids - self.code_start
-        own = lookup(self.embedding[...].astype(self.dtype), jnp.where(codes < 0, ids, -1))
         first, second = self._split(jnp.where(codes < 0, -1, codes))
-        return own + rows_of(halves, first) + rows_of(halves, second)
+        found = rows_of(halves, first) + rows_of(halves, second)
+        if codes_from == 0:
+            return found
+        ids = jnp.where(codes < 0, ids, -1)[..., :codes_from]
+        own = lookup(self.embedding[...].astype(self.dtype), ids)
+        if codes_from is not None:
+            own = jnp.pad(own, ((0, 0),) * (own.ndim - 2) + ((0, codes.shape[-1] - codes_from), (0, 0)))
+        return own + found
 
     def _table(self, own, digits):
         """[rows, D]: each token's own row, and for a code those of its digits added."""
@@ -226,16 +233,14 @@ class Transformer(nnx.Module):
         look = self._lookup_halves if table is None else lambda ids: lookup(table.astype(self.dtype), ids)
         x = look(tokens) + self.place(waves.reshape(waves.shape[:-2] + (-1,)))
         if self.before is not None:
-            earlier = look(before)
+            earlier = look(before, self.config.before) if table is None else look(before)
             x = x + self.before(earlier.reshape(earlier.shape[:-2] + (-1,)))
         if self.around is None:
             return x
         if self.colors:  # the same as below without a row of ones and zeros for each code
             rows = self._halves(self.around.w[...].astype(self.dtype).reshape(AROUND, -1, self.config.width))
-            place = np.arange(AROUND) * rows.shape[1]
             first, second = self._split(around)
-            at = lambda half: rows_of(rows.reshape(-1, rows.shape[-1]), jnp.where(half < 0, -1, place + half))
-            return x + (at(first) + at(second)).sum(-2)
+            return x + (rows_of_each(rows, first) + rows_of_each(rows, second)).sum(-2)
         digits = self._digits(around)
         return x + self.around(digits.reshape(digits.shape[:-2] + (-1,)))
 
@@ -405,6 +410,14 @@ def rows_of(table, ids):
     """
     gpu = jax.default_backend() == "gpu" and len(table) <= _MOST_ROWS
     return _rows_by_product(table, ids) if gpu else _rows(table, ids)
+
+
+def rows_of_each(tables, ids):
+    """Rows of tables [P, V, D] for int ids [..., P], of each place its own: [..., P, D]; zeros where an id is negative."""
+    if jax.default_backend() == "gpu":  # of P small tables the gradient is a P-th of the work that it is of one
+        return jax.vmap(rows_of, (0, -1), -2)(tables, ids)
+    places, size, width = tables.shape
+    return rows_of(tables.reshape(-1, width), jnp.where(ids < 0, -1, np.arange(places) * size + ids))
 
 
 _MOST_ROWS = 8192  # of a table whose gradient is a product with rows of one 1 and zeros
