@@ -15,7 +15,6 @@ from mmgen.runtime import checkpoint, hardware
 from mmgen.safety.gate import Off, Safety
 from mmgen.safety.images import ImageLayer, Onnx
 from mmgen.safety.policy import Policy
-from mmgen.safety.provenance import Signer
 from mmgen.sampling import sampler
 from mmgen.sampling.strategies import Strategy
 
@@ -270,7 +269,12 @@ def safety_from(args):
 
 def signer_from(args):
     """The `Signer` that they ask for, or None."""
-    return Signer(args.keys) if args.provenance else None
+    if not args.provenance:
+        return None
+    # Its libraries are slow to load, and who signs nothing needs none.
+    from mmgen.safety.provenance import Signer
+
+    return Signer(args.keys)
 
 
 def refiner_flags(args):

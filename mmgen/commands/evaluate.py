@@ -40,7 +40,7 @@ MEASURED = {  # on images of --data: the stage of their run, and how it is loade
 def main(argv):
     """Measures a checkpoint and writes report.html and report.json. Suite world: held-out prompts of the world, drawn
     by a transformer and judged; draw: prompts of the rich world; edit, style, reference, reason, dialogue, understanding,
-    question: its pictures changed, combined, thought over, talked about, described and asked about; text, infographic, comic: pages with words; retrieval: the towers of a contrastive run,
+    question: its pictures changed, combined, thought over, talked about, described and asked about; text (of it: sign), infographic, comic: pages with words; retrieval: the towers of a contrastive run,
     on pairs of --data; classifier: on labelled images of --data; tokenizer: how well codes give back the images of
     --data; refiner: how much nearer it comes to them, by numbers of steps; all: what a transformer was trained for, and its tokenizer. With --prompts nothing is judged: pictures for
     the prompts of a public benchmark."""
@@ -193,8 +193,7 @@ def _covered(workdir, size):
     """The suites that a transformer's training covers (of an unknown one all whose pictures may have `size`), and that
     of its tokenizer."""
     trained = suites.trained_on(checkpoint.read_config(workdir, "transformer", "reinforce"))
-    # The suite question is a part of understanding.
-    tasks = {"world": ("world", "dialogue")} | {k: v for k, v in talks.SUITES.items() if k != "question"}
+    tasks = {"world": ("world", "dialogue")} | {k: v for k, v in talks.SUITES.items() if k not in talks.PARTS}
     if trained is None:  # what needs larger pictures may need longer rows than the model has
         trained = {task for names in tasks.values() for task in names if LEAST.get(task, 0) <= min(size)}
     names = [name for name in tasks if trained & set(tasks[name])]

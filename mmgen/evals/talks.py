@@ -31,7 +31,7 @@ from mmgen.world.scene import (
     related,
 )
 
-# What `mmgen evaluate` calls a suite: the categories of `tasks.talk` that it asks.
+# What `mmgen evaluate` calls a suite: the categories of `tasks.talk` that it asks. `PARTS` are of other suites.
 SUITES = {
     "edit": ("edit",),
     "dialogue": ("dialogue",),
@@ -42,10 +42,13 @@ SUITES = {
     "reference": ("mix",),
     "reason": ("reason",),
     "text": ("sign", "poster"),
+    "sign": ("sign",),
     "infographic": ("chart", "diagram"),
     "comic": ("comic",),
     "refusal": ("refusal",),
 }
+
+PARTS = ("question", "sign")
 
 UNREADABLE = "its own last picture cannot be read"
 OPEN = "its own last picture has not what is named, no room for what is wished, or is so already"
