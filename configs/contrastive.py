@@ -61,7 +61,7 @@ def get_config(variant):
     if variant == "reference":  # of the released model: docs/reference.md
         i.patch, d.batch_size, d.altered, d.length = 8, 128, 1, 48
         d.source.size = c.held_out.size = (64, 64)
-        d.source.category = ""  # all: of scenes alone they tell single things badly
+        d.source.category = c.held_out.category = ""  # all: of scenes alone they tell single things badly
         c.steps = 2000
     if variant == "emoji":  # names of real pictures at 64 px, from img2dataset tars
         i.patch, d.length = 8, 24

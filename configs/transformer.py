@@ -127,8 +127,8 @@ def get_config(variant):
             ("ask", 0.04), ("caption", 0.04), ("detail", 0.03), ("chart", 0.02), ("comic", 0.02), ("diagram", 0.015),
             ("compare", 0.01), ("mix", 0.01), ("reason", 0.01), ("refusal", 0.01), ("prose", 0.0025), ("story", 0.0025),
         )  # fmt: skip
-        c.seed, c.steps, c.optimizer.warmup, c.save_every = 4, 8_000, 100, 2_000
-        c.optimizer.final = 0.765
+        c.seed, c.steps, c.optimizer.warmup, c.save_every = 4, 5_314, 100, 2_000
+        c.optimizer.final = 0.825  # as in reference-3
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1.5e-2, 4e-3
     if variant == "reference-6":  # all tasks again, most of what is weak
         d.mixture = (
@@ -137,7 +137,7 @@ def get_config(variant):
             ("diagram", 0.015), ("compare", 0.015), ("mix", 0.01), ("reason", 0.01), ("refusal", 0.01), ("prose", 0.0025),
             ("story", 0.0025),
         )  # fmt: skip
-        c.seed, c.steps, c.optimizer.warmup, c.optimizer.final, c.save_every = 5, 9_000, 20, 0.0, 2_000
+        c.seed, c.steps, c.optimizer.warmup, c.optimizer.final, c.save_every = 5, 8_187, 20, 0.0, 2_000
         c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1.15e-2, 3.1e-3
     if variant == "dialogue":  # a quickstart run (config.init) goes on: docs/posttraining.md
         d.mixture = (("draw", 0.3), ("edit", 0.3), ("dialogue", 0.3), ("question", 0.05), ("caption", 0.05))

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+from mmgen.runtime import config as configs
 from tests.conftest import ROOT, records
 
 RUN = ["--", "--config", "transformer:7b", "--workdir", "/mnt/runs/7b", "--config.data.shards=/mnt/it's here"]
@@ -484,3 +485,22 @@ def test_a_real_run_that_is_told_to_stop_and_one_that_is_stuck(tmp_path):
     os.kill(int(children[1]), signal.SIGSTOP)
     status, output = finish(process, within=120)
     assert status == 1 and "Timeout (0:00:25)!" in output and "SIGKILL to process 1" in output, output
+
+
+def test_each_part_of_the_reference_gets_the_sources_that_its_mixture_names(tmp_path):
+    """What launch/reference.sh calls, by an mmgen that only notes it."""
+    (tmp_path / "mmgen").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    (tmp_path / "mmgen").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["bash", ROOT / "launch/reference.sh", tmp_path / "run"], check=True, env=os.environ | {"PATH": path})
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    made = {words[words.index("--out") + 1] for words in calls if words[0] == "tokenize"}
+    parts = 0
+    for words in calls:
+        if words[0] == "train" and words[2].startswith("transformer:"):
+            (shards,) = [word.partition("=")[2].split(",") for word in words if word.startswith("--config.data.shards=")]
+            assert set(shards) <= made
+            names = {shard.rpartition("/")[2] for shard in shards}
+            assert names == {name for name, _ in configs.load(words[2]).data.mixture}
+            parts += 1
+    assert parts == 6 and calls[-1][:2] == ["tools", "pack"]

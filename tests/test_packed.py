@@ -26,6 +26,7 @@ def test_weights_come_back_within_what_their_kind_can_tell(kind, error, tmp_path
         n: a.shape for n, a in arrays.items()
     }
     np.testing.assert_array_equal(back["a/b"], arrays["a/b"])
+    assert back["scale"] == 4.5
     np.testing.assert_array_equal(back["zero"], arrays["zero"])
     np.testing.assert_allclose(back["tiny"], arrays["tiny"], atol=1e-8)
     groups = np.pad(arrays["a/w"].ravel(), (0, -arrays["a/w"].size % 64)).reshape(-1, 64)

@@ -232,6 +232,9 @@ def test_a_name_stands_for_all_parts_that_have_it():
     assert together.parts == parts
     assert np.allclose(together.rates, [70 * 3 / 4 / 5, 70 / 4, 70 * 9 / 4 / 5, 70 * 3 / 4 / 5])
     assert np.allclose(plan({"a": 3, "b": 1, "a#2": 0}).rates, [40 * 3 / 8, 40 / 4, 40 * 3 / 8])
+    mixed = Plan(simple([10] * 30 + [40] * 40), parts, 40, mixture={"a": 3, "b": 1})  # documents of other lengths
+    often = {part.name: rate / (part.stop - part.start) for part, rate in zip(parts, mixed.rates)}
+    assert np.allclose([often["a#2"], often["a#3"]], often["a#0"]) and not np.isclose(often["b"], often["a#0"])
     with pytest.raises(ValueError, match="leaves out"):
         plan({"a#0": 1, "a#2": 1, "b": 1})
     with pytest.raises(ValueError, match="not there"):

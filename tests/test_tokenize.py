@@ -21,6 +21,7 @@ from mmgen.data.images import Buckets
 from mmgen.data.shards import Shards
 from mmgen.data.sources import Several, TooManyBad, open_source
 from mmgen.document import Text
+from mmgen.safety import watermark
 from mmgen.stages import tokenize as stage
 from mmgen.text import Text as TextModel
 from tests.conftest import ROOT, mmgen, run_python
@@ -361,7 +362,7 @@ def test_a_share_of_what_users_show_is_watermarked(space, tmp_path):
     source = lambda: open_source("world:train/edit", (64, 64), 5, documents=12)
     codes = {}
     for share in (0.0, 0.5, 1.0):
-        tokenize(space, source(), tmp_path / str(share), marked=share)
+        tokenize(space, source(), tmp_path / str(share), marked=share, watermark=watermark.embed_where_it_lasts)
         shards, text = Shards(tmp_path / str(share)), TextModel(tmp_path / str(share) / "text.model")
         documents = [shards.grammar.decode(shards.tokens(i), text) for i in range(len(shards))]
         codes[share] = [[image.codes.tolist() for image in document.images()] for document in documents]
@@ -370,8 +371,20 @@ def test_a_share_of_what_users_show_is_watermarked(space, tmp_path):
     half = [some[0] for some in codes[0.5]]
     marked = [i for i in range(12) if half[i] == codes[1.0][i][0]]
     assert 0 < len(marked) < 12 and all(half[i] == codes[0.0][i][0] for i in range(12) if i not in marked)
-    with pytest.raises(ValueError, match="marked"):
-        tokenize(space, source(), tmp_path / "x", marked=1.5)
+    small = np.zeros((32, 32, 3), np.uint8)
+    assert watermark.embed_where_it_lasts(small, b"k") is small
+    for options in ({"marked": 1.5, "watermark": watermark.embed}, {"marked": 0.5}):
+        with pytest.raises(ValueError, match="marked"):
+            tokenize(space, source(), tmp_path / "x", **options)
+
+
+def test_the_commands_own_flags(space, tmp_path):
+    flags = ["--size", "32x32", "--documents", 6, "--tokenizer", space.tokenizer, "--text", space.text, "--max-side", 16]
+    made = lambda *more: mmgen("tokenize", "--source", "world:train", *flags, *more)
+    assert made("--category", "counting", "--marked", 0.5, "--out", tmp_path / "a") == 0
+    manifest = Shards(tmp_path / "a").manifest
+    assert manifest["count"] == 6 and manifest["settings"]["marked"] == 0.5
+    assert made("--category", "counted", "--out", tmp_path / "b") == 1
 
 
 def tar(path, count, bad=(), sizes=((32, 32),)):

@@ -137,7 +137,10 @@ def test_codes_are_read_by_halves_as_they_are_by_the_whole_table():
     rng = np.random.default_rng(0)
     draw = lambda low, high, *more: jnp.asarray(rng.integers(low, high, (2, 50, *more)), jnp.int32)
     around = draw(-1, 120, transformer.AROUND)
-    given = draw(0, model.vocab), draw(0, 9, 3), around, draw(-1, model.vocab, 13)
+    beneath = draw(-1, 120, 10)  # codes or nothing, unlike the three tokens before
+    beneath = jnp.where(beneath < 0, -1, model.code_start + beneath)
+    before = jnp.concatenate([draw(-1, model.vocab, 3), beneath], -1)
+    given = draw(0, model.vocab), draw(0, 9, 3), around, before
     np.testing.assert_allclose(
         model.embed(*given), model.embed(*given, table=model.embedding_table()), atol=1e-5
     )

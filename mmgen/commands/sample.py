@@ -34,7 +34,6 @@ from mmgen.data import files
 from mmgen.data.images import straight
 from mmgen.document import Document, Text, Turn
 from mmgen.models.contrastive import load_towers
-from mmgen.safety.provenance import FORMATS
 from mmgen.sampling import sampler
 
 # What a line of a --prompts FILE.jsonl may say for itself; what it does not say, the flags do.
@@ -116,10 +115,13 @@ def main(argv):
     if sheet and any(one.output != "image" for one in asked):
         raise ValueError("a contact sheet is of pictures: give --out a folder for answers with text")
 
-    if sheet and args.provenance and out.suffix.lower() not in FORMATS:
-        raise ValueError(
-            f"{out.suffix} files cannot be signed: choose one of {', '.join(FORMATS)}, or --no-provenance"
-        )
+    if sheet and args.provenance:
+        from mmgen.safety.provenance import FORMATS
+
+        if out.suffix.lower() not in FORMATS:
+            raise ValueError(
+                f"{out.suffix} files cannot be signed: choose one of {', '.join(FORMATS)}, or --no-provenance"
+            )
     gate, signer = safety_from(args), signer_from(args)
     model = with_refiner(load_sampler(args), args.checkpoint, args)
     if args.batch_size is None:

@@ -6,6 +6,7 @@ from mmgen.commands.common import add_source_flags, source_from, towers_folder
 from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
 from mmgen.runtime.mesh import process
+from mmgen.safety import watermark
 from mmgen.stages.tokenize import tokenize
 from mmgen.stages.tokenizer import background
 
@@ -73,6 +74,7 @@ def main(argv):
         towers=load_towers(args.towers) if args.towers else None,
         min_score=0.2 if args.min_score is None else args.min_score,
         marked=args.marked,
+        watermark=watermark.embed_where_it_lasts,
     )
     if manifest is None:
         print(f"{args.out}: this process has done its shards; others are not finished yet")

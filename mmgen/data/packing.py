@@ -89,7 +89,7 @@ class Plan:
     fit. An epoch without a mixture has every document once. With one, {part name: weight}, it has as
     many tokens as the parts have together, shared out by weight: a part is gone through again and again,
     in a new order each time, and goes on in the next epoch where it stopped. "NAME" is all parts of that name
-    (NAME#0, NAME#1, ...) together, so that each of their documents comes as often.
+    (NAME#0, NAME#1, ...) together, by their tokens: their documents come as often.
 
     lengths: int array or memory map [N, P, 3]: of each phrasing its tokens, and those that DROP_TEXT
     and DROP_IMAGES take away; phrasings that a document does not have are 0.
@@ -110,10 +110,11 @@ class Plan:
         if not len(lengths):
             raise ValueError("there is no document to make rows of")
         if mixture:
-            mixture = _shared_out(parts, mixture)
+            count = functools.cache(self._tokens)
+            mixture = _shared_out(parts, mixture, count)
             parts = _weighed(parts, mixture)
             weights = [mixture[part.name] / sum(mixture.values()) for part in parts]
-            tokens = [self._tokens(part) for part in parts]
+            tokens = [count(part) for part in parts]
             # Documents of each part an epoch: its share of tokens, at its own mean length.
             self.rates = [
                 weight * sum(tokens) * (part.stop - part.start) / own
@@ -271,16 +272,16 @@ class Plan:
         return total
 
 
-def _shared_out(parts, mixture):
+def _shared_out(parts, mixture, tokens):
     """The mixture with the weight of a name that several parts have shared out among those not named alone, by their
-    documents."""
+    tokens."""
     found = dict(mixture)
-    for name in mixture:
+    for name, weight in mixture.items():
         same = [part for part in parts if part.name.rpartition("#")[0] == name and part.name not in mixture]
         if same and name not in (part.name for part in parts):
-            count = sum(part.stop - part.start for part in same)
-            weight = found.pop(name)
-            found |= {part.name: weight * (part.stop - part.start) / count for part in same}
+            sizes = [tokens(part) if weight > 0 else 1 for part in same]
+            del found[name]
+            found |= {part.name: weight * size / sum(sizes) for part, size in zip(same, sizes)}
     return found
 
 

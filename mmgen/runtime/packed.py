@@ -108,5 +108,7 @@ def pack(workdir, out, kind):
         (config.get("data", {}), ("shards", "tokenizer", "text", "upsampler")),
     ):
         tree |= dict.fromkeys(names & tree.keys(), "")
+    if "attention" in config.get("model", {}):  # whose kernel it was
+        config["model"]["attention"] = "auto"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return write(out / NAME, arrays, kind, step)

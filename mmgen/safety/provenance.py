@@ -30,7 +30,6 @@ FILES = ("key.pem", "chain.pem", "anchor.pem", "watermark.key")
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 RECIPE = "org.mmgen.recipe"
 FORMATS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".tif": "image/tiff", ".tiff": "image/tiff"}  # fmt: skip
-LEAST = 64  # pixels of the short side from which there is a watermark: of less it is seen, and does not last
 STATES = ("valid", "tampered", "watermark only", "unsigned")
 _YEARS = 10
 
@@ -116,7 +115,7 @@ class Signer:
 
     def mark(self, pixels):
         """Pixels uint8 [H, W, 3 or 4] with the watermark, if they are large enough for one."""
-        return watermark.embed(pixels, self._watermark) if min(pixels.shape[:2]) >= LEAST else pixels
+        return watermark.embed_where_it_lasts(pixels, self._watermark)
 
     def sign(self, data, suffix, recipe, title="picture"):
         """The bytes of an image file with a manifest: that a model drew it, and `recipe`, a dict of what it was drawn with."""

@@ -25,6 +25,7 @@ STRENGTHS = 0.5 * 1.2 ** np.arange(
 )  # root mean squares of the change that are tried, in gray levels: up to 9
 SURE = 7.5  # standard deviations that are sought of the picture after JPEG of QUALITY and halving, in either order
 QUALITY = 75
+LEAST = 64  # pixels of the short side from which there is a watermark: of less it is seen, and does not last
 FOUND = 5.0  # from which a picture counts as marked: once in 3.5 * 10^6 pictures by chance
 MASK = (
     0.4,
@@ -51,6 +52,11 @@ def embed(pixels, key):
     sure = lambda strength: all(score(worn, key) >= SURE for worn in _worn(marked(strength)))
     # Where one is sure the stronger ones are, so this is the first of them, or the last of all where none is.
     return marked(STRENGTHS[bisect.bisect_left(STRENGTHS[:-1], True, key=sure)])
+
+
+def embed_where_it_lasts(pixels, key):
+    """As `embed`; pictures of less than LEAST pixels as they are."""
+    return embed(pixels, key) if min(pixels.shape[:2]) >= LEAST else pixels
 
 
 def _mask(pixels):

@@ -18,7 +18,6 @@ from mmgen.document import Document, Image, Turn
 from mmgen.grammar import Grammar
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint
-from mmgen.safety import watermark
 from mmgen.text import Text
 
 MOST_CODES = 2**20  # of which a transformer can still hold a row and a logit each
@@ -28,7 +27,7 @@ LOW = "low_score"  # why a document was left out whose images do not fit its tex
 def tokenize(
     source, tokenizer_dir, text_path, out, *, max_side, phrasings=1, longest=0, overlong="refuse", max_bad=0.1,
     shard_size=16384, process=(0, 1), workers=0, overwrite=False, batch=512, towers=None, min_score=0.0,
-    marked=0.0,
+    marked=0.0, watermark=None,
 ):  # fmt: skip
     """Writes the documents of `source` to the folder `out` as shards -> the manifest.
 
@@ -40,8 +39,9 @@ def tokenize(
     number; a longer one is refused, and counted, or with overlong="cut" loses its last turns, also counted.
     towers, min_score: a document with images and text, of which some image's cosine with that text is less by
     `contrastive.Towers`, is left out and counted as low_score; that is no fault of the source.
-    marked: share of the users' images that are given a watermark (safety/watermark.py), as those have that mmgen has
-    drawn: whoever is to change them must know them in spite of it. It depends on the item's number alone.
+    marked, watermark: share of the users' images that become watermark(pixels, key), with a mark (safety/watermark.py) as those
+    have that mmgen has drawn: whoever is to change them must know them in spite of it. Which they are depends on the
+    item's number alone.
     max_bad: share of bad items above which a run gives up. workers: processes that read and draw; 0 for
     threads. The folder also gets copies of the tokenizer and the text model, so that a run that learns from
     it, and the samples of that run, need nothing else.
@@ -53,8 +53,8 @@ def tokenize(
             f"expected a shard size and phrasings of at least 1 and longest of at least 0, found {shard_size}, "
             f"{phrasings}, {longest}"
         )
-    if not 0 <= marked <= 1:
-        raise ValueError(f"marked: expected a share between 0 and 1, found {marked}")
+    if not 0 <= marked <= 1 or (marked and not watermark):
+        raise ValueError(f"marked: expected a share between 0 and 1, and who marks, found {marked}")
     if overwrite and process[1] > 1:
         raise ValueError("several processes cannot overwrite a folder at once: empty it first")
     out, (rank, count) = Path(out), process
@@ -116,7 +116,7 @@ def tokenize(
                     assert pulled[0][0] == first, (pulled[0][0], first)
                     pulled = _filtered(pulled, towers, min_score) if towers else pulled
                     for i, rows, drawn, shortened in _encode(
-                        pulled, tokenizer, grammar, text, longest, overlong, marked
+                        pulled, tokenizer, grammar, text, longest, overlong, marked, watermark
                     ):
                         if isinstance(rows, BadImage):
                             skipped[rows.reason] += 1
@@ -209,10 +209,12 @@ def _filtered(items, towers, least):
     return items
 
 
-def _encode(items, tokenizer, grammar, text, longest, overlong, marked=0.0):
+def _encode(items, tokenizer, grammar, text, longest, overlong, marked, watermark):
     """(i, [Document, ...] or BadImage) each -> (i, a token array for each phrasing or BadImage, how many
     images, whether it was cut) each; images of equal size are encoded together."""
-    images = {i: _marked(i, found[0], marked) for i, found in items if not isinstance(found, BadImage)}
+    images = {
+        i: _marked(i, found[0], marked, watermark) for i, found in items if not isinstance(found, BadImage)
+    }
     alike = collections.defaultdict(list)
     for i, found in images.items():
         for k, image in enumerate(found):
@@ -247,8 +249,10 @@ def _encode(items, tokenizer, grammar, text, longest, overlong, marked=0.0):
 _KEYS = 64  # of watermarks: none is to be learned by heart
 
 
-def _marked(i, document, share):
+def _marked(i, document, share, watermark):
     """The images of document i, the share of those that the user shows with a watermark."""
+    if not share:
+        return document.images()
     rng, found = np.random.default_rng((0x3A12, i)), []
     for turn in document.turns:
         for image in turn.parts:
@@ -256,7 +260,7 @@ def _marked(i, document, share):
                 continue
             chosen, number = rng.random() < share, int(rng.integers(_KEYS))
             if chosen and turn.role == "user" and image.pixels is not None:
-                image = Image(watermark.embed(image.pixels, number.to_bytes(1)))
+                image = Image(watermark(image.pixels, number.to_bytes(1)))
             found.append(image)
     return found
 
