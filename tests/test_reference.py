@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import mmgen as package
-from mmgen.commands.common import model_folder, with_defaults
+from mmgen.commands.common import model_folder, towers_folder, with_defaults
 from mmgen.data.sources import open_source
 from mmgen.safety.images import ImageLayer
 from mmgen.safety.policy import Policy
@@ -21,17 +21,18 @@ FOLDER = ROOT / "mmgen" / "reference"
 
 def test_it_is_named_reference_unless_a_folder_is(tmp_path, monkeypatch):
     assert model_folder("reference") == str(FOLDER) == f"{package.__path__[0]}/reference"
-    assert model_folder("runs/mine") == "runs/mine"
+    assert model_folder("runs/mine") == "runs/mine" and towers_folder("reference") == f"{FOLDER}/towers"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reference").mkdir()
     assert model_folder("reference") == "reference"
+    assert towers_folder("reference") == "reference" and towers_folder("runs/mine") == "runs/mine"
 
 
 def test_it_is_sampled_at_its_own_temperature(tmp_path):
     found = lambda folder, temperature=None: (
         with_defaults(Namespace(temperature=temperature), folder).temperature
     )
-    assert found(FOLDER) == json.loads((FOLDER / "config.json").read_text())["sampling"]["temperature"] == 0.5
+    assert found(FOLDER) == json.loads((FOLDER / "config.json").read_text())["sampling"]["temperature"] == 0.3
     assert found(FOLDER, 0.0) == 0.0
     (tmp_path / "config.json").write_text('{"stage": "transformer"}')  # a run of before there was such a setting
     assert found(tmp_path) == 0.1
