@@ -10,9 +10,11 @@ from PIL import Image
 import mmgen as package
 from mmgen.commands.common import model_folder, towers_folder, with_defaults
 from mmgen.data.sources import open_source
+from mmgen.models.contrastive import load_towers
 from mmgen.safety.images import ImageLayer
 from mmgen.safety.policy import Policy
 from mmgen.sampling import sampler
+from mmgen.text import Text
 from mmgen.world.judge import parse
 from tests.conftest import ROOT, mmgen
 
@@ -64,6 +66,17 @@ def test_it_draws_what_is_asked_where_no_checkpoint_is_named(tmp_path):
 def test_it_is_whole():
     model = sampler.load(FOLDER)
     assert model.refuses and model.tokenizer.patch == 4 and model.grammar.max_side == 32
+
+
+def test_its_towers_tell_what_is_said_from_what_is_not():
+    """Of two captions, one of which has one attribute wrong: chance is a half."""
+    towers = load_towers(FOLDER / "towers")
+    assert towers.text.hash == Text(FOLDER / "text.model").hash
+    source = open_source("world:valid", (64, 64), 9, documents=60, languages=["en", "zh"])
+    numbers = range(len(source))
+    pixels = [source.pixels(i) for i in numbers]
+    right, wrong = ([source.captions(i, 1)[0] for i in numbers], [source.altered(i, 1, 0)[0] for i in numbers])
+    assert (towers.score(pixels, right) > towers.score(pixels, wrong)).mean() >= 0.75
 
 
 def test_its_eyes_let_pages_pass_and_no_symbols():
