@@ -1,10 +1,24 @@
 """`map` by several processes. They know nothing of JAX: what imports this module in them stays small and quick."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+
+
+_FOR_THE_RUN = (signal.SIGINT, signal.SIGUSR1)  # to answer, after its step; SIGTERM stays: it is how a pool ends
+
+
+@contextlib.contextmanager
+def _held():
+    """Processes that begin here inherit what is blocked: until they can ignore a signal it must not end them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RUN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Workers:
@@ -12,13 +26,15 @@ class Workers:
 
     def __init__(self, count):
         self.count = count
-        self._pool = concurrent.futures.ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), initializer=_begin
-        )
+        with _held():
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                count, multiprocessing.get_context("spawn"), initializer=_begin
+            )
 
     def map(self, function, *lists):
         """Of a function of a module, as `map`. BrokenProcessPool where a process died, and whatever `function` raised."""
-        return self._pool.map(function, *lists, chunksize=-(-len(lists[0]) // (4 * self.count)))
+        with _held():
+            return self._pool.map(function, *lists, chunksize=-(-len(lists[0]) // (4 * self.count)))
 
     def close(self):
         """Ends them, after what they are at: a run may end by os._exit, which tells nobody."""
@@ -27,9 +43,9 @@ class Workers:
 
 def _begin():
     os.environ["JAX_PLATFORMS"] = "cpu"  # should `function` want JAX: the accelerator is the run's
-    # A signal to the whole group is the run's to answer, after its step; SIGTERM stays: it is how a pool ends.
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in _FOR_THE_RUN:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_RUN)
     os.setpgrp()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
