@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from mmgen.grammar import Grammar
-from mmgen.models import transformer
+from mmgen.models import lookup, transformer
 from mmgen.models.quantizers import FSQ
 from mmgen.runtime import config as configs
 from mmgen.runtime import mesh as meshes
@@ -276,17 +276,17 @@ def test_a_factored_code_is_its_own_row_and_its_digits(tied):
 
 @pytest.mark.parametrize("count", [7, 40])  # fewer than a part, and several with one that is not full
 def test_the_gradient_of_rows_is_the_same_by_a_product(count, monkeypatch):
-    monkeypatch.setattr(transformer, "_PART", 16)
+    monkeypatch.setattr(lookup, "_PART", 16)
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
     ids = jnp.asarray(rng.integers(-2, 9, size=(count // 7, 7)), jnp.int32)  # some not in the table
     weights = jnp.asarray(rng.normal(size=(*ids.shape, 3)), jnp.float32)
     of = lambda look: jax.value_and_grad(lambda table: (weights * look(table, ids)).sum())(table)
-    (value, gradient), (value2, gradient2) = of(transformer._rows), of(transformer._rows_by_product)
+    (value, gradient), (value2, gradient2) = of(lookup._rows), of(lookup._rows_by_product)
     assert value == value2
     np.testing.assert_allclose(gradient, gradient2, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    np.testing.assert_array_equal(of(transformer.rows_of)[1], gradient2)  # what GPUs take
+    np.testing.assert_array_equal(of(lookup.rows_of)[1], gradient2)  # what GPUs take
 
 
 def test_bfloat16_computes_finitely_on_float32_parameters(batch):
@@ -335,15 +335,15 @@ def test_on_gpus_rows_and_their_sums_are_the_same(monkeypatch):
     weights = jnp.asarray(rng.normal(size=(4, 9, 5, 3)), jnp.float32)
 
     def found():
-        every = lambda tables: transformer.rows_of_each(tables, ids)
-        one = lambda tables: transformer.rows_of(tables[0], ids)
+        every = lambda tables: lookup.rows_of_each(tables, ids)
+        one = lambda tables: lookup.rows_of(tables[0], ids)
         return [
             (look(tables), jax.grad(lambda tables: (look(tables) * weights).sum())(tables)) for look in (every, one)
         ]
 
     expected = found()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(transformer, "_PART", 50)  # ids in several parts
+    monkeypatch.setattr(lookup, "_PART", 50)  # ids in several parts
     for (rows, slope), (rows_too, slope_too) in zip(expected, found(), strict=True):
         np.testing.assert_array_equal(rows, rows_too)
         np.testing.assert_allclose(slope, slope_too, rtol=1e-5, atol=1e-6)

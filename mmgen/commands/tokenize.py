@@ -2,7 +2,7 @@
 
 import argparse
 
-from mmgen.commands.common import add_source_flags, source_from, towers_folder
+from mmgen.commands.common import add_source_flags, share, source_from, towers_folder
 from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
 from mmgen.runtime.mesh import process
@@ -43,7 +43,7 @@ def main(argv):
     add("--category", help="of a world: its kind of scene, such as counting")
     add(
         "--marked",
-        type=float,
+        type=share,
         default=0.0,
         help="share of users' images that get a watermark, as drawn ones have",
     )

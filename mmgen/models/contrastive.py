@@ -17,7 +17,7 @@ from mmgen.data import images as pictures
 from mmgen.models import layers
 from mmgen.models.attention import LOW, attention, bias_of
 from mmgen.models.autoencoders import patchify, to_float
-from mmgen.models.transformer import lookup
+from mmgen.models.lookup import lookup
 from mmgen.runtime import checkpoint
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime.mesh import constrain
