@@ -52,6 +52,10 @@ def get_config(variant):
     d.text_weight, d.image_weight = 1.0, 1.0
     d.user_weight, d.user_images = False, True  # learn what the user says too; and with that, shows
 
+    # A folder of shards, or several, of what training does not see: its loss is measured every `evaluate_every` steps, on so
+    # many batches; "": none
+    c.held_out = dict(shards="", batches=16)
+
     # Weight of log Z squared; and how many tokens a device turns into logits at a time (0: all)
     c.loss = dict(z=1e-4, chunk=0)
 

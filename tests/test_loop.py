@@ -11,9 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from mmgen.data.loader import Rows
+from mmgen.data.shards import Shards
 from mmgen.grammar import Grammar
 from mmgen.runtime import checkpoint
 from mmgen.runtime.config import ConfigError
+from mmgen.sampling.sampler import load
 from mmgen.stages import loop, program
 from tests.conftest import STEPS, arrays, assert_same_arrays, config_of, mmgen, records, run_python
 
@@ -115,6 +118,38 @@ def test_what_a_run_writes_down(space):
     measured = records(space.tokenizer)[-1]
     assert {"psnr", "ssim", "code_usage", "code_perplexity"} <= set(measured)
     assert list((space.tokenizer / "previews").glob("*.png"))
+
+
+def test_what_was_held_out_is_measured_and_changes_nothing(space, tmp_path):
+    held_out = tmp_path / "shards"
+    made = ["--tokenizer", space.tokenizer, "--text", space.text, "--out", held_out]
+    assert mmgen("tokenize", "--source", "world:valid", "--documents", 60, *made) == 0
+    flags = [*space.transformer_flags, f"--config.held_out.shards={held_out}", "--config.held_out.batches=3"]
+    loop.train(config_of([*flags, "--config.evaluate_every=4"]), tmp_path / "run")
+    assert_same_arrays(arrays(tmp_path / "run", STEPS), arrays(space.transformer, STEPS))
+    found = {line["step"]: line for line in records(tmp_path / "run")}
+    names = ["held_out_loss", "held_out_image_loss", "held_out_text_loss"]
+    assert [all(name in line for name in names) for line in found.values()] == [False, True, False, True]
+    # The same by the sampler, which reads each document of these rows by itself, with keys and values that it keeps.
+    model, shards = load(tmp_path / "run"), Shards(held_out)
+    config = config_of(flags)
+    rows = Rows(shards, shards.grammar, batch_size=config.data.batch_size, row_length=config.data.row_length)
+    rows.plan.drops = (0.0, 0.0)
+    chosen = np.concatenate([rows.plan.row(n)[0] for n in range(3 * config.data.batch_size)])
+    tokens = [t.astype(np.int32) for t in shards.records(chosen)]
+    nats = np.concatenate(model.nats(tokens))
+    weights = np.concatenate([shards.grammar.loss_weights(t) for t in tokens])
+    code = np.concatenate(tokens) >= shards.grammar.code_start
+    for name, of in (("image", code), ("text", ~code)):
+        mean = (nats * weights * of).sum() / (weights * of).sum()
+        assert found[STEPS][f"held_out_{name}_loss"] == pytest.approx(mean, rel=1e-4)
+
+    manifest = json.loads((held_out / "manifest.json").read_text()) | {"tokenizer_hash": "another"}
+    (held_out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="their tokenizer_hash"):
+        loop.train(config_of(flags), tmp_path / "other")
+    with pytest.raises(ConfigError, match="at least 1, not 0"):
+        loop.train(config_of([*flags, "--config.held_out.batches=0"]), tmp_path / "other")
 
 
 def test_other_settings_need_another_workdir(space, tmp_path):

@@ -113,9 +113,17 @@ def test_the_sampler_lowers(platform, int8):
     picture = Image(codes=np.zeros((2, 2), np.int32))
     document = Document([Turn("user", [picture, Text("x")])])
     running.add(sampler.Request(document, size=(4, 4), guidance=2.0, image_guidance=2.0))
+    export.export(slots._fill, platforms=[platform])(
+        model.params,
+        model.weights,
+        running._state,
+        running._admit(),
+        graphdef=model.graphdef,
+        chunk=model.chunk,
+    )
     done = export.export(slots._dispatch, platforms=[platform])(
-        model.params, model.weights, running._state, running._admit(), running._knobs, np.ones(2, bool),
-        np.int32(9), np.int32(0), graphdef=model.graphdef, grammar=grammar, branches=3, chunk=model.chunk,
+        model.params, model.weights, running._state, running._knobs, np.ones(2, bool), np.int32(9), np.int32(0),
+        graphdef=model.graphdef, grammar=grammar, branches=3,
     )  # fmt: skip
     assert [(aval.shape, aval.dtype) for aval in done.out_avals][-1:] == [((2, 96), jnp.int32)]
     assert "stablehlo.while" in done.mlir_module()

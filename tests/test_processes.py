@@ -142,6 +142,11 @@ def test_two_processes_train_in_one_workdir_and_one_goes_on(space, tmp_path):
     flags = ["--config", "transformer:tiny", f"--config.data.shards={space.shards}", "--config.save_every=1"]
     flags += ["--config.keep=1", "--config.log_every=1", "--config.mesh.data=4"]
     flags += ["--config.steps=2000"]  # as in test_preemption.py: the same programs
+    flags += [
+        f"--config.held_out.shards={space.shards}",
+        "--config.held_out.batches=2",
+        "--config.evaluate_every=2",
+    ]
     train = lambda n, workdir, stop: run(n, TRAIN, [(tmp_path / workdir, stop, *flags)] * n)
     train(1, "one", 6)
     train(2, "two", 4)

@@ -293,8 +293,8 @@ def test_samples_of_one_prompt_read_it_once(random):
 
 def test_one_program_and_one_dispatch_a_batch(random, monkeypatch):
     model, calls = random[0], []
-    dispatch = slots_module._dispatch
-    monkeypatch.setattr(slots_module, "_dispatch", lambda *a, **b: calls.append(1) or dispatch(*a, **b))
+    dispatch = Slots._run
+    monkeypatch.setattr(Slots, "_run", lambda *a: calls.append(1) or dispatch(*a))
     asked = [Request(d, size=(2, 3), image=WILD, seed=i) for i, d in enumerate(documents(model, 3, seed=1))]
     model.generate(asked, 4)
     assert len(calls) == 1

@@ -312,7 +312,7 @@ def with_refiner(model, workdir, args):
 
 def load_sampler(args):
     """The `Sampler` that `add_sampler_flags` asks for, and a compilation cache for its programs."""
-    hardware.compilation_cache()
+    hardware.set_up()
     return sampler.load(args.checkpoint, int8=args.int8, int8_cache=args.int8_cache, tensor=args.tensor)
 
 

@@ -46,7 +46,7 @@ def main(argv):
     the prompts of a public benchmark."""
     args = _parser().parse_args(argv)
     _check(args)
-    hardware.compilation_cache()
+    hardware.set_up()
     if args.prompts:
         return _draw(args)
     names = _covered(args.checkpoint, args.size or (32, 32)) if args.suite == "all" else [args.suite]

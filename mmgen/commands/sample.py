@@ -5,6 +5,7 @@ import copy
 import hashlib
 import io
 import json
+import threading
 from pathlib import Path
 
 import jax
@@ -34,6 +35,7 @@ from mmgen.data import files
 from mmgen.data.images import straight
 from mmgen.document import Document, Text, Turn
 from mmgen.models.contrastive import load_towers
+from mmgen.runtime import hardware
 from mmgen.sampling import sampler
 
 # What a line of a --prompts FILE.jsonl may say for itself; what it does not say, the flags do.
@@ -123,6 +125,9 @@ def main(argv):
                 f"{out.suffix} files cannot be signed: choose one of {', '.join(FORMATS)}, or --no-provenance"
             )
     gate, signer = safety_from(args), signer_from(args)
+    hardware.set_up()
+    looks = threading.Thread(target=gate.warm)  # compiles beside all that comes before a picture is looked at
+    looks.start()
     model = with_refiner(load_sampler(args), args.checkpoint, args)
     if args.batch_size is None:
         args.batch_size = min(16, len(asked) * args.best_of)
@@ -164,6 +169,7 @@ def main(argv):
         return 3
     requests = [requests[i] for i in todo]
     turns, done = {}, len(asked) - len(todo)
+    looks.join()
     try:
         with tqdm(total=len(asked), initial=done, desc="sample", disable=None, leave=False) as bar:
             for k, turn in answers(model, requests, args):

@@ -117,6 +117,11 @@ class Safety:
         """The `Decision` on what a model has drawn."""
         return self._decided("image", lambda layer: layer.decide(images), *images)
 
+    def warm(self):
+        """Makes the image layer ready, which compiles when it first looks; nothing is decided, and the log says nothing."""
+        if self._layers.get("image"):
+            self._layers["image"].warm()
+
     def answered(self, turn):
         """The `Decision` on a model's turn: its own refusal, if it is one, else what its pictures show and its words say: it may have read
         them in a picture."""

@@ -46,6 +46,11 @@ class ImageLayer:
             "others": len(self.others),
         }
 
+    def warm(self):
+        """Compiles what looks at one picture."""
+        if self.classifier:
+            self.classifier.logits([np.zeros((1, 1, 3), np.uint8)])
+
     def decide(self, images, edited=False):
         """The `Decision` on pictures that belong together. edited: they are a user's, and are to be changed: of what has a child in it
         nothing is made."""

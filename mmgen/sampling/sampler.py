@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import threading
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from mmgen.grammar import Grammar
 from mmgen.models import transformer
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.models.refiner import Refiner, load_refiner
-from mmgen.runtime import checkpoint
+from mmgen.runtime import checkpoint, hardware
 from mmgen.runtime import mesh as meshes
 from mmgen.sampling import cache as caches
 from mmgen.sampling.slots import Slots
@@ -140,12 +141,15 @@ class Sampler:
         self.refuses = False  # whether it was trained to refuse
         self.longest, self.step, self.refining = config.data.row_length, step, None
         self.int8_cache, self.mesh = int8_cache, mesh
+        self._decoding = set()  # (size, batch size) of pictures whose decoder is compiled, or about to be
         self.dtype = jnp.dtype(config.model.dtype)
         # Tokens of a prompt that are read at a time: as many as it takes to be bound by arithmetic.
         self.chunk = 32 if jax.default_backend() == "cpu" else 128
         prepare = lambda params: caches.prepare(nnx.merge(graphdef, params), self.dtype, int8)
         with self.on_mesh():
-            self.weights = jax.jit(prepare)(params)
+            self.weights = jax.jit(prepare, compiler_options=hardware.hasty(jax.default_backend() == "cpu"))(
+                params
+            )
         model = nnx.merge(graphdef, params)
         for name in caches.LAID_OUT:
             setattr(model, name, None)
@@ -196,6 +200,7 @@ class Sampler:
         """(i, turn, done, tokens) of requests[i] for i in members, as in `stream`, through these slots, which nobody else
         uses meanwhile."""
         index = {slots.add(requests[i]): i for i in members}
+        self._decoder_ahead([requests[i] for i in members], slots.count)
         stops = any(requests[i].stop for i in members)
         try:
             while slots.busy:
@@ -217,6 +222,15 @@ class Sampler:
         finally:  # whoever stops listening leaves the slots free
             for ticket in index:
                 slots.cancel(ticket)
+
+    def _decoder_ahead(self, requests, batch_size):
+        """Compiles, once, what makes pixels of codes of the sizes that are asked for, while the codes are written."""
+        sizes = {(request.size, batch_size) for request in requests if request.size} - self._decoding
+        self._decoding |= sizes
+        if sizes and not (self.mesh or self.refining):
+            blanks = [np.zeros((1, *size), np.int32) for size, _ in sizes]
+            work = lambda: [self.tokenizer.decode(codes, batch_size) for codes in blanks]
+            threading.Thread(target=work).start()
 
     def encoded(self, document):
         """The document with codes for all its images. ValueError for sizes that the tokenizer's patch does not divide."""

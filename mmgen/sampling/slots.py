@@ -1,6 +1,6 @@
-"""Slots: a fixed number of requests that are answered at once, in one compiled program.
+"""Slots: a fixed number of requests that are answered at once, by two compiled programs.
 
-A dispatch reads the prompts of those that just got a slot, chunk by chunk, and writes tokens in one `while_loop`
+`_fill` reads the prompts of those that just got a slot, chunk by chunk; a dispatch writes tokens in one `while_loop`
 that follows the grammar's machine, row by row. Requests come and go between dispatches. What differs between them
 (prompt, size, guidance, temperature, seed, state) is data, not program.
 
@@ -11,6 +11,7 @@ S tokens that a row's cache holds, D model, V vocabulary.
 
 import dataclasses
 import functools
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +61,7 @@ class Slots:
     """`count` requests of a `sampler` at a time, each of at most `branches` branches and `length` tokens in all.
 
     Bits: a request's tokens do not depend on its slot, on its neighbours, or on when it came; they do, in rounding,
-    on (count, branches, length), which name the compiled program.
+    on (count, branches, length), which name the compiled programs.
 
     Keys and values are reused: a row remembers the prompt that its cache begins with, and a new prompt takes over
     whole chunks of any row's that it shares, copied or in place. A dialogue's next turn, a turn after a rewind, and
@@ -89,7 +90,7 @@ class Slots:
             "min_p": strategy(np.float32), "keep_mode": strategy(bool),
             "kept": np.full((count, self.length), -1, np.int32),  # tokens of an image's codes
         }  # fmt: skip
-        self._nothing = jax.device_put(self._fill())  # the same zeros for each dispatch without new prompts
+        self._compiled = False
         self._reset()
 
     def _reset(self):
@@ -163,12 +164,18 @@ class Slots:
         if not active.any():
             return []
         target = active.sum() - 1 if self._queue or first else 0
-        model = self.sampler
+        model, graphdef = self.sampler, self.sampler.graphdef
         with model.on_mesh():
+            ahead = self._compile(active)
+            if fill is not None:
+                self._state = _fill(
+                    model.params, model.weights, self._state, fill, graphdef=graphdef, chunk=model.chunk
+                )
+            if ahead:
+                ahead.join()
             self._state, seen = _dispatch(
-                model.params, model.weights, self._state, fill, self._knobs, active, np.int32(steps),
-                np.int32(target), graphdef=model.graphdef, grammar=model.grammar, branches=self.branches,
-                chunk=model.chunk,
+                model.params, model.weights, self._state, self._knobs, active, np.int32(steps), np.int32(target),
+                graphdef=graphdef, grammar=model.grammar, branches=self.branches,
             )  # fmt: skip
         still, broken, lengths, written, rows = map(np.asarray, seen)
         if broken.any():
@@ -184,9 +191,23 @@ class Slots:
                     self._jobs[place] = None
         return found
 
+    def _compile(self, active):
+        """At first: a thread that compiles what writes, while what reads is compiled and run: that takes most of the
+        time to a first picture. Both are called as always, and find their programs then."""
+        if self._compiled or self.sampler.mesh:
+            return None
+        model, self._compiled = self.sampler, True
+        lowered = _dispatch.lower(
+            model.params, model.weights, self._state, self._knobs, active, np.int32(0), np.int32(0),
+            graphdef=model.graphdef, grammar=model.grammar, branches=self.branches,
+        )  # fmt: skip
+        thread = threading.Thread(target=lowered.compile, daemon=True)
+        thread.start()
+        return thread
+
     # What the host does between dispatches.
 
-    def _fill(self):
+    def _no_prompts(self):
         R, S = self.count * self.branches, self.length
         ints = lambda *shape: np.zeros(shape, np.int32)
         return {
@@ -196,12 +217,12 @@ class Slots:
         }  # fmt: skip
 
     def _admit(self):
-        """Gives free slots to those that wait -> what the device has to read for it.
+        """Gives free slots to those that wait -> what the device has to read for it, or None.
 
         The device fills rows in this order, and `_held` is what rows hold at each point of it."""
         if not self._queue or all(self._jobs):
-            return self._nothing
-        fill = self._fill()
+            return None
+        fill = self._no_prompts()
         while self._queue and not all(self._jobs):
             job = self._queue.pop(next(iter(self._queue)))
             free = [place for place, other in enumerate(self._jobs) if other is None]
@@ -272,19 +293,13 @@ def _empty(config, grammar, count, branches, S, dtype, int8):
     return _State(cache, hidden, hidden, zeros(R), grammar.start(R, jnp), zeros(count))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "grammar", "branches", "chunk"), donate_argnames=("state",)
-)
-def _dispatch(
-    params, weights, state, fill, knobs, active, steps, target, *, graphdef, grammar, branches, chunk
-):
-    """Fills rows with new prompts, then writes at most `steps` tokens in each slot that is `active` [N], until no
-    more than `target` of these are -> state, (active, broken [N]: logits not finite, lengths [N], written [N],
-    tokens [N, S])."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "grammar", "branches"), donate_argnames=("state",))
+def _dispatch(params, weights, state, knobs, active, steps, target, *, graphdef, grammar, branches):
+    """Writes at most `steps` tokens in each slot that is `active` [N], until no more than `target` of these are ->
+    state, (active, broken [N]: logits not finite, lengths [N], written [N], tokens [N, S])."""
     model = nnx.merge(graphdef, params)
     N = state.written.shape[0]
     every = lambda x: jnp.concatenate([x] * branches)
-    state = _fill(model, weights, state, fill, N, chunk)
     keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))
     place, start = jnp.arange(N), model.code_start
 
@@ -348,8 +363,11 @@ def _dispatch(
     return state, (active, broken, state.lengths[:N], state.written, state.cache["tokens"][:N])
 
 
-def _fill(model, weights, state, fill, N, chunk):
-    """Rows take over the chunks that others hold, read the rest of their prompts, and stand at the begin of an answer."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk"), donate_argnames=("state",))
+def _fill(params, weights, state, fill, *, graphdef, chunk):
+    """Rows take over the chunks that others hold, read the rest of their prompts, and stand at the begin of an answer
+    -> state."""
+    model, N = nnx.merge(graphdef, params), state.written.shape[0]
 
     def row(j, carry):
         cache, prompt = carry

@@ -66,6 +66,8 @@ _FREE = {
     "refine_steps",
     "sampling",
     "data.shards",  # where they lie; the stage compares what they hold
+    "held_out.shards",
+    "held_out.batches",
     "data.text",
 }
 

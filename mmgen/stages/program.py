@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mmgen.runtime import hardware
 from mmgen.runtime import mesh as meshes
 from mmgen.runtime import optimizer
 
@@ -140,13 +141,11 @@ def build(config, make, loss, mesh):
         latest = {name: measured[name][-1] for name in ("skipped", "skipped_in_row")}
         return state, jax.tree.map(lambda x: x.mean(0), measured) | latest
 
-    # It runs once, and two thirds of its time would go into making it fast (9.0 s to compile tokenizer:tiny's, or 3.2).
     on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-    hasty = {"xla_backend_optimization_level": 0} if on_cpu else None
     return Program(
         graphdef,
         shapes,
-        jax.jit(init, out_shardings=shardings, compiler_options=hasty),
+        jax.jit(init, out_shardings=shardings, compiler_options=hardware.hasty(on_cpu)),
         gradients,
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
     )

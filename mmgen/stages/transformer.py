@@ -9,17 +9,24 @@ import os
 import re
 import shutil
 
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
 from mmgen.data.loader import Rows
 from mmgen.data.shards import Shards
 from mmgen.grammar import Grammar
 from mmgen.models import transformer
 from mmgen.runtime import checkpoint, hardware
+from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
 
 
 def setup(config, workdir):
-    """See `loop.Stage`. Copies what its samples need (tokenizer, text model, grammar) to the workdir."""
+    """See `loop.Stage`. Copies what its samples need (tokenizer, text model, grammar) to the workdir, and measures the
+    loss on config.held_out, where that names shards."""
     data = config.data
     shards = Shards(*data.shards.split(","))
     grammar = shards.grammar
@@ -37,39 +44,79 @@ def setup(config, workdir):
     loss = dict(
         text=data.text_weight, image=data.image_weight, user=data.user_weight, user_images=data.user_images
     )
-    rows = Rows(
-        shards,
-        grammar,
+    how = dict(
         batch_size=data.batch_size,
         row_length=data.row_length,
-        seed=config.seed,
         loss=loss,
-        text_drop=data.text_drop,
-        image_drop=data.image_drop,
         mixture=_mixture(data.mixture),
         overlong=data.overlong,
         max_bad=data.max_bad,
+    )
+    rows = Rows(
+        shards,
+        grammar,
+        seed=config.seed,
+        text_drop=data.text_drop,
+        image_drop=data.image_drop,
         plans=workdir / "plans",
         threads=data.threads,
         workers=data.workers,
+        **how,
     )
+    measured = functools.partial(transformer.loss, code_start=grammar.code_start, **config.loss)
 
     return Stage(
         make=lambda rngs: transformer.of_codes(config.model, vocabulary, grammar.vocab_size, rngs),
-        loss=lambda model, batch, key: transformer.loss(
-            model, batch, code_start=grammar.code_start, **config.loss
-        ),
+        loss=lambda model, batch, key: measured(model, batch),
         data=rows,
         shape=(data.batch_size, data.row_length),
         axes=("batch", "length"),
         unit="tokens",
         units_a_step=data.batch_size * data.row_length,
-        evaluate=lambda graphdef, params, step: {},
+        evaluate=_held_out(config, vocabulary, grammar, measured, how),
         adopt=functools.partial(adopt, shards.folders[0], vocabulary, workdir),
         identity=vocabulary,
         flops=functools.partial(_flops, config),
         grow=functools.partial(_grow, vocabulary, config.model),
     )
+
+
+def _held_out(config, vocabulary, grammar, measured, how):
+    """The `Stage.evaluate` of config.held_out: the same first batches each time, and for every seed, of a mixture as the
+    training's, with all of each document."""
+    held_out = config.held_out
+    if not held_out.shards:
+        return lambda graphdef, params, step: {}
+    if held_out.batches < 1:
+        raise ConfigError(f"config.held_out.batches is at least 1, not {held_out.batches}")
+    shards = Shards(*held_out.shards.split(","))
+    for name in ("tokenizer_hash", "text_hash"):
+        if shards.manifest.get(name) != vocabulary[name]:
+            raise ConfigError(
+                f"config.held_out.shards={held_out.shards}: their {name} is not that of config.data.shards, so that "
+                "their tokens mean other things; make both with the same tokenizer and text model"
+            )
+    rows = Rows(shards, grammar, text_drop=0.0, **how)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def sums(graphdef, params, batch):
+        return measured(nnx.merge(graphdef, params), batch)
+
+    def evaluate(graphdef, params, step):
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        layout = NamedSharding(mesh, meshes.spec(("batch", "length"), config.sharding))
+        lines = NamedSharding(mesh, meshes.spec(("batch",), config.sharding))
+        mine, total = meshes.local_rows(lines, rows.batch_size), {}
+        for number in range(held_out.batches):
+            batch = meshes.global_batch(rows.rows_of(number, mine)[0], mine, rows.batch_size, layout)
+            for name, part in sums(graphdef, params, batch).items():
+                total[name] = total.get(name, 0.0) + np.array([float(x) for x in part])
+        return {f"held_out_{name}": total[name][0] / max(total[name][1], 1e-9) for name in _MEASURED}
+
+    return evaluate
+
+
+_MEASURED = ("loss", "image_loss", "text_loss")  # of `transformer.loss`
 
 
 def _flops(config, params):
