@@ -127,7 +127,8 @@ def main(argv):
     gate, signer = safety_from(args), signer_from(args)
     hardware.set_up()
     looks = threading.Thread(target=gate.warm)  # compiles beside all that comes before a picture is looked at
-    looks.start()
+    if args.tensor == 1:  # else programs are traced for a mesh meanwhile
+        looks.start()
     model = with_refiner(load_sampler(args), args.checkpoint, args)
     if args.batch_size is None:
         args.batch_size = min(16, len(asked) * args.best_of)
@@ -169,7 +170,8 @@ def main(argv):
         return 3
     requests = [requests[i] for i in todo]
     turns, done = {}, len(asked) - len(todo)
-    looks.join()
+    if looks.ident:
+        looks.join()
     try:
         with tqdm(total=len(asked), initial=done, desc="sample", disable=None, leave=False) as bar:
             for k, turn in answers(model, requests, args):

@@ -13,9 +13,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmgen.runtime import hardware
+from mmgen.runtime import hardware, optimizer
 from mmgen.runtime import mesh as meshes
-from mmgen.runtime import optimizer
 
 
 class Program(NamedTuple):
