@@ -11,7 +11,7 @@ import ml_collections
 
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("world", "emoji", "photos", "photos-256", "tiny", "512px-x2")
+VARIANTS = ("world", "reference", "emoji", "photos", "photos-256", "tiny", "512px-x2")
 
 
 def get_config(variant):
@@ -57,6 +57,10 @@ def get_config(variant):
     c.update(LOOP)
     c.keep_pages = True  # on CPU faster for large models: see runtime/memory.py
 
+    if variant == "reference":  # of the released model: 64 px pictures at 128, by codes of 4 x 4 pixels
+        m.flow, m.channels = False, (64, 96)
+        d.source.spec, c.held_out.spec = "world:train/draw+style+sign", "world:valid/draw+style+sign"
+        c.steps = 2400
     if variant in ("emoji", "photos", "photos-256"):  # real pictures, from img2dataset tars
         name, side = variant.partition("-")[0], 256 if variant == "photos-256" else 128
         d.source = dict(

@@ -19,6 +19,9 @@ def talks(category, n, split="valid", unseen=False, language="en"):
     return [tasks.talk(5, split, i, category, language, unseen) for i in range(n)]
 
 
+WRITTEN = (*pages.KINDS, "primer")  # tasks of pages, whose words are any
+
+
 def pairs(scene):
     return {(thing.color, thing.shape) for thing in scene.objects}
 
@@ -39,9 +42,7 @@ def test_a_talk_is_a_function_of_its_arguments_and_happens_in_any_language(categ
         if isinstance(part, str)
     ]
     assert all(
-        (any("\u3000" < c for c in words) or category in pages.KINDS)
-        and "None" not in words
-        and "{" not in words
+        (any("\u3000" < c for c in words) or category in WRITTEN) and "None" not in words and "{" not in words
         for words in said
     )
     said = [
@@ -52,7 +53,7 @@ def test_a_talk_is_a_function_of_its_arguments_and_happens_in_any_language(categ
         if isinstance(part, str)
     ]
     assert all(
-        (words.isascii() or category in pages.KINDS)
+        (words.isascii() or category in WRITTEN)
         and "None" not in words
         and "{" not in words
         and "  " not in words
@@ -60,9 +61,7 @@ def test_a_talk_is_a_function_of_its_arguments_and_happens_in_any_language(categ
     )
 
 
-@pytest.mark.parametrize(
-    "category", [name for name in tasks.TASKS if name not in (*tasks.PAGES, *pages.KINDS)]
-)
+@pytest.mark.parametrize("category", [name for name in tasks.TASKS if name not in (*tasks.PAGES, *WRITTEN)])
 def test_held_out_pairs_are_there_where_they_are_asked_for_alone(category):
     for talk in talks(category, 60, "train"):
         assert not any(held_out(*pair) for scene in tasks.scenes(talk) for pair in pairs(scene))
@@ -76,8 +75,9 @@ def test_held_out_pairs_are_there_where_they_are_asked_for_alone(category):
             )
             for turn in talk.turns
         ]
-        assert found[-1] or (category == "question" and found[0])
-        assert category == "question" or not any(found[:-1])
+        asked = category in ("question", "quiz")  # of which the picture is shown with the first
+        assert found[-1] or (asked and found[0])
+        assert asked or not any(found[:-1])
     with pytest.raises(ValueError, match="never shows"):
         tasks.talk(0, "train", 0, category, unseen=True)
 
@@ -104,6 +104,16 @@ def test_every_kind_comes_up():
         turn.task.answer for t in talks("question", 300) for turn in t.turns if turn.task.kind == "exists"
     ]
     assert 0.35 < np.mean([answer == "yes" for answer in answers]) < 0.7
+    quizzes = talks("quiz", 100)
+    assert all(len(turns) == len({turn.task for turn in turns}) <= 10 for turns in (t.turns for t in quizzes))
+    assert np.mean([len(t.turns) for t in quizzes]) > 7
+    kinds = collections.Counter(turn.task.kind for t in quizzes for turn in t.turns)
+    assert (
+        kinds.keys() == set(RICH_QUESTIONS) - {"ground", "style"} and kinds.most_common(1)[0][0] == "exists"
+    )
+    primers = talks("primer", 50)
+    assert {turn.kind for t in primers for turn in t.turns} == {"sign_read", "sign_ask"}
+    assert all(len(t.turns) > 2 and t.turns[0].asks[0] == t.turns[0].before for t in primers)
     lengths = collections.Counter(len(t.turns) for t in talks("dialogue", 200))
     assert set(lengths) == set(range(2, 7))
 

@@ -221,6 +221,16 @@ def random_question(rng, scene: Scene, rich=True) -> Question:
             return found
 
 
+def several_questions(rng, scene, kinds, count):
+    """At most `count` questions of some `kinds` about one scene, no two the same."""
+    found = {}
+    for _ in range(3 * count):
+        question = _try_question(rng, scene, pick(rng, kinds))
+        if question and len(found) < count:
+            found.setdefault(question)
+    return list(found)
+
+
 def _try_question(rng, scene, kind):
     thing = pick(rng, scene.objects)
     if kind == "ground":

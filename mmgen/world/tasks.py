@@ -28,6 +28,7 @@ from mmgen.world.edits import (
     random_edit,
     random_question,
     replaced,
+    several_questions,
 )
 from mmgen.world.pages_render import render_page
 from mmgen.world.render import render
@@ -124,6 +125,8 @@ def talk(seed, split, i, category, language="en", unseen=False, size=None) -> Ta
 
 
 _PLAIN = ("single_object", "two_object", "two_object", "position", "color_attribution", "counting", "scene")
+_QUIZ = ("exists", "exists", "count", "count", "relation", "relation", "color", "size", "pattern")
+_MANY = 10  # questions of a quiz
 _UNCLEAR = 0.025  # so near to a border of the thirds no word for a place is given
 
 
@@ -219,6 +222,35 @@ def _questions(rng, say, unseen, rich):
         shown = () if n else (scene,)
         asks = (*shown, say.ask(question))
         turns.append(Exchange(asks, (say.answer(question.answer),), question, scene, scene, question.kind))
+    return turns
+
+
+def _quiz(rng, say, unseen, rich):
+    """Many questions about one picture, to learn from: the picture is most of a document, and an answer one token. What
+    is learned last is asked most."""
+    _, scene = _some_scene(rng, rich, unseen)
+    turns = []
+    for question in several_questions(rng, scene, _QUIZ if rich else _QUIZ[:-1], _MANY):
+        asks = ((scene,) if not turns else ()) + (say.ask(question),)
+        turns.append(Exchange(asks, (say.answer(question.answer),), question, scene, scene, question.kind))
+    return turns
+
+
+def _primer(rng, say, unseen, rich):
+    """A sign that is read aloud and asked about, several times, to learn from."""
+    page, tongue = pages.random_page(rng, "sign", say.held_out), (say.language, say.rng)
+    turns = [
+        Exchange(
+            (page, say.ask_caption()),
+            (page_words.describe_page(page, *tongue),),
+            page,
+            page,
+            page,
+            "sign_read",
+        )
+    ]
+    for question, reply in list({page_words.ask_page(page, *tongue): None for _ in range(9)})[:3]:
+        turns.append(Exchange((question,), (reply,), page, page, page, "sign_ask"))
     return turns
 
 
@@ -433,6 +465,8 @@ TASKS = {
     "caption": _caption,
     "detail": _detail,
     "question": _questions,
+    "quiz": _quiz,
+    "primer": _primer,
     "compare": _compare,
     "edit": _edit,
     "style": _style,
@@ -445,7 +479,7 @@ TASKS = {
     "refusal": _refusal,
 } | {kind: functools.partial(_page, kind) for kind in pages.KINDS}
 RICH_FROM = 48  # pixels of the short side from which on what is rich is legible
-LEAST = {"style": RICH_FROM, "guarded": RICH_FROM} | pages.LEAST
+LEAST = {"style": RICH_FROM, "guarded": RICH_FROM, "primer": pages.LEAST["sign"]} | pages.LEAST
 
 
 def scenes(talk: Talk):
