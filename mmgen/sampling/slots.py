@@ -201,7 +201,9 @@ class Slots:
             model.params, model.weights, self._state, self._knobs, active, np.int32(0), np.int32(0),
             graphdef=model.graphdef, grammar=model.grammar, branches=self.branches,
         )  # fmt: skip
-        thread = threading.Thread(target=lowered.compile, daemon=True)
+        thread = threading.Thread(
+            target=lowered.compile
+        )  # no daemon: an interpreter that ends waits for the compiler
         thread.start()
         return thread
 
