@@ -9,6 +9,7 @@ from PIL import Image
 
 import mmgen as package
 from mmgen.commands.common import model_folder, towers_folder, with_defaults
+from mmgen.data.images import fit
 from mmgen.data.sources import open_source
 from mmgen.models.contrastive import load_towers
 from mmgen.safety.images import ImageLayer
@@ -66,6 +67,19 @@ def test_it_draws_what_is_asked_where_no_checkpoint_is_named(tmp_path):
 def test_it_is_whole():
     model = sampler.load(FOLDER)
     assert model.refuses and model.tokenizer.patch == 4 and model.grammar.max_side == 32
+
+
+def test_its_refiner_is_nearer_to_true_pictures_of_twice_the_size():
+    model = sampler.load(FOLDER)
+    refiner = sampler.refining(FOLDER, model.tokenizer, upscale=2).refiner
+    source = open_source("world:valid/draw+style", (128, 128), 9, documents=24)
+    real = np.stack([source.pixels(i) for i in range(24)])
+    small = np.stack([fit(image, 64, 64) for image in real])
+    codes = model.tokenizer.encode(small)
+    refined = refiner.refine(codes, list(range(24)), 1)
+    enlarged = [fit(image, 128, 128) for image in model.tokenizer.decode(codes)]
+    error = lambda images: np.square(np.float32(images) - np.float32(real)).mean()
+    assert refined.shape == real.shape and error(refined) < 0.9 * error(enlarged)  # half a decibel
 
 
 def test_its_towers_tell_what_is_said_from_what_is_not():

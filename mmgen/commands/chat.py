@@ -31,6 +31,7 @@ from mmgen.commands.common import (
 from mmgen.data import files
 from mmgen.data.images import straight
 from mmgen.document import Document, Image, Refusal, Text, Turn
+from mmgen.runtime import hardware
 from mmgen.sampling.dialogue import Dialogue
 
 HELP = """What is typed is said to the model. Lines that begin with / are for this program:
@@ -75,6 +76,7 @@ def main(argv):
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  lines can be edited and called back
 
+    hardware.set_up()
     gate, signer = safety_from(args), signer_from(args)
     model = with_refiner(load_sampler(args), args.checkpoint, args)
     document = Document([Turn("system", [Text(args.system)])] if args.system else [])

@@ -124,8 +124,8 @@ def main(argv):
             raise ValueError(
                 f"{out.suffix} files cannot be signed: choose one of {', '.join(FORMATS)}, or --no-provenance"
             )
-    gate, signer = safety_from(args), signer_from(args)
     hardware.set_up()
+    gate, signer = safety_from(args), signer_from(args)
     looks = threading.Thread(target=gate.warm)  # compiles beside all that comes before a picture is looked at
     if args.tensor == 1:  # else programs are traced for a mesh meanwhile
         looks.start()

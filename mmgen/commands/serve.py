@@ -19,6 +19,7 @@ from mmgen.commands.common import (
     with_defaults,
     with_refiner,
 )
+from mmgen.runtime import hardware
 
 
 def main(argv):
@@ -76,6 +77,7 @@ def main(argv):
     if not keys and not _is_local(args.host):
         print(f"! {args.host} is open to others, and no key is needed: see --api-keys", flush=True)
 
+    hardware.set_up()
     gates = {"off": safety_from(args)}
     if args.safety != "off":  # a client may ask for either strictness, up to the one that is named here
         gates = {args.safety: gates["off"]}

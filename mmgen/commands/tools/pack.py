@@ -11,13 +11,13 @@ from mmgen.runtime import checkpoint, packed
 
 def main(argv):
     """Packs a transformer run, with all that its samples need and what lies beside it (refiners/, safety/, towers/), into a
-    small folder to give away: weights of the transformer and of towers in 8 bits, of the rest in bfloat16. Every command takes the
+    small folder to give away: weights of the transformer, of towers and of refiners in 8 bits, of the rest in bfloat16. Every command takes the
     folder as it takes a workdir, to sample, to evaluate, and to begin a training with (config.init)."""
     parser = argparse.ArgumentParser("mmgen tools pack", description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="workdir of a transformer run")
     add("--out", required=True, metavar="DIR", help="a new folder")
-    add("--kind", choices=packed.KINDS, default="int8", help="of large arrays of the transformer and of towers")
+    add("--kind", choices=packed.KINDS, default="int8", help="of large arrays of the transformer, of towers and of refiners")
     args = parser.parse_args(argv)
     source, out = Path(args.checkpoint), Path(args.out)
     checkpoint.read_config(source, "transformer", "reinforce")
@@ -36,9 +36,9 @@ def main(argv):
             raise ValueError(
                 f"{each} reads the codes of tokenizer {theirs}, the transformer writes those of {was}"
             )
-        packed.pack(each, making / "refiners" / each.name, "bfloat16")
+        packed.pack(each, making / "refiners" / each.name, args.kind)
         if (each / "upsampler").exists():
-            packed.pack(each / "upsampler", making / "refiners" / each.name / "upsampler", "bfloat16")
+            packed.pack(each / "upsampler", making / "refiners" / each.name / "upsampler", args.kind)
     for name, kind in (("safety", "bfloat16"), ("towers", args.kind)):
         if (source / name).exists():
             packed.pack(source / name, making / name, kind)
