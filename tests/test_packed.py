@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import mmgen
 
+from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint, packed
 from mmgen.runtime.checkpoint import CheckpointError
 
@@ -58,6 +59,12 @@ def test_a_packed_model_draws_as_the_one_it_was_made_of(space, folder, tmp_path)
     assert str(space.root) not in (folder / "config.json").read_text()  # nothing of the machine that trained
     for name, array in whole.items():
         assert np.abs(array - small[name]).max() <= np.abs(array).max() / 127, name
+
+
+def test_a_packed_tokenizer_gives_the_same_codes(space, folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    was, now = (load_tokenizer(path / "tokenizer") for path in (space.transformer, folder))
+    assert was.hash != now.hash and (was.encode(pixels) == now.encode(pixels)).all()
 
 
 def test_a_training_begins_with_packed_weights(space, folder, tmp_path, capsys):

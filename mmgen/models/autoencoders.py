@@ -466,7 +466,7 @@ class Tokenizer:
             self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
         self._shapes = {}  # that each of these has a program for
         run = functools.partial(jax.jit, out_shardings=meshes.whole())
-        self._encode = run(lambda p, x: nnx.merge(graphdef, p).encode_codes(to_float(x)))
+        self._encode = run(lambda p, x: _exactly(nnx.merge(graphdef, p).encode_codes, to_float(x)))
         self._decode = run(lambda p, c: to_uint8(nnx.merge(graphdef, p).decode_codes(c)))
 
     def encode(self, images, batch=64):
@@ -543,6 +543,13 @@ class Tokenizer:
     def hash(self):
         """Identity of the trained weights: codes of one tokenizer mean nothing to another."""
         return checkpoint.weights_hash(nnx.to_pure_dict(self._params))
+
+
+def _exactly(function, x):
+    """function(x) with products in float32, whatever the chip would rather do: what is rounded to codes lies, for the commonest
+    patches, so near to a border that rounded products give other codes than those that a transformer was trained on."""
+    with jax.default_matmul_precision("highest"):
+        return function(x)
 
 
 def windows(n, tile, halo, patch, exact=True):

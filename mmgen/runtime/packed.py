@@ -5,6 +5,7 @@ bfloat16; whoever loads them gets the numbers that these stand for in float32. N
 """
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -26,14 +27,15 @@ def path_of(workdir):
     return path if path.is_file() else None
 
 
-def write(path, arrays, kind, step):
-    """Writes {name: float array} -> {name: the array that a reader will get}."""
+def write(path, arrays, kind, step, exact=None):
+    """Writes {name: float array} -> {name: the array that a reader will get}. exact: a pattern of names that are kept as they are."""
     if kind not in KINDS:
         raise ValueError(f"weights are kept in {', '.join(KINDS)}; found {kind!r}")
     kept = {}
     for name, array in arrays.items():
         array = np.asarray(array, order="C")  # np.ascontiguousarray gives a scalar an axis
-        if array.size < _LEAST or array.dtype != np.float32 or kind == "float32":
+        whole = kind == "float32" or (exact and re.search(exact, name))
+        if array.size < _LEAST or array.dtype != np.float32 or whole:
             kept[name] = array
         elif kind == "bfloat16":
             kept[name] = array.astype(ml_dtypes.bfloat16)
@@ -91,9 +93,9 @@ def _exact(array, scale):
     return values.reshape(-1)[: array.size].reshape(array.shape)
 
 
-def pack(workdir, out, kind):
-    """Packs the newest weights of a run into the folder `out`, beside its config and what else those need who load it;
-    returns the arrays {name: float32} that they will have. Where things lay on the machine that trained is left out."""
+def pack(workdir, out, kind, exact=None):
+    """Packs the newest weights of a run into the folder `out`, beside its config and what else those need who load it, those that the
+    pattern `exact` names as they are; returns the arrays {name: float32} that they will have. Where things lay on the machine that trained is left out."""
     from mmgen.runtime import checkpoint
 
     workdir, out = Path(workdir), Path(out)
@@ -111,4 +113,4 @@ def pack(workdir, out, kind):
     if "attention" in config.get("model", {}):  # whose kernel it was
         config["model"]["attention"] = "auto"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return write(out / NAME, arrays, kind, step)
+    return write(out / NAME, arrays, kind, step, exact)

@@ -11,13 +11,19 @@ from mmgen.runtime import checkpoint, packed
 
 def main(argv):
     """Packs a transformer run, with all that its samples need and what lies beside it (refiners/, safety/, towers/), into a
-    small folder to give away: weights of the transformer, of towers and of refiners in 8 bits, of the rest in bfloat16. Every command takes the
+    small folder to give away: weights of the transformer, of towers and of refiners in 8 bits, of the rest in bfloat16, but for what makes codes of
+    pixels, which stays as it is. Every command takes the
     folder as it takes a workdir, to sample, to evaluate, and to begin a training with (config.init)."""
     parser = argparse.ArgumentParser("mmgen tools pack", description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="workdir of a transformer run")
     add("--out", required=True, metavar="DIR", help="a new folder")
-    add("--kind", choices=packed.KINDS, default="int8", help="of large arrays of the transformer, of towers and of refiners")
+    add(
+        "--kind",
+        choices=packed.KINDS,
+        default="int8",
+        help="of large arrays of the transformer, of towers and of refiners",
+    )
     args = parser.parse_args(argv)
     source, out = Path(args.checkpoint), Path(args.out)
     checkpoint.read_config(source, "transformer", "reinforce")
@@ -28,7 +34,9 @@ def main(argv):
     making.mkdir(parents=True)
 
     packed.pack(source, making, args.kind)
-    packed.pack(source / "tokenizer", making / "tokenizer", "bfloat16")
+    # A code is what its features are rounded to, and those of the commonest patches lie at a border: whoever rounds the encoder
+    # too gives a transformer other codes than it was trained on.
+    packed.pack(source / "tokenizer", making / "tokenizer", "bfloat16", exact="^(encoder|to_features)/")
     was = load_tokenizer(source / "tokenizer").hash
     for each in sorted((source / "refiners").glob("*/")):
         theirs = load_tokenizer(each / "tokenizer").hash if (each / "tokenizer").exists() else was
