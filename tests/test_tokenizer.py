@@ -41,7 +41,7 @@ VQ = [
 def plain(tmp_path_factory):
     """The workdir of a tiny run without an adversary."""
     workdir = tmp_path_factory.mktemp("plain")
-    loop.train(config_of(PLAIN), workdir)
+    assert 0 <= loop.train(config_of(PLAIN), workdir)["near_border"] < 1
     return workdir
 
 

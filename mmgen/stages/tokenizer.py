@@ -17,6 +17,7 @@ from mmgen.models import contrastive, image_losses
 from mmgen.models.autoencoders import Autoencoder, Tokenizer, to_float
 from mmgen.models.contrastive import load_towers
 from mmgen.models.discriminators import PatchGAN, adversarial
+from mmgen.models.quantizers import FSQ
 from mmgen.runtime import checkpoint
 from mmgen.runtime.config import ConfigError
 from mmgen.stages.loop import Stage
@@ -228,6 +229,9 @@ def loss(model, batch, key, *, weights, noise, recolor, color_digits, floor, gan
     back = model.decode(disturbed(given, key, noise) if noise else given)
     mse = image_losses.l2(back, images)
     measured = {"batch_psnr": 10 * jnp.log10(4.0 / (mse + 1e-6)), **watched}
+    if type(model.quantizer) is FSQ:  # codes that any other arithmetic may give otherwise
+        bounded = model.quantizer.bound(features)
+        measured["near_border"] = ((0.5 - jnp.abs(bounded - jnp.round(bounded))).min(-1) < 0.01).mean()
     terms = {  # of those that have a weight: [B] or []
         "log_mse": lambda: jnp.log(mse + floor),
         "l1": lambda: image_losses.l1(back, images),
