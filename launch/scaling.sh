@@ -47,7 +47,8 @@ size() {  # name, width, layers, heads, hidden units, of outlines, steps
     --config.model.width="$2" --config.model.layers="$3" --config.model.heads="$4" --config.model.kv_heads="$4" \
     --config.model.head_dim=32 --config.model.mlp="$5" --config.model.outline="$6" --config.steps="${steps:-$7}" \
     --config.model.dtype=float32 --config.model.unroll=true --config.keep_pages=true --config.data.batch_size=8 --config.data.row_length=640 \
-    --config.ema=0.99 --config.optimizer.warmup=50 --config.optimizer.final=1.0 --config.save_every=200
+    --config.ema=0.99 --config.optimizer.warmup=50 --config.optimizer.final=1.0 --config.save_every=200 \
+    --config.optimizer.learning_rate=1.5e-2 --config.optimizer.adam_learning_rate=4e-3
 }
 size xs 64 2 2 176 48 1200
 size s 96 3 3 256 64 1200

@@ -153,7 +153,7 @@ _FLAGS = {
         # Fewer copies of whole tensors before they are written again: 2 % of a step, bit for bit the same. Of the
         # others tried each was slower or changed nothing.
         "--xla_cpu_copy_insertion_use_region_analysis=true",
-        # A quarter less to compile, the same bits; steps take as long, and sampling a tenth less. (Level 0 takes half of
+        # A fifth less to compile, the same bits; steps take as long, and sampling a tenth less. (Level 0 takes half of
         # the compiling and doubles what is run.)
         "--xla_backend_optimization_level=1",
         "--xla_llvm_disable_expensive_passes=true",
