@@ -5,7 +5,7 @@
 #
 #   launch/scaling.sh runs/scaling && python benchmarks/scaling.py runs/scaling/*/config.json
 #
-# Run it again and it goes on where it was; `launch/scaling.sh runs/try 2000 2` learns nothing (a divisor of documents, steps).
+# Run it again and it goes on where it was; `launch/scaling.sh runs/try 200 2` learns nothing (a divisor of documents, steps).
 set -euo pipefail
 dir=${1:?usage: launch/scaling.sh FOLDER [DIVISOR [STEPS]]}
 divisor=${2:-1} steps=${3:-}
