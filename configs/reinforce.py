@@ -25,7 +25,7 @@ def get_config(variant):
     d.batch_size, d.group = 128, 8  # pictures a step; how many of them one prompt asks for
     d.slots = 64  # pictures that are drawn at once
     d.workers = 0  # processes that reward pictures; 0: none but the run's own
-    d.temperature = 1.0
+    d.temperature, d.keep_mode = 1.0, False  # as pictures are drawn: see sampling/strategies.py
     d.longest = 104  # tokens of a row: a prompt and its picture
     d.row_length = base.data.row_length  # of whoever samples from the run
 

@@ -17,7 +17,7 @@ from mmgen.runtime import mesh as meshes
 from mmgen.runtime.config import ConfigError
 from mmgen.sampling import sampler as samplers
 from mmgen.sampling.sampler import Request
-from mmgen.sampling.strategies import Strategy
+from mmgen.sampling.strategies import Strategy, choose
 from mmgen.stages import loop, program, reinforce
 from mmgen.world import tasks, wishes
 from mmgen.world.render import render
@@ -129,6 +129,42 @@ def test_draws_follow_the_log_probs(measured):
     spread = lambda t: np.asarray(-measured[0](t)[0] - measured[0](t)[1]).ravel()
     error = lambda x: abs(x.mean()) / (x.std() / len(x) ** 0.5)
     assert error(spread(TEMPERATURE)) < 4 < error(spread(1.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_the_policy_with_the_mode_kept_is_what_the_sampler_chooses_by(temperature):
+    """Against `choose`, asked 4,096 times for each row: the likeliest above a half, or written before, or neither."""
+    logits = np.array([[3, 0, 0.5, -1, 0], *[[1, 0.7, 0.9, 0, -2]] * 3], np.float32)
+    previous, n = np.array([-1, 0, 1, -1], np.int32), 4096
+    row = lambda value, dtype: np.full(n, value, dtype)
+    told, entropy = reinforce._chosen(
+        np.repeat(logits[None], 5, 0), np.repeat(np.arange(5)[:, None], 4, 1), previous[None], temperature, True
+    )
+    p = np.exp(np.asarray(told)).T  # [rows, tokens]
+    for each, before, expected in zip(logits, previous, p):
+        found = choose(
+            np.tile(each, (n, 1)), np.ones((n, 5), bool), (np.arange(n, dtype=np.float32) + 0.5) / n,
+            row(before, np.int32), row(temperature, np.float32), row(0, np.int32), row(1, np.float32),
+            row(0, np.float32), row(True, bool),
+        )  # fmt: skip
+        np.testing.assert_allclose(np.bincount(found, minlength=5) / n, expected, atol=2 / n)
+    np.testing.assert_allclose(np.asarray(entropy)[0], -(p * np.log(p)).sum(1), rtol=1e-5)
+    gradient = jax.grad(lambda x: reinforce._chosen(x, np.array([[1]]), np.array([[-1]]), temperature, True)[0].sum())
+    assert np.isfinite(gradient(50 * logits[None, :1])).all()  # sure of another one
+
+
+def test_draws_with_the_mode_kept_follow_their_log_probs(space, sampler):
+    """As below, of pictures that were drawn so: their mean -log p is the entropy of that policy, not of another."""
+    model = nnx.merge(*whole_model(space.transformer))
+    data = config_of(["--config", "reinforce:tiny", "--config.data.temperature=0.3", "--config.data.keep_mode=True"]).data
+    items = [world.item(0, "train", i, category="counting") for i in np.repeat([0, 1], 8)]
+    batch, _ = reinforce._rows(
+        reinforce._draw(sampler, items, [*range(8)] * 2, (8, 8), data)[0], sampler.grammar, 64, data.longest
+    )
+    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, codes=64, temperature=0.3)
+    error = lambda x: abs(x.mean()) / (x.std() / x.size**0.5)
+    spread = lambda keep: -np.add(*map(np.asarray, measure(model, batch, keep_mode=keep)))
+    assert error(spread(True)) < 4 < error(spread(False))
 
 
 def test_the_same_sampler_with_other_weights_compiles_nothing(space, sampler):

@@ -75,7 +75,8 @@ def setup(config, workdir):
     prompts = Prompts(data, config.seed, "train", text, room, codes, data.group)
     held_out = Prompts(data, config.seed, "valid", text, room, codes, 1)
     painter = _painter(config, grammar, text, tokenizer)
-    measure = functools.partial(log_probs, grammar=grammar, codes=codes, temperature=data.temperature)
+    policy = dict(temperature=data.temperature, keep_mode=data.keep_mode)
+    measure = functools.partial(log_probs, grammar=grammar, codes=codes, **policy)
     scorer = functools.cache(lambda graphdef: _scorer(graphdef, measure, config.accumulate))
     reference = []  # its parameters, once they are read
 
@@ -177,7 +178,13 @@ def _check(config, grammar, tokenizer):
         raise ConfigError(
             f"config.data.size={tuple(data.size)} must be multiples of {patch}, up to {patch * grammar.max_side}"
         )
-    bounds = {"data.temperature": 1e-3, "data.slots": 1, "data.workers": 0, "held_out.prompts": 0, "loss.kl": 0}
+    bounds = {
+        "data.temperature": 1e-3,
+        "data.slots": 1,
+        "data.workers": 0,
+        "held_out.prompts": 0,
+        "loss.kl": 0,
+    }
     for name, value in bounds.items():
         found = functools.reduce(lambda node, key: node[key], name.split("."), config)
         if not found >= value:
@@ -350,9 +357,9 @@ def _draw(sampler, items, seeds, grid, data):
     asked = {id(item): item for item in items}  # a group has one
     documents = (wishes.document(item, data.size) for item in asked.values())
     documents = dict(zip(asked, sampler.encode(documents)))
+    policy = Strategy(data.temperature, keep_mode=data.keep_mode)
     requests = [
-        Request(documents[id(item)], size=grid, seed=seed, image=Strategy(data.temperature))
-        for item, seed in zip(items, seeds)
+        Request(documents[id(item)], size=grid, seed=seed, image=policy) for item, seed in zip(items, seeds)
     ]
     tokens, pixels = [None] * len(requests), [None] * len(requests)
     slots = Slots(sampler, min(data.slots, data.batch_size), 1, data.longest + 3)  # <eoi> <end> <eos>
@@ -382,12 +389,12 @@ def _rows(drawn, grammar, codes, T):
 # ---- the policy -------------------------------------------------------------------------------------
 
 
-def log_probs(model, batch, *, grammar, codes, temperature):
+def log_probs(model, batch, *, grammar, codes, temperature, keep_mode=False):
     """Of a batch's codes, in their order: log-probability and entropy in nats, float32 [B, n] each.
 
     They are those of the distribution that the sampler draws from: at a code the grammar allows the codes of its
-    depth alone, and the softmax is over these, of logits / temperature (of colours and then of outlines, where codes are told
-    in two steps). What the grammar forces or the request
+    depth alone, and the softmax is over these, of logits / temperature, with `keep_mode` as strategies have it (of
+    colours and then of outlines, where codes are told in two steps). What the grammar forces or the request
     decides (<boi>, the size, <eoi>, <end>) has probability 1 there, and no part in the loss.
     """
     x = model(*(batch[name] for name in ("tokens", "segments", "positions")))
@@ -396,23 +403,41 @@ def log_probs(model, batch, *, grammar, codes, temperature):
     token = (jnp.take_along_axis(batch["tokens"], at, 1) - grammar.code_start) % grammar.codes
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     table = lambda rows: rows.astype(model.dtype)
+    chosen = functools.partial(_chosen, temperature=temperature, keep_mode=keep_mode)
     if model.colors:
         # As they are drawn, colour by colour and outline by outline. The entropy of outlines is that with the colour
         # which was drawn: the mean over draws is that of codes.
         outline, color = jnp.divmod(token, model.colors)
         colors = product("bnd,vd->bnv", x, table(model.head_table()[grammar.code_start : model.first]))
-        first = _chosen(colors / temperature, color)
-        return jax.tree.map(jnp.add, first, _chosen(model.outline.given(x, color) / temperature, outline))
+        same = jnp.where(color == _one_before(color), _one_before(outline), -1)
+        first = chosen(colors, color, _one_before(color))
+        return jax.tree.map(jnp.add, first, chosen(model.outline.given(x, color), outline, same))
     rows = table(model.head_table()[grammar.code_start : grammar.vocab_size])
     rows = rows.reshape(grammar.depth, grammar.codes, -1)
     x = x.reshape(len(x), -1, grammar.depth, x.shape[-1])
     logits = product("bpkd,kvd->bpkv", x, rows)
-    return _chosen(logits.reshape(*token.shape, -1) / temperature, token)
+    # A code's earlier parts are of other depths, so that it repeats none.
+    same = _one_before(token) if grammar.depth == 1 else jnp.full_like(token, -1)
+    return chosen(logits.reshape(*token.shape, -1), token, same)
 
 
-def _chosen(logits, chosen):
-    """Log-probabilities of the chosen int32 [B, n] by logits [B, n, V], and the entropies, float32 [B, n] each."""
-    logs = jax.nn.log_softmax(logits)
+def _one_before(x):
+    """[B, n] one place later, -1 at first."""
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+
+
+def _chosen(logits, chosen, previous, temperature, keep_mode):
+    """Log-probabilities of the chosen int32 [B, n] by logits [B, n, V], and the entropies, float32 [B, n] each. `previous`
+    int32 [B, n] are the tokens before, -1 for none."""
+    logs = jax.nn.log_softmax(logits / temperature)
+    if keep_mode:  # strategies.choose, as a function with a gradient
+        plain, at = jax.nn.log_softmax(logits), jnp.argmax(logits, -1, keepdims=True)
+        likeliest = jnp.arange(logits.shape[-1]) == at
+        others = lambda x: jnp.where(likeliest, -1e30, x)
+        rest = jax.nn.logsumexp(others(plain), -1, keepdims=True)
+        kept = jnp.where(likeliest, plain, jax.nn.log_softmax(others(logits / temperature)) + rest)
+        keeps = (plain.max(-1, keepdims=True) > jnp.log(0.5)) | (at == previous[..., None])
+        logs = jnp.where(keeps, kept, logs)
     return jnp.take_along_axis(logs, chosen[..., None], 2)[..., 0], -(jnp.exp(logs) * logs).sum(-1)
 
 
