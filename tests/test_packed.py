@@ -73,6 +73,30 @@ def test_a_training_begins_with_packed_weights(space, folder, tmp_path, capsys):
     assert "left as initialised: none" in capsys.readouterr().out
 
 
+def test_what_runs_have_learned_since_is_added(space, folder, tmp_path, capsys):
+    pack = lambda *flags: mmgen("tools", "pack", "--checkpoint", space.transformer, "--kind", "float32", *flags)
+    for n in (1, 2):
+        flags = [*space.transformer_flags, "--config.steps=3", f"--config.seed={n}", "--config.optimizer.warmup=0"]
+        assert mmgen("train", *flags, f"--config.init={space.transformer}", "--workdir", tmp_path / f"run{n}") == 0
+    one, two = tmp_path / "run1", tmp_path / "run2"
+    assert pack("--add", one, "--add", f"{two}=0.5", "--out", tmp_path / "both") == 0
+    base, a, b, both = (
+        checkpoint.weights(each)[0] for each in (space.transformer, one, two, tmp_path / "both")
+    )
+    assert any(np.abs(a[name] - b[name]).max() > 1e-3 for name in base)
+    for name, array in both.items():
+        np.testing.assert_allclose(array, 0.5 * (base[name] + b[name]) + a[name] - base[name], atol=1e-5)
+    for wrong, message in (
+        (folder, "mean other things"), (f"{one}=half", "expected DIR or DIR=WEIGHT"), (space.tokenizer, "transformer")
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert pack("--add", wrong, "--out", tmp_path / "wrong") != 0
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ValueError, match="did not begin with"):
+        packed.pack(space.transformer, tmp_path / "wrong", "float32", more=[(space.tokenizer, 1.0)])
+
+
 def test_packed_folders_are_exported_and_tokenise(space, folder, tmp_path):
     assert checkpoint.export(folder, tmp_path / "copy") == checkpoint.latest(space.transformer)
     for name, array in checkpoint.weights(folder)[0].items():

@@ -93,13 +93,27 @@ def _exact(array, scale):
     return values.reshape(-1)[: array.size].reshape(array.shape)
 
 
-def pack(workdir, out, kind, exact=None):
+def pack(workdir, out, kind, exact=None, more=()):
     """Packs the newest weights of a run into the folder `out`, beside its config and what else those need who load it, those that the
-    pattern `exact` names as they are; returns the arrays {name: float32} that they will have. Where things lay on the machine that trained is left out."""
+    pattern `exact` names as they are; returns the arrays {name: float32} that they will have. Where things lay on the machine that trained is left out.
+
+    more: (workdir, weight) of runs that began with these weights; what each changed, times its weight, is added (task arithmetic,
+    arXiv:2212.04089), so that runs on unlike tasks, side by side on machines that share nothing, make one model.
+    """
     from mmgen.runtime import checkpoint
 
     workdir, out = Path(workdir), Path(out)
     arrays, step = checkpoint.weights(workdir)
+    total, shapes = dict(arrays), lambda arrays: {(name, array.shape) for name, array in arrays.items()}
+    for run, weight in more:
+        theirs, _ = checkpoint.weights(run)
+        if shapes(theirs) != shapes(arrays):
+            raise ValueError(
+                f"{run} did not begin with {workdir}: arrays of the same names and shapes were expected, but "
+                f"{min(dict(shapes(theirs) ^ shapes(arrays)))} is not the same in both"
+            )
+        for name, array in arrays.items():
+            total[name] = total[name] + np.float32(weight) * (theirs[name] - array)
     config = checkpoint.read_config(workdir)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("vocabulary.json", "text.model", "calibration.json"):
@@ -113,4 +127,4 @@ def pack(workdir, out, kind, exact=None):
     if "attention" in config.get("model", {}):  # whose kernel it was
         config["model"]["attention"] = "auto"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return write(out / NAME, arrays, kind, step, exact)
+    return write(out / NAME, total, kind, step, exact)

@@ -24,16 +24,25 @@ def main(argv):
         default="int8",
         help="of large arrays of the transformer, of towers and of refiners",
     )
+    add(
+        "--add",
+        action="append",
+        default=[],
+        metavar="DIR[=WEIGHT]",
+        help="another run that began with these weights (config.init): what it has learned since, times WEIGHT (1), is added "
+        "to them; as often as there are runs",
+    )
     args = parser.parse_args(argv)
     source, out = Path(args.checkpoint), Path(args.out)
     checkpoint.read_config(source, "transformer", "reinforce")
+    more = [_addend(source, each) for each in args.add]
     if out.exists():
         raise ValueError(f"{out} exists already: name a new folder, or remove it")
     making = out.with_name(out.name + ".packing")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
 
-    packed.pack(source, making, args.kind)
+    packed.pack(source, making, args.kind, more=more)
     # A code is what its features are rounded to, and those of the commonest patches lie at a border: whoever rounds the encoder
     # too gives a transformer other codes than it was trained on.
     packed.pack(source / "tokenizer", making / "tokenizer", "bfloat16", exact="^(encoder|to_features)/")
@@ -57,3 +66,20 @@ def main(argv):
     making.rename(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
+
+
+def _addend(source, text):
+    """DIR[=WEIGHT] as (the workdir, the weight), where it is a run whose tokens mean what those of `source` mean."""
+    name, equals, weight = text.rpartition("=")
+    try:
+        run, weight = (Path(name), float(weight)) if equals else (Path(text), 1.0)
+    except ValueError:
+        raise ValueError(f"--add: expected DIR or DIR=WEIGHT, as in runs/more=0.5; found {text!r}") from None
+    checkpoint.read_config(run, "transformer", "reinforce")
+    ours, theirs = (json.loads((each / "vocabulary.json").read_text()) for each in (source, run))
+    wrong = [name for name in ("grammar_hash", "text_hash", "tokenizer_hash") if ours[name] != theirs[name]]
+    if wrong:
+        raise ValueError(
+            f"--add: the tokens of {run} mean other things than those of {source} ({', '.join(wrong)} differ)"
+        )
+    return run, weight
