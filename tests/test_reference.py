@@ -1,13 +1,17 @@
 """The model that comes with mmgen: it is there, it is small, and it draws what it is asked for where none is named."""
 
+import functools
 import json
 from argparse import Namespace
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import mmgen as package
+from mmgen import world
 from mmgen.commands.common import model_folder, towers_folder, with_defaults
 from mmgen.data.images import fit
 from mmgen.data.sources import open_source
@@ -15,9 +19,10 @@ from mmgen.models.contrastive import load_towers
 from mmgen.safety.images import ImageLayer
 from mmgen.safety.policy import Policy
 from mmgen.sampling import sampler
+from mmgen.stages import reinforce
 from mmgen.text import Text
 from mmgen.world.judge import parse
-from tests.conftest import ROOT, mmgen
+from tests.conftest import ROOT, config_of, mmgen, whole_model
 
 FOLDER = ROOT / "mmgen" / "reference"
 
@@ -121,3 +126,24 @@ def test_its_eyes_let_pages_pass_and_no_symbols():
             shown.setdefault((task == "guarded", source.fields(i)["symbol"]), []).append(passed)
     assert np.mean(shown[False, "no"]) >= 0.98 and len(shown[False, "no"]) == 160
     assert np.mean(shown[True, "no"]) >= 0.95 and np.mean(shown[True, "yes"]) <= 0.05
+
+
+def test_rewards_are_learned_by_the_policy_that_draws():
+    """As in test_reinforce.py, of codes told in two steps: the mean -log p of pictures is the entropy of the policy that
+    drew them, low temperature with the mode kept, and not of low temperature alone."""
+    data = config_of(
+        ["--config", "reinforce:reference", "--config.data.temperature=0.3", "--config.data.keep_mode=True"]
+        + ["--config.data.batch_size=8", "--config.data.slots=8", "--config.data.longest=320"]
+    ).data
+    items = [world.item(5, "train", i, category="counting") for i in range(8)]
+    model = sampler.load(FOLDER)
+    drawn, _ = reinforce._draw(model, items, range(8), (16, 16), data)
+    batch, _ = reinforce._rows(drawn, model.grammar, 256, data.longest)
+    measure = functools.partial(reinforce.log_probs, grammar=model.grammar, codes=256, temperature=0.3)
+    whole = nnx.merge(*whole_model(FOLDER))
+
+    def error(keep_mode):
+        x = -np.add(*map(np.asarray, jax.jit(functools.partial(measure, keep_mode=keep_mode))(whole, batch)))
+        return abs(x.mean()) / (x.std() / x.size**0.5)
+
+    assert error(True) < 4 < error(False)
