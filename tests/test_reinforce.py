@@ -233,10 +233,27 @@ def test_the_loss_by_hand():
     # Where the model that drew is the one that learns: the plain policy gradient.
     del batch["old"]
     np.testing.assert_allclose(slope(batch, 0.0), -np.repeat(gains[:, None], n, 1), rtol=1e-6)
+    # Without a penalty a part of flat groups alone is not computed, and counts in the mean of the others.
+    flat = batch | {"advantage": row([0] * B)}
+    found = {name: [float(x) for x in value] for name, value in run(jnp.asarray(logs), flat, kl=0.0).items()}
+    assert found["loss"] == [0, B * n] and found["entropy"] == [0, 0] and found["reward"] == [9, 4]
+    assert not np.asarray(slope(flat, 0.0)).any()
     # The penalty draws towards the reference, and is nothing there.
     assert (
         np.sign(np.asarray(slope(batch | {"advantage": row([0] * B)}, 1.0))) == np.sign(logs - reference)
     ).all()
+
+
+@pytest.mark.parametrize("updates, parts", [(1, 1), (1, 4), (2, 2), (2, 4)])
+def test_rows_that_teach_fill_the_first_parts_of_each_update(updates, parts):
+    idle = np.random.default_rng(0).random(32) < 0.6
+    order = reinforce._first_parts(idle, updates, parts)
+    assert sorted(order) == [*range(32)]
+    teach = np.asarray(program.parts(~idle[order], updates)).reshape(updates, -1)
+    teach = np.stack([program.parts(each, parts) for each in teach])  # [updates, parts, rows]
+    most = 32 // updates // parts
+    assert (np.diff((teach.sum(2) > 0).astype(int), axis=1) <= 0).all()  # no idle part before one that teaches
+    assert (teach.any(2).sum() - updates) * most <= (~idle).sum()
 
 
 def test_updates_are_steps_one_after_the_other():

@@ -114,6 +114,8 @@ def setup(config, workdir):
         }
         # Whole rows, as all of a batch is: the mesh may split them.
         batch |= {name: np.repeat(np.float32(x)[:, None], data.longest, 1) for name, x in watched.items()}
+        order = _first_parts(gains == 0, config.updates, config.accumulate)
+        batch, at = {name: x[order] for name, x in batch.items()}, at[order]
         if config.loss.kl and not reference:
             reference.append(checkpoint.load_weights(workdir / REFERENCE, program.shapes["params"])[0])
         models = {"reference": each for each in reference}
@@ -267,6 +269,14 @@ def advantages(rewards, normalise=False):
     if normalise:
         gains /= rewards.std(1, keepdims=True) + 1e-4
     return gains.astype(np.float32).ravel()
+
+
+def _first_parts(idle, updates, parts):
+    """The order of rows in which those that teach, not `idle` [B], fill the first parts of each update: see `loss`."""
+    place = np.arange(len(idle)) // updates % parts  # the part of each row: program.parts
+    order = np.empty(len(idle), int)
+    order[np.argsort(place, kind="stable")] = np.argsort(idle, kind="stable")
+    return order
 
 
 # ---- what is drawn ----------------------------------------------------------------------------------
@@ -477,25 +487,34 @@ def loss(model, batch, key, *, measure, clip, kl, codes):
     the two is 1, with a gradient. `clip` is how far the ratio may fall below 1 and rise above it before it earns
     nothing more; unequal ones are DAPO's (arXiv:2503.14476). The penalty is the k3 estimator of the KL divergence
     from the model to the reference, exp(d) - d - 1 with d = log(reference / model) (Schulman, "Approximating KL
-    Divergence").
+    Divergence"). Without a penalty flat groups have no gradient: a part of the batch (`config.accumulate`) with these
+    alone is not computed, and "entropy" and "clipped" are of the others.
 
     GRPO's mean over the tokens of each answer is biased where answers differ in length (arXiv:2503.20783); pictures
     of one size have equally many codes.
     """
-    logs, entropy = measure(model, batch)
-    at = _places(batch, codes)
-    of = lambda name: jnp.take_along_axis(batch[name], at, 1)
-    old = of("old") if "old" in batch else jax.lax.stop_gradient(logs)
-    ratio, gain = jnp.exp(logs - old), of("advantage")
-    plain = ratio * gain
-    surrogate = jnp.minimum(plain, jnp.clip(ratio, 1 - clip[0], 1 + clip[1]) * gain)
-    terms = {"loss": -surrogate, "entropy": entropy}
-    if "old" in batch:
-        terms["clipped"] = surrogate < plain
-    if "reference" in batch:
-        d = of("reference") - logs
-        terms["kl"] = jnp.exp(d) - d - 1
-        terms["loss"] += kl * terms["kl"]
-    found = {name: (value.sum(), jnp.float32(value.size)) for name, value in terms.items()}
+
+    def learned():
+        logs, entropy = measure(model, batch)
+        at = _places(batch, codes)
+        of = lambda name: jnp.take_along_axis(batch[name], at, 1)
+        old = of("old") if "old" in batch else jax.lax.stop_gradient(logs)
+        ratio, gain = jnp.exp(logs - old), of("advantage")
+        plain = ratio * gain
+        surrogate = jnp.minimum(plain, jnp.clip(ratio, 1 - clip[0], 1 + clip[1]) * gain)
+        terms = {"loss": -surrogate, "entropy": entropy}
+        if "old" in batch:
+            terms["clipped"] = surrogate < plain
+        if "reference" in batch:
+            d = of("reference") - logs
+            terms["kl"] = jnp.exp(d) - d - 1
+            terms["loss"] += kl * terms["kl"]
+        return {name: (value.sum(), jnp.float32(value.size)) for name, value in terms.items()}
+
+    nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learned))
+    # Of a part of the batch with flat groups alone there is nothing to learn, unless to stay near the reference.
+    found = learned() if kl else jax.lax.cond(jnp.any(batch["advantage"] != 0), learned, nothing)
+    drawn = jnp.float32(len(batch["weights"]) * codes)  # the loss is a mean over all of them
+    found |= {"loss": (found["loss"][0], drawn)}
     rows = [name for name in batch if name.startswith("reward") or name == "flat"]
     return found | {name: (batch[name][:, 0].sum(), jnp.float32(len(batch[name]))) for name in rows}
