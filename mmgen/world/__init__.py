@@ -34,7 +34,7 @@ class Item:
 def item(seed, split, i, category=None, language="en", unseen=None) -> Item:
     """Item i of a split: a pure function of its arguments, the same on every machine.
 
-    category: one of CATEGORIES, "scene", or None for the training MIXTURE.
+    category: one of CATEGORIES, "scene", "mixed_counting" (two groups, one of them of several), or None for the training MIXTURE.
     unseen: True states a held-out colour-shape pair; otherwise none is in the picture.
     """
     if split not in SPLITS:

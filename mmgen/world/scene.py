@@ -215,6 +215,7 @@ _STATED = {
     "position": (0.6, 0.3),
     "color_attribution": (1.0, 0.0),
     "scene": (1.0, 0.25),
+    "mixed_counting": (0.5, 0.25),
 }
 _TOLD = (0.7, 0.6)  # at least so often in training: words that say what is seen teach their meaning sooner
 RELATED = 0.5  # how often it states, of two groups, a relation that they happen to be in
@@ -222,7 +223,7 @@ _ROWS = 8  # of reading order: things that begin at about the same height are re
 
 
 def random_item(rng, category: str, unseen: bool, told: bool = False) -> tuple[Claim, Scene]:
-    """A claim of the category, or of "scene" (3-4 mixed objects), and a scene where it is true.
+    """A claim of the category, or of "scene" (3-4 mixed objects) or "mixed_counting", and a scene where it is true.
 
     rng: numpy Generator. unseen: some stated colour-shape pair is held out; otherwise no
     held-out pair is anywhere in the scene, stated or not. told: the claim says more, for training, and
@@ -272,6 +273,8 @@ def _counts(rng, category):
         return (1,)
     if category == "scene":
         return pick(rng, ((1, 1, 1), (2, 1), (1, 2), (1, 1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 2), (3, 1)))
+    if category == "mixed_counting":  # the part of counting that takes most learning: which group is complete
+        return pick(rng, ((2, 1), (3, 1), (2, 2)))
     if category == "counting":
         if rng.random() < 0.7:
             return (1 + int(rng.random() * MOST),)

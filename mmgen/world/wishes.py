@@ -8,7 +8,7 @@ from mmgen.world import pages, tasks
 from mmgen.world.scene import CATEGORIES, Claim
 
 TASKS = ("draw", "edit", "style", "mix", *pages.KINDS)  # which a picture answers, or may
-KINDS = (*CATEGORIES, "scene", *TASKS)
+KINDS = (*CATEGORIES, "scene", "mixed_counting", *TASKS)
 
 
 @dataclass(frozen=True)
