@@ -10,6 +10,7 @@ from PIL import Image as Pillow
 from mmgen.commands import chat
 from mmgen.commands import sample as command
 from mmgen.document import Document, Image, Text, Turn
+from mmgen.sampling.dialogue import Dialogue
 from mmgen.sampling.sampler import Request, Sampler, best_of, draw_seed
 from mmgen.sampling.strategies import Strategy
 from tests.conftest import mmgen
@@ -213,9 +214,9 @@ def test_nothing_is_replaced_or_drawn_in_vain(sample, tmp_path, capsys):
 # ---- chat -----------------------------------------------------------------------------------------
 
 
-def talk(space, monkeypatch, tmp_path, *lines, flags=()):
+def talk(space, monkeypatch, tmp_path, *lines, flags=(), stdin=io.StringIO):
     """The exit status of a chat with these lines typed."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    monkeypatch.setattr("sys.stdin", stdin("".join(f"{line}\n" for line in lines)))
     flags = ("--out", tmp_path / "chat", "--size", "16x16", "--output", "image", *flags)
     return mmgen("chat", "--checkpoint", space.transformer, "--temperature", 1.0, *flags)
 
@@ -246,6 +247,22 @@ def test_a_chat(space, monkeypatch, tmp_path, capsys):
     resumed = go_on()
     assert talk(space, monkeypatch, tmp_path, *talked[:3], "more", save) == 0
     assert resumed == go_on() and len(resumed["turns"]) == 6
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_chat_with_a_terminal_compiles_while_its_user_types(space, monkeypatch, tmp_path):
+    began, warm = [], Dialogue.warm
+    monkeypatch.setattr(Dialogue, "warm", lambda self: (began.append(self.turns), warm(self)))
+    for stdin in (Terminal, io.StringIO):  # from a pipe the words are there already
+        flags = ("--no-provenance", "--show", "none")
+        assert talk(space, monkeypatch, tmp_path, "a star", flags=flags, stdin=stdin) == 0
+    assert began == [0]
+    first, second = (np.asarray(Pillow.open(path)) for path in sorted((tmp_path / "chat").glob("*.png")))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_chat_says_when_it_is_full(space, monkeypatch, tmp_path, capsys):

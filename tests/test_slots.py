@@ -1,5 +1,6 @@
 """Slots, the cache below them and dialogues above: whoever comes, goes or is cancelled, a request's tokens are its own."""
 
+import copy
 import dataclasses
 import gc
 import resource
@@ -401,6 +402,31 @@ def test_a_dialogue_goes_on_from_any_turn_as_if_read_anew(random):
     assert whole.document == Document()
     with pytest.raises(ValueError, match="expected 0 to 0 answers"):
         whole.rewind(1)
+
+
+def test_a_warm_dialogue_compiles_nothing_and_answers_the_same(random):
+    model = copy.copy(random[0])
+    model.longest -= 3 * model.chunk  # of a length that nothing was compiled for
+    ask = dict(image=WILD, text=WILD, max_tokens=20, guidance=1.5, seed=7)
+    compiled = []
+    note = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        warm = Dialogue(model, **ask)
+        warm.warm()
+        warm._ahead.join()
+        before = len(compiled)
+        turns = [warm.say(Text(word), output="text") for word in ("one", "two red")]
+        assert 0 < before == len(compiled)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    cold = Dialogue(model, **ask)
+    assert [cold.say(Text(word), output="text") for word in ("one", "two red")] == turns
+    # What cannot be answered is not hidden by it: whoever asks is told.
+    full = Dialogue(model, Document([Turn("system", [Text("x " * model.longest)])]))
+    full.warm()
+    with pytest.raises(ValueError, match="too long"):
+        full.say(Text("one"))
 
 
 def test_a_dialogue_of_nothing_said(random):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,9 @@ def main(argv):
     if args.resume:
         dialogue.document, dialogue.seed = read_dialogue(args.resume, model)
         print(f"{dialogue.turns} answers of {args.resume}")
+    if sys.stdin.isatty():  # somebody reads and types first
+        dialogue.warm()
+        threading.Thread(target=gate.warm).start()
     way = terminal() if args.show == "auto" else args.show
     shown = []  # images for the next question
     while True:

@@ -1,6 +1,8 @@
 """A conversation with a model, which keeps its keys and values from turn to turn."""
 
+import contextlib
 import dataclasses
+import threading
 
 from mmgen.document import Document, Text, Turn
 from mmgen.sampling.sampler import Request, draw_seed
@@ -24,7 +26,20 @@ class Dialogue:
             seed,
             options,
         )
-        self._slots = {}
+        self._slots, self._ahead = {}, None
+
+    def warm(self):
+        """Compiles what the first answer takes, in a thread, so that it is there when somebody has found words; who is
+        faster waits for it. Nothing is said, and what is answered later is the same to the last bit."""
+        request = dataclasses.replace(self.request(), output="text", max_tokens=2)
+
+        def compiles():
+            with contextlib.suppress(Exception):  # who asks is told
+                list(self._answers(request))
+
+        # No daemon: an interpreter that ends waits for the compiler.
+        self._ahead = threading.Thread(target=compiles)
+        self._ahead.start()
 
     def say(self, *parts, **options):
         """The user's parts (`Text`, `Image`) -> the assistant's turn; both are then part of the document."""
@@ -34,15 +49,20 @@ class Dialogue:
     def stream(self, *parts, every=None, **options):
         """As `say`, but an iterator of (turn so far, done), one at each `every` tokens. A turn that is left
         before it is done leaves the dialogue as it was."""
+        if self._ahead:
+            self._ahead.join()
         request = self.request(*parts, **options)
-        branches = len(self.sampler.prompts(request))
-        if branches not in self._slots:  # its own for each number, as another program rounds otherwise
-            self._slots[branches] = Slots(self.sampler, 1, branches, self.sampler.longest)
-        for _, turn, done, _ in self.sampler.answers(self._slots[branches], [request], [0], every):
+        for _, turn, done, _ in self._answers(request, every):
             if done:
                 turn = Turn(turn.role, [_clean(part) for part in turn.parts]).normalised()
                 self.document = Document((*request.document.turns, turn))
             yield turn, done
+
+    def _answers(self, request, every=None):
+        branches = len(self.sampler.prompts(request))
+        if branches not in self._slots:  # its own for each number, as another program rounds otherwise
+            self._slots[branches] = Slots(self.sampler, 1, branches, self.sampler.longest)
+        return self.sampler.answers(self._slots[branches], [request], [0], every)
 
     def request(self, *parts, **options):
         """The `Request` that `say` makes."""
