@@ -37,8 +37,8 @@ import openai
 from PIL import Image as Pillow
 
 from mmgen import world
-from mmgen.commands.common import model_folder
 from mmgen.document import Document, Text, Turn
+from mmgen.runtime.released import model_folder
 from mmgen.safety import provenance
 from mmgen.sampling import sampler as samplers
 from mmgen.sampling.sampler import Request, draw_seed

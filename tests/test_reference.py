@@ -3,6 +3,7 @@
 import functools
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,10 +13,12 @@ from PIL import Image
 
 import mmgen as package
 from mmgen import world
-from mmgen.commands.common import model_folder, towers_folder, with_defaults
+from mmgen.commands import train
+from mmgen.commands.common import with_defaults
 from mmgen.data.images import fit
 from mmgen.data.sources import open_source
 from mmgen.models.contrastive import load_towers
+from mmgen.runtime.released import model_folder, part_of, towers_folder
 from mmgen.safety.images import ImageLayer
 from mmgen.safety.policy import Policy
 from mmgen.sampling import sampler
@@ -34,6 +37,43 @@ def test_it_is_named_reference_unless_a_folder_is(tmp_path, monkeypatch):
     (tmp_path / "reference").mkdir()
     assert model_folder("reference") == "reference"
     assert towers_folder("reference") == "reference" and towers_folder("runs/mine") == "runs/mine"
+
+
+def test_trainings_begin_with_it_by_its_name(tmp_path, monkeypatch):
+    """What `train` passes on, of each stage that has a part of it; and shards whose tokens are its own."""
+    passed = []
+    monkeypatch.setattr(train.loop, "train", lambda config, workdir: passed.append(config))
+    for preset, folder, more in (
+        ("transformer:tiny", FOLDER, ()), ("reinforce:tiny", FOLDER, ()), ("refiner:tiny", FOLDER / "refiners" / "x2", ("data.tokenizer",)),
+        ("tokenizer:tiny", FOLDER / "tokenizer", ("loss.towers",)), ("contrastive:tiny", FOLDER / "towers", ("data.text",)),
+        ("classifier:safety", FOLDER / "safety", ()),
+    ):  # fmt: skip
+        flags = [f"--config.{name}=reference" for name in ("init", *more)]
+        train.main(["--config", preset, "--workdir", str(tmp_path), *flags])
+        assert passed[-1].init == str(folder) and folder.is_dir()
+        for name in more:
+            place = functools.reduce(lambda node, key: node[key], name.split("."), passed[-1])
+            assert Path(place).exists() and Path(place).is_relative_to(FOLDER)
+    train.main(["--config", "transformer:tiny", "--workdir", str(tmp_path), "--config.init=runs/mine"])
+    assert passed[-1].init == "runs/mine" and part_of("tokenizer")("runs/t") == "runs/t"
+    monkeypatch.undo()
+    flags = [
+        "--source",
+        "world:train",
+        "--size",
+        "64x64",
+        "--documents",
+        "8",
+        "--max-side",
+        "32",
+        "--out",
+        tmp_path / "shards",
+    ]
+    assert mmgen("tokenize", *flags, "--tokenizer", "reference", "--text", "reference") == 0
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    released = json.loads((FOLDER / "vocabulary.json").read_text())
+    for name in ("tokenizer_hash", "text_hash", "grammar_hash"):
+        assert manifest[name] == released[name]
 
 
 def test_it_is_sampled_at_its_own_temperature(tmp_path):

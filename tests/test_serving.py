@@ -15,8 +15,8 @@ import pytest
 from PIL import Image as Pillow
 
 from mmgen import world
-from mmgen.commands.common import model_folder
 from mmgen.document import Document, Refusal, Text, Turn
+from mmgen.runtime.released import model_folder
 from mmgen.safety import provenance
 from mmgen.safety.gate import Safety
 from mmgen.safety.policy import Decision

@@ -7,11 +7,11 @@ import math
 import sys
 from pathlib import Path
 
-import mmgen
 from mmgen.data import files, images
 from mmgen.data.sources import KINDS, Several, open_source
 from mmgen.document import Image
 from mmgen.runtime import checkpoint, hardware
+from mmgen.runtime.released import model_folder
 from mmgen.safety.gate import Off, Safety
 from mmgen.safety.images import ImageLayer, Onnx
 from mmgen.safety.policy import Policy
@@ -172,18 +172,6 @@ def add_sampler_flags(parser):
     add("--int8", action="store_true", help="weights of the layers in 8 bits")
     add("--int8-cache", action="store_true", help="keys and values in 8 bits")
     add("--tensor", type=int, default=1, help="devices that share the model")
-
-
-def model_folder(name):
-    """The folder of a model: a workdir, or that of the model that comes with mmgen, by its name `reference`."""
-    own = Path(mmgen.__file__).parent / "reference"
-    return str(own) if name == "reference" and not Path(name).exists() and own.exists() else name
-
-
-def towers_folder(name):
-    """The folder of towers: a workdir, or those of the model that comes with mmgen, by its name `reference`."""
-    folder = model_folder(name)
-    return f"{folder}/towers" if folder != name else name
 
 
 def add_refiner_flags(parser):

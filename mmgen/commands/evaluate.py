@@ -8,12 +8,10 @@ from mmgen.commands.common import (
     add_refiner_flags,
     add_sampling_flags,
     grid_of,
-    model_folder,
     refiner_flags,
     sampling_options,
     share,
     size,
-    towers_folder,
     with_defaults,
     with_refiner,
 )
@@ -24,6 +22,7 @@ from mmgen.models.classifier import load_classifier
 from mmgen.models.contrastive import load_towers
 from mmgen.models.refiner import load_refiner
 from mmgen.runtime import checkpoint, hardware
+from mmgen.runtime.released import model_folder, towers_folder
 from mmgen.sampling import sampler
 from mmgen.stages.tokenizer import background
 from mmgen.world.tasks import LEAST

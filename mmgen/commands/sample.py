@@ -27,7 +27,6 @@ from mmgen.commands.common import (
     sampling_options,
     signer_from,
     size,
-    towers_folder,
     with_defaults,
     with_refiner,
 )
@@ -36,6 +35,7 @@ from mmgen.data.images import straight
 from mmgen.document import Document, Text, Turn
 from mmgen.models.contrastive import load_towers
 from mmgen.runtime import hardware
+from mmgen.runtime.released import towers_folder
 from mmgen.sampling import sampler
 
 # What a line of a --prompts FILE.jsonl may say for itself; what it does not say, the flags do.

@@ -2,10 +2,11 @@
 
 import argparse
 
-from mmgen.commands.common import add_source_flags, share, source_from, towers_folder
+from mmgen.commands.common import add_source_flags, share, source_from
 from mmgen.models.contrastive import load_towers
 from mmgen.runtime import checkpoint
 from mmgen.runtime.mesh import process
+from mmgen.runtime.released import part_of, towers_folder
 from mmgen.safety import watermark
 from mmgen.stages.tokenize import tokenize
 from mmgen.stages.tokenizer import background
@@ -17,8 +18,18 @@ def main(argv):
     parser = argparse.ArgumentParser("mmgen tokenize", description=main.__doc__)
     add_source_flags(parser)
     add = parser.add_argument
-    add("--tokenizer", required=True, help="workdir of a tokenizer run")
-    add("--text", required=True, help="SentencePiece .model (see `mmgen text`)")
+    add(
+        "--tokenizer",
+        required=True,
+        type=part_of("tokenizer"),
+        help="workdir of a tokenizer run, or `reference`",
+    )
+    add(
+        "--text",
+        required=True,
+        type=part_of("text.model"),
+        help="SentencePiece .model (see `mmgen text`), or `reference`",
+    )
     add("--out", required=True, help="folder of the shards")
     add("--max-side", type=int, default=64, help="largest image side, in patches")
     add("--phrasings", type=int, default=1, help="keep up to so many wordings of a document")

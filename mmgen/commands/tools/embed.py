@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mmgen.commands.common import add_source_flags, source_from, towers_folder
+from mmgen.commands.common import add_source_flags, source_from
 from mmgen.data.images import BadImage
 from mmgen.data.sources import Bad
 from mmgen.models.contrastive import load_towers
+from mmgen.runtime.released import towers_folder
 
 
 def main(argv):
