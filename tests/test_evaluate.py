@@ -335,3 +335,18 @@ def test_a_baseline(space, tmp_path, capsys):
         == 1
     )
     assert "seen is 1 here and 2" in capsys.readouterr().err
+
+
+def test_some_suites_of_the_world_in_eight_bits(space, tmp_path, capsys):
+    flags = flags_of(space.transformer, "world", tmp_path / "some")
+    some = ("--category", "counting,mixed_counting")
+    assert mmgen(*flags, *some, "--int8", "--int8-cache", "--probe", 4) == 0
+    found = read_report(tmp_path / "some")
+    assert list(found["scores"]) == ["counting", "mixed_counting"] and found["config"]["int8"] is True
+    assert not [name for name in found["metrics"] if name.startswith("probe")]
+    capsys.readouterr()
+    for more, words in (
+        (("--category", "counting,poetry"), "single_object"), ((*some, "--suite", "edit"), "is for suite world"),
+    ):  # fmt: skip
+        assert mmgen(*flags, *more) == 1
+        assert words in capsys.readouterr().err

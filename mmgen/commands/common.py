@@ -169,9 +169,20 @@ def add_sampler_flags(parser):
         "--checkpoint", type=model_folder, default="reference", metavar="DIR",
         help="workdir of a transformer run; left out, or `reference`: the model that comes with mmgen (docs/reference.md)",
     )  # fmt: skip
+    add_loading_flags(parser)
+
+
+def add_loading_flags(parser):
+    """In how many bits and on how many devices; `loading_options` reads them."""
+    add = parser.add_argument
     add("--int8", action="store_true", help="weights of the layers in 8 bits")
     add("--int8-cache", action="store_true", help="keys and values in 8 bits")
     add("--tensor", type=int, default=1, help="devices that share the model")
+
+
+def loading_options(args):
+    """What `add_loading_flags` asks for, as `sampler.load` takes it."""
+    return dict(int8=args.int8, int8_cache=args.int8_cache, tensor=args.tensor)
 
 
 def add_refiner_flags(parser):
@@ -301,7 +312,7 @@ def with_refiner(model, workdir, args):
 def load_sampler(args):
     """The `Sampler` that `add_sampler_flags` asks for, and a compilation cache for its programs."""
     hardware.set_up()
-    return sampler.load(args.checkpoint, int8=args.int8, int8_cache=args.int8_cache, tensor=args.tensor)
+    return sampler.load(args.checkpoint, **loading_options(args))
 
 
 def picture_for(path, model, size=None):

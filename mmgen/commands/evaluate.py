@@ -5,9 +5,12 @@ import time
 from pathlib import Path
 
 from mmgen.commands.common import (
+    add_loading_flags,
     add_refiner_flags,
     add_sampling_flags,
     grid_of,
+    load_sampler,
+    loading_options,
     refiner_flags,
     sampling_options,
     share,
@@ -25,6 +28,7 @@ from mmgen.runtime import checkpoint, hardware
 from mmgen.runtime.released import model_folder, towers_folder
 from mmgen.sampling import sampler
 from mmgen.stages.tokenizer import background
+from mmgen.world.scene import CATEGORIES
 from mmgen.world.tasks import LEAST
 
 DRAWN = ("world", *talks.SUITES)  # asked of a transformer
@@ -71,7 +75,7 @@ def _evaluate(args, names, workdir, out, baseline=None):
             inside = args.suite == "all"
             part = _measure(args, name, Path(workdir) / "tokenizer" if inside else workdir, inside)
         else:
-            model = model or with_refiner(sampler.load(workdir), workdir, args)
+            model = model or with_refiner(sampler.load(workdir, **loading_options(args)), workdir, args)
             part = _world(args, model) if name == "world" else _talk(args, name, model)
         parts[name] = part | {"seconds": time.monotonic() - began}
         if len(names) > 1:
@@ -134,16 +138,22 @@ def _asked(args):
     )  # fmt: skip
 
 
+def _categories(args):
+    """Of suite world: all, or those of --category; of `all` that flag is the tokenizer's."""
+    return tuple(args.category.split(",")) if args.suite == "world" and args.category else CATEGORIES
+
+
 def _world(args, model):
     judges = load_towers(args.towers) if args.towers else None
     cases = suites.run(
         model,
-        suites.cases(args.seed, args.seen, args.unseen, args.language, args.split),
+        suites.cases(args.seed, args.seen, args.unseen, args.language, args.split, _categories(args)),
         best_of=args.best_of,
         score=judges and judges.score,
         **_asked(args),
     )
-    known = probe.run(model, args.probe, size=args.size or (32, 32)) if args.language == "en" else {}
+    whole = args.language == "en" and _categories(args) == CATEGORIES
+    known = probe.run(model, args.probe, size=args.size or (32, 32)) if whole else {}
     metrics = {f"probe_{name}": value for name, value in known.items()}
     if judges:
         drawn, asked = [case.pixels for case in cases], [case.item.prompt for case in cases]
@@ -203,7 +213,7 @@ def _covered(workdir, size):
 
 def _draw(args):
     args, records = with_defaults(args, args.checkpoint), prompts.read(args.prompts)
-    model = with_refiner(sampler.load(args.checkpoint), args.checkpoint, args)
+    model = with_refiner(load_sampler(args), args.checkpoint, args)
     grid = grid_of(args.size, model) if args.size else None
     how = dict(n=args.n, seed=args.seed, size=grid, batch_size=args.batch_size, **sampling_options(args))
     drawn = prompts.draw(model, records, args.out, **how)
@@ -236,6 +246,9 @@ def _check(args):
         raise ValueError(
             f"expected --seen and --unseen of at least 0 and one above, found {args.seen}, {args.unseen}"
         )
+    if args.category and args.suite in talks.SUITES:
+        raise ValueError(f"--category is for suite world and those on --data, not for {args.suite}")
+    suites.cases(0, 1, 0, categories=_categories(args))  # raises for what is none
     if args.baseline and (not drawn or args.prompts):
         what = "--prompts" if args.prompts else f"suite {args.suite}"
         raise ValueError(f"--baseline compares cases that a judge has scored; {what} has none")
@@ -277,6 +290,7 @@ def _parser():
     drawn.add_argument(
         "--split", choices=("valid", "test"), default="test", help="valid: to choose settings by"
     )
+    add_loading_flags(drawn)
     add_sampling_flags(drawn)
     add_refiner_flags(drawn)
     parser.set_defaults(text_temperature=0.0)  # one answer is judged: the likeliest
@@ -313,7 +327,10 @@ def _parser():
     # What is not given is as the run's config.held_out has it: split otherwise, one side has much of the other.
     data.add_argument("--documents", type=int, help="how many of it")
     data.add_argument("--languages", type=lambda text: text.split(","), help="of a world: en,zh")
-    data.add_argument("--category", help="of a world: its kind of scene")
+    data.add_argument(
+        "--category",
+        help="of a world: its kind of scene; of suite world, some of its suites, such as counting,position",
+    )
     data.add_argument(
         "--data-split", dest="split_side", choices=("train", "test", "all"), help="side of the stable split"
     )

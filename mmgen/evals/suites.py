@@ -38,13 +38,13 @@ class Case:
     measured: dict = dataclasses.field(default_factory=dict)  # more about it: flags and numbers
 
 
-def cases(seed, seen, unseen, language="en", split="test"):
-    """`seen` and `unseen` cases of each suite, from the world's test split, or from `valid` to choose by."""
+def cases(seed, seen, unseen, language="en", split="test", categories=CATEGORIES):
+    """`seen` and `unseen` cases of each suite, or of these `categories` alone, from the world's test split, or from `valid` to choose by."""
     return [
         Case(
             suite, is_unseen, world.item(seed, split, i, category=suite, language=language, unseen=is_unseen)
         )
-        for suite in CATEGORIES
+        for suite in categories
         for is_unseen, count in ((False, seen), (True, unseen))
         for i in range(count)
     ]
