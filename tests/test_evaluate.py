@@ -11,6 +11,7 @@ from conftest import mmgen
 from PIL import Image as Pillow
 
 from mmgen.evals import captions, compare, prompts, report, suites
+from mmgen.safety import watermark
 from mmgen.world import say
 from mmgen.world.rich import RICH, random_rich
 from mmgen.world.scene import (
@@ -337,6 +338,13 @@ def test_a_baseline(space, tmp_path, capsys):
     assert "seen is 1 here and 2" in capsys.readouterr().err
 
 
+def test_users_pictures_with_a_watermark(space, tmp_path, monkeypatch):
+    marked, embed = [], watermark.embed_where_it_lasts
+    monkeypatch.setattr(watermark, "embed_where_it_lasts", lambda *a: (marked.append(a), embed(*a))[1])
+    assert mmgen(*flags_of(space.transformer, "edit", tmp_path / "edit"), "--marked") == 0
+    assert len(marked) == 3 and {pixels.shape for pixels, _ in marked} == {(32, 32, 3)}
+
+
 def test_some_suites_of_the_world_in_eight_bits(space, tmp_path, capsys):
     flags = flags_of(space.transformer, "world", tmp_path / "some")
     some = ("--category", "counting,mixed_counting")
@@ -347,6 +355,7 @@ def test_some_suites_of_the_world_in_eight_bits(space, tmp_path, capsys):
     capsys.readouterr()
     for more, words in (
         (("--category", "counting,poetry"), "single_object"), ((*some, "--suite", "edit"), "is for suite world"),
+        (("--marked",), "in which pictures are shown, not for world"),
     ):  # fmt: skip
         assert mmgen(*flags, *more) == 1
         assert words in capsys.readouterr().err

@@ -84,6 +84,23 @@ def test_true_answers_are_right_in_the_rich_world_too(category, language):
     assert np.mean([mark is True for mark in found]) > 0.98
 
 
+def test_what_users_show_may_be_marked(sampler, monkeypatch):
+    asked = []
+
+    def generate(requests, batch_size):
+        asked.extend(requests)
+        return [Turn("assistant", [Image(np.zeros((32, 32, 3), np.uint8))]) for _ in requests]
+
+    monkeypatch.setattr(sampler, "generate", generate)
+    some = some_talks("edit", 3)
+    talks.converse(sampler, some, size=(32, 32), seed=0, watermark=lambda pixels: 255 - pixels)
+    assert len(asked) == 3
+    for talk, request in zip(some, asked):
+        (shown,) = request.document.images()
+        whole = tasks.picture(talk.turns[0].before, 32, 32)
+        np.testing.assert_array_equal(shown.codes, sampler.tokenizer.encode(255 - whole[None])[0])
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_suites_of_a_model_that_is_right(sampler, monkeypatch, suite):
     """Every turn of every talk is a case, seen or unseen, and all are right."""

@@ -26,6 +26,7 @@ from mmgen.models.contrastive import load_towers
 from mmgen.models.refiner import load_refiner
 from mmgen.runtime import checkpoint, hardware
 from mmgen.runtime.released import model_folder, towers_folder
+from mmgen.safety import watermark
 from mmgen.sampling import sampler
 from mmgen.stages.tokenizer import background
 from mmgen.world.scene import CATEGORIES
@@ -163,7 +164,8 @@ def _world(args, model):
 
 def _talk(args, suite, model):
     counts = dict(seen=args.seen, unseen=args.unseen, split=args.split, language=args.language)
-    cases = talks.run(model, suite, **counts, **_asked(args))
+    marked = (lambda pixels: watermark.embed_where_it_lasts(pixels, b"evaluate")) if args.marked else None
+    cases = talks.run(model, suite, watermark=marked, **counts, **_asked(args))
     return _part(cases, *suites.measures(cases))
 
 
@@ -246,6 +248,8 @@ def _check(args):
         raise ValueError(
             f"expected --seen and --unseen of at least 0 and one above, found {args.seen}, {args.unseen}"
         )
+    if args.marked and args.suite not in (*talks.SUITES, "all"):
+        raise ValueError(f"--marked is for suites in which pictures are shown, not for {args.suite}")
     if args.category and args.suite in talks.SUITES:
         raise ValueError(f"--category is for suite world and those on --data, not for {args.suite}")
     suites.cases(0, 1, 0, categories=_categories(args))  # raises for what is none
@@ -294,6 +298,11 @@ def _parser():
     add_sampling_flags(drawn)
     add_refiner_flags(drawn)
     parser.set_defaults(text_temperature=0.0)  # one answer is judged: the likeliest
+    drawn.add_argument(
+        "--marked",
+        action="store_true",
+        help="pictures that the user shows have a watermark, as drawn ones that are shown again",
+    )
     drawn.add_argument("--batch-size", type=int, default=50)
     drawn.add_argument(
         "--probe", type=int, default=64, help="pictures to probe the (English) words with; 0: none"

@@ -75,7 +75,7 @@ class Asked:
 def run(sampler, suite, *, seen, unseen, size, seed, split="test", language="en", batch_size=32, **options):
     """Asks `seen` and `unseen` talks of each category of a suite -> cases, one a turn.
 
-    size: (width, height) of the pictures in pixels, enlarged where a category needs more; options: those of
+    size: (width, height) of the pictures in pixels, enlarged where a category needs more; options: `watermark` of `converse`, and those of
     `Request`, of which the guidance is for pictures alone. A turn's case is of suite "CATEGORY:KIND"; of dialogues
     there are those of suite "dialogue:turn N" too, and for each dialogue one of suite "dialogue", which is right if
     all turns are.
@@ -108,10 +108,10 @@ def draws(turn) -> bool:
     return not isinstance(turn.says[-1], str)
 
 
-def converse(sampler, talks, *, size, seed, batch_size=32, **options):
+def converse(sampler, talks, *, size, seed, batch_size=32, watermark=None, **options):
     """A model's answers to talks -> for each talk a list, of each turn uint8 [H, W, 3] or a text.
 
-    Turn n of all talks is one batch. Whether to draw or to speak is told, and the size of pictures. Words are
+    Turn n of all talks is one batch. watermark: what is done to pixels uint8 [H, W, 3] of the user's pictures before they are shown. Whether to draw or to speak is told, and the size of pictures. Words are
     answered without guidance, and may take twice as many tokens as the longest right answer. Where a talk is longer
     than the model's rows, or has grown so, its further answers are None. ValueError where all are from the first turn on.
     """
@@ -124,7 +124,7 @@ def converse(sampler, talks, *, size, seed, batch_size=32, **options):
     for n in range(max(len(talk.turns) for talk in talks)):
         asked = [i for i, talk in enumerate(talks) if n < len(talk.turns)]
         going = [i for i in asked if not n or answers[i][-1] is not None]
-        grown = [Document((*documents[i].turns, _user(talks[i].turns[n], size))) for i in going]
+        grown = [Document((*documents[i].turns, _user(talks[i].turns[n], size, watermark))) for i in going]
         requests = {}
         for i, document in zip(going, sampler.encode(grown, batch_size)):
             may_refuse = talks[i].category == "refusal"
@@ -155,9 +155,15 @@ def converse(sampler, talks, *, size, seed, batch_size=32, **options):
     return answers
 
 
-def _user(turn, size):
-    parts = (Text(part) if isinstance(part, str) else Image(tasks.picture(part, *size)) for part in turn.asks)
-    return Turn("user", tuple(parts))
+def _user(turn, size, watermark=None):
+    shown = watermark or (lambda pixels: pixels)
+    return Turn(
+        "user",
+        tuple(
+            Text(part) if isinstance(part, str) else Image(shown(tasks.picture(part, *size)))
+            for part in turn.asks
+        ),
+    )
 
 
 def _fits(sampler, request):
