@@ -111,9 +111,10 @@ def draws(turn) -> bool:
 def converse(sampler, talks, *, size, seed, batch_size=32, watermark=None, **options):
     """A model's answers to talks -> for each talk a list, of each turn uint8 [H, W, 3] or a text.
 
-    Turn n of all talks is one batch. watermark: what is done to pixels uint8 [H, W, 3] of the user's pictures before they are shown. Whether to draw or to speak is told, and the size of pictures. Words are
+    Turn n of all talks is one batch. Whether to draw or to speak is told, and the size of pictures. Words are
     answered without guidance, and may take twice as many tokens as the longest right answer. Where a talk is longer
     than the model's rows, or has grown so, its further answers are None. ValueError where all are from the first turn on.
+    watermark: a function of pixels uint8 [H, W, 3], through which the user's pictures go before they are shown.
     """
     width, height = size
     grid = height // sampler.tokenizer.patch, width // sampler.tokenizer.patch
@@ -156,14 +157,9 @@ def converse(sampler, talks, *, size, seed, batch_size=32, watermark=None, **opt
 
 
 def _user(turn, size, watermark=None):
-    shown = watermark or (lambda pixels: pixels)
-    return Turn(
-        "user",
-        tuple(
-            Text(part) if isinstance(part, str) else Image(shown(tasks.picture(part, *size)))
-            for part in turn.asks
-        ),
-    )
+    marked = watermark or (lambda pixels: pixels)
+    shown = lambda part: Text(part) if isinstance(part, str) else Image(marked(tasks.picture(part, *size)))
+    return Turn("user", tuple(map(shown, turn.asks)))
 
 
 def _fits(sampler, request):
