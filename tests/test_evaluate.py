@@ -10,7 +10,7 @@ import pytest
 from conftest import mmgen
 from PIL import Image as Pillow
 
-from mmgen.evals import captions, compare, prompts, report, suites
+from mmgen.evals import captions, compare, prompts, report, suites, talks
 from mmgen.safety import watermark
 from mmgen.world import say
 from mmgen.world.rich import RICH, random_rich
@@ -338,11 +338,17 @@ def test_a_baseline(space, tmp_path, capsys):
     assert "seen is 1 here and 2" in capsys.readouterr().err
 
 
-def test_users_pictures_with_a_watermark(space, tmp_path, monkeypatch):
-    marked, embed = [], watermark.embed_where_it_lasts
-    monkeypatch.setattr(watermark, "embed_where_it_lasts", lambda *a: (marked.append(a), embed(*a))[1])
-    assert mmgen(*flags_of(space.transformer, "edit", tmp_path / "edit"), "--marked") == 0
-    assert len(marked) == 3 and {pixels.shape for pixels, _ in marked} == {(32, 32, 3)}
+def test_users_pictures_with_a_watermark(space, tmp_path, monkeypatch, capsys):
+    """What the talks are given: the tiny model's rows have no room for pictures that are large enough for one."""
+    passed = []
+    monkeypatch.setattr(talks, "run", lambda *_, watermark, **more: (passed.append(watermark), 1 / 0)[0])
+    flags, pixels = flags_of(space.transformer, "edit", tmp_path / "edit"), np.full((64, 64, 3), 90, np.uint8)
+    for more in (("--marked", "--size", "64x64"), ()):
+        with pytest.raises(ZeroDivisionError):
+            mmgen(*flags, *more)
+    assert passed[1] is None and watermark.detect(passed[0](pixels), b"evaluate")
+    assert mmgen(*flags, "--marked") == 1
+    assert "--size of 64x64 on" in capsys.readouterr().err
 
 
 def test_some_suites_of_the_world_in_eight_bits(space, tmp_path, capsys):
@@ -356,6 +362,8 @@ def test_some_suites_of_the_world_in_eight_bits(space, tmp_path, capsys):
     for more, words in (
         (("--category", "counting,poetry"), "single_object"), ((*some, "--suite", "edit"), "is for suite world"),
         (("--marked",), "in which pictures are shown, not for world"),
+        (("--suite", "tokenizer", "--int8"), "for transformers, not for suite tokenizer"),
+        (("--category", "counting,scene", "--baseline", tmp_path / "some"), "has no suite scene"),
     ):  # fmt: skip
         assert mmgen(*flags, *more) == 1
         assert words in capsys.readouterr().err

@@ -455,7 +455,7 @@ def test_four_devices_learn_what_one_does(space, tmp_path, mesh):
     [
         ("init=", "--config.init=DIR"), ("data.group=3", "divides"), ("data.group=1", "at least 2"),
         ("updates=3", "must divide"), ("data.size=(30,32)", "multiples of"), ("data.longest=60", "must hold"),
-        ("data.categories=('style',)", "style needs a short side of 48"), ("data.temperature=0.0", "at least 0.001"), ("loss.clip=(0.2,)", "clip"), ("data.categories=('count',)", "counting"),
+        ("data.categories=('style',)", "style needs a short side of 48"), ("data.temperature=0.0", "at least 0.001"), ("data.keep_mode=true --config.data.temperature=0.05", "at least 0.1"), ("loss.clip=(0.2,)", "clip"), ("data.categories=('count',)", "counting"),
         ("data.languages=('fr',)", "language"), ("rewards=('judge',)", "NAME, WEIGHT"), ("rewards=(('jugde',1),)", "'judge'"),
         ("data.workers=1 --config.rewards=(('tests.test_reinforce:nameless',1.0),)", "other processes"), ("data.workers=-1", "at least 0"),
         ("rewards=(('nowhere:judge',1),)", "imported"), ("model.width=64", "config.model"),

@@ -57,6 +57,40 @@ def test_the_watermark_survives_jpeg_and_halving_and_no_other_key_finds_it():
     assert abs(np.mean(scores)) < 0.3 and 0.7 < np.std(scores) < 1.3  # a standard normal number without it
 
 
+def test_the_watermark_is_taken_off_with_its_key_and_no_other():
+    flat = np.full((64, 64, 3), 255, np.uint8)
+    flat[20:40, 10:44] = (200, 30, 30)
+    psnr = lambda a, b: 10 * np.log10(255**2 / np.mean(np.square(a.astype(float) - b)))
+    for pixels, least in ((textured(128), 8), (textured(64, 1), 6), (flat, 8)):
+        marked = watermark.embed(pixels, b"ours")
+        back = watermark.remove(marked, b"ours")
+        assert psnr(back, pixels) > psnr(marked, pixels) + least
+        assert abs(watermark.score(back, b"ours")) < 3 < watermark.FOUND <= watermark.score(marked, b"ours")
+        for as_it_is, key in ((pixels, b"ours"), (marked, b"theirs"), (marked[:60], b"ours")):
+            assert watermark.remove(as_it_is, key) is as_it_is
+    see_through = np.dstack([textured(64), np.full((64, 64), 90, np.uint8)])
+    assert (watermark.remove(watermark.embed(see_through, b"ours"), b"ours")[..., 3] == 90).all()
+
+
+def test_what_a_user_shows_is_shown_to_the_model_without_our_mark(space, keys, tmp_path, monkeypatch, capsys):
+    seen, unmarked = [], provenance.Signer.unmarked
+    monkeypatch.setattr(
+        provenance.Signer, "unmarked", lambda self, pixels: (seen.append(unmarked(self, pixels)), seen[-1])[1]
+    )
+    path, pixels = tmp_path / "shown.png", textured(64)
+    Pillow.fromarray(provenance.Signer(keys).mark(pixels)).save(path)
+    flags = ("--checkpoint", space.transformer, "--size", "64x64", "--out", tmp_path / "out", "--keys", keys)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {path}\n"))
+    assert mmgen("chat", *flags) == 0
+    said = ("--image", path, "--prompt", "what is this?", "--output", "text", "--max-tokens", 4)
+    # The tiny model's rows have no room for a picture of 64 pixels, but then it has been read.
+    assert mmgen("sample", *flags, *said) == 1 and "too long" in capsys.readouterr().err
+    found, expected = seen[:], provenance.Signer(keys).unmarked(np.asarray(Pillow.open(path)))
+    assert len(found) == 2 and (expected != np.asarray(Pillow.open(path))).any()
+    for each in found:
+        np.testing.assert_array_equal(each, expected)
+
+
 def test_a_file_is_valid_tampered_marked_or_unsigned(keys, tmp_path):
     signer = provenance.Signer(keys)
     pixels = textured(128)

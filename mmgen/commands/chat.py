@@ -93,7 +93,7 @@ def main(argv):
         print(f"{dialogue.turns} answers of {args.resume}")
     if sys.stdin.isatty():  # somebody reads and types first
         dialogue.warm()
-        threading.Thread(target=gate.warm).start()
+        threading.Thread(target=_warm, args=(gate,)).start()
     way = terminal() if args.show == "auto" else args.show
     shown = []  # images for the next question
     while True:
@@ -101,14 +101,14 @@ def main(argv):
             line = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             print()
-            return
+            return _leave(dialogue)
         command, _, rest = line.partition(" ")
         if command in ("/quit", "/exit"):
-            return
+            return _leave(dialogue)
         turns = dialogue.turns
         try:
             if line.startswith("/"):
-                obey(command, rest.strip(), dialogue, shown, out)
+                obey(command, rest.strip(), dialogue, shown, out, signer)
             elif line or shown:
                 answer(dialogue, [*shown, *([Text(line)] if line else [])], out, way, gate, signer)
                 shown.clear()
@@ -120,13 +120,25 @@ def main(argv):
             print(f"! {error}")
 
 
-def obey(command, rest, dialogue, shown, out):
+def _warm(gate):
+    with contextlib.suppress(Exception):  # it is told when a picture is to be looked at
+        gate.warm()
+
+
+def _leave(dialogue):
+    """Ends at once where an orderly end would wait for the compiler: all that is to be kept is written."""
+    if dialogue.warming:
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def obey(command, rest, dialogue, shown, out, signer):
     """One line that begins with /."""
     model = dialogue.sampler
     if command == "/image" and not rest:
         shown.clear()
     elif command == "/image":
-        shown.append(picture_for(os.path.expanduser(rest), model))
+        shown.append(picture_for(os.path.expanduser(rest), model, signer=signer))
         height, width = shown[-1].pixels.shape[:2]
         print(f"an image of {width}x{height} goes with what is said next")
     elif command == "/undo":

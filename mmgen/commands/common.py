@@ -315,9 +315,10 @@ def load_sampler(args):
     return sampler.load(args.checkpoint, **loading_options(args))
 
 
-def picture_for(path, model, size=None):
+def picture_for(path, model, size=None, signer=None):
     """An image file as an `Image` that the sampler's tokenizer takes: of `size` (width, height) in pixels, or about
-    as large as it is, its sides multiples of the patch and no longer than the grammar's. Errors name the file."""
+    as large as it is, its sides multiples of the patch and no longer than the grammar's. Errors name the file. The mark of a
+    `signer` is taken off what is shown: a model sees it, and few have learned to look past it."""
     patch, most = model.tokenizer.patch, model.grammar.max_side * model.tokenizer.patch
     background = images.ALPHA if model.tokenizer.alpha else (255, 255, 255)
     try:
@@ -328,7 +329,8 @@ def picture_for(path, model, size=None):
     if size is None:
         shrink = min(1.0, most / max(pixels.shape[:2]))
         size = [max(round(side * shrink / patch), 1) * patch for side in pixels.shape[1::-1]]
-    return Image(pixels=images.fit(pixels, *size))
+    pixels = images.fit(pixels, *size)
+    return Image(pixels=signer.unmarked(pixels) if signer else pixels)
 
 
 def grid_of(size, model):

@@ -62,6 +62,9 @@ def main(argv):
         else:
             baseline = compare.read(args.baseline)
             compare.check_settings(_config(args), baseline["config"])
+            asked = _categories(args) if args.suite == "world" else ()
+            if lacking := [name for name in asked if name not in baseline["cases"]]:
+                raise ValueError(f"--baseline {args.baseline} has no suite {', '.join(lacking)}")
     page = _evaluate(args, names, args.checkpoint, Path(args.out), baseline)
     print(f"\nthe report is {page.resolve()}")
 
@@ -248,10 +251,22 @@ def _check(args):
         raise ValueError(
             f"expected --seen and --unseen of at least 0 and one above, found {args.seen}, {args.unseen}"
         )
-    if args.marked and args.suite not in (*talks.SUITES, "all"):
-        raise ValueError(f"--marked is for suites in which pictures are shown, not for {args.suite}")
-    if args.category and args.suite in talks.SUITES:
-        raise ValueError(f"--category is for suite world and those on --data, not for {args.suite}")
+    if args.marked and (args.suite not in (*talks.SUITES, "all") or args.prompts):
+        raise ValueError(
+            f"--marked is for suites in which pictures are shown, not for {args.prompts or args.suite}"
+        )
+    if args.marked and min(args.size or (32, 32)) < watermark.LEAST:
+        raise ValueError(
+            f"--marked: there is a watermark from a --size of {watermark.LEAST}x{watermark.LEAST} on"
+        )
+    if (args.int8 or args.int8_cache or args.tensor > 1) and not (drawn or args.prompts):
+        raise ValueError(
+            f"--int8, --int8-cache and --tensor are for transformers, not for suite {args.suite}"
+        )
+    if args.category and (args.suite in talks.SUITES or args.prompts):
+        raise ValueError(
+            f"--category is for suite world and those on --data, not for {args.prompts or args.suite}"
+        )
     suites.cases(0, 1, 0, categories=_categories(args))  # raises for what is none
     if args.baseline and (not drawn or args.prompts):
         what = "--prompts" if args.prompts else f"suite {args.suite}"

@@ -145,7 +145,7 @@ def main(argv):
     shown = {}  # (file, size) -> Image
     for one in asked:
         one.refusal_bias = gate.refusal_bias
-    requests = [request_of(one, model, shown) for one in asked]
+    requests = [request_of(one, model, shown, signer) for one in asked]
     notes = [
         about | {"request": {name: getattr(one, name) for name in LINE}, "shown": hashes(request)}
         for one, request in zip(asked, requests)
@@ -269,15 +269,15 @@ def expand(place, line, args):
     return found
 
 
-def request_of(one, model, pictures):
+def request_of(one, model, pictures, signer=None):
     """The `Request` of one answer. ValueError, which names its line, where it cannot be answered. `pictures` keeps
-    those that were read."""
+    those that were read, without the mark of the signer."""
     try:
         pixels = size(one.size) if one.size else None
         grid = grid_of(pixels, model) if pixels else None
         for path in one.images:
             if (path, pixels) not in pictures:
-                turn = Turn("user", (picture_for(path, model, pixels),))
+                turn = Turn("user", (picture_for(path, model, pixels, signer),))
                 pictures[path, pixels] = model.encoded(Document((turn,))).images()[0]
         shown = [pictures[path, pixels] for path in one.images]
         words = [Text(one.prompt)] if one.prompt else []

@@ -117,6 +117,10 @@ class Signer:
         """Pixels uint8 [H, W, 3 or 4] with the watermark, if they are large enough for one."""
         return watermark.embed_where_it_lasts(pixels, self._watermark)
 
+    def unmarked(self, pixels):
+        """Pixels uint8 [H, W, 3 or 4] without the watermark, if they have it: see `watermark.remove`."""
+        return watermark.remove(pixels, self._watermark)
+
     def sign(self, data, suffix, recipe, title="picture"):
         """The bytes of an image file with a manifest: that a model drew it, and `recipe`, a dict of what it was drawn with."""
         if suffix.lower() not in FORMATS:

@@ -36,19 +36,8 @@ MASK = (
 def embed(pixels, key):
     """Pixels uint8 [H, W, 3 or 4] with the watermark of a key (bytes), by the least of STRENGTHS that is surely found again; an alpha
     stays as it is."""
-    signs, places = _pattern(key)
-    move = np.zeros((SIDE, SIDE))
-    move[places] = signs * SIDE / np.sqrt(len(signs))
-    change = Image.fromarray((_mask(pixels) * fft.idctn(move, norm="ortho")).astype(np.float32))
-    change = np.asarray(change.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC))
-
-    def marked(strength):
-        out = pixels.copy()
-        out[..., :3] = np.clip(np.round(pixels[..., :3] + strength * change[..., None]), 0, 255).astype(
-            np.uint8
-        )
-        return out
-
+    change = _change(pixels, key)
+    marked = lambda strength: _moved(pixels, strength * change)
     sure = lambda strength: all(score(worn, key) >= SURE for worn in _worn(marked(strength)))
     # Where one is sure the stronger ones are, so this is the first of them, or the last of all where none is.
     return marked(STRENGTHS[bisect.bisect_left(STRENGTHS[:-1], True, key=sure)])
@@ -57,6 +46,37 @@ def embed(pixels, key):
 def embed_where_it_lasts(pixels, key):
     """As `embed`; pictures of less than LEAST pixels as they are."""
     return embed(pixels, key) if min(pixels.shape[:2]) >= LEAST else pixels
+
+
+def remove(pixels, key):
+    """Pixels as they were before `embed` with that key, as nearly as can be told, for a model that draws from them; as they are where
+    there is no such mark. What was white or black and was to become more so stayed what it was."""
+    if min(pixels.shape[:2]) < LEAST or not detect(pixels, key):
+        return pixels
+    found = pixels
+    for _ in range(2):  # the mask is that of the picture without a mark
+        change = _change(found, key)[..., None]
+        stayed = ((pixels[..., :3] == 255) & (change > 0)) | ((pixels[..., :3] == 0) & (change < 0))
+        change = np.where(stayed, 0.0, change)
+        # A picture has no more of the pattern than of any other.
+        found = min((_moved(pixels, -s * change) for s in STRENGTHS), key=lambda each: abs(score(each, key)))
+    return found
+
+
+def _change(pixels, key):
+    """What `embed` adds to each channel at strength 1: float32 [H, W]."""
+    signs, places = _pattern(key)
+    move = np.zeros((SIDE, SIDE))
+    move[places] = signs * SIDE / np.sqrt(len(signs))
+    change = Image.fromarray((_mask(pixels) * fft.idctn(move, norm="ortho")).astype(np.float32))
+    return np.asarray(change.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC))
+
+
+def _moved(pixels, change):
+    """Pixels and a change [H, W] of all or [H, W, 3] of each colour; an alpha stays as it is."""
+    out, change = pixels.copy(), change if change.ndim == 3 else change[..., None]
+    out[..., :3] = np.clip(np.round(pixels[..., :3] + change), 0, 255).astype(np.uint8)
+    return out
 
 
 def _mask(pixels):

@@ -30,7 +30,10 @@ class Dialogue:
 
     def warm(self):
         """Compiles what the first answer takes, in a thread, so that it is there when somebody has found words; who is
-        faster waits for it. Nothing is said, and what is answered later is the same to the last bit."""
+        faster waits for it. Nothing is said, and what is answered later is the same to the last bit. Not on a mesh, which threads
+        would share."""
+        if self.sampler.mesh:
+            return
         request = dataclasses.replace(self.request(), output="text", max_tokens=2)
 
         def compiles():
@@ -40,6 +43,11 @@ class Dialogue:
         # No daemon: an interpreter that ends waits for the compiler.
         self._ahead = threading.Thread(target=compiles)
         self._ahead.start()
+
+    @property
+    def warming(self):
+        """Whether it is still compiling, which an interpreter that ends would wait for."""
+        return bool(self._ahead) and self._ahead.is_alive()
 
     def say(self, *parts, **options):
         """The user's parts (`Text`, `Image`) -> the assistant's turn; both are then part of the document."""

@@ -191,6 +191,10 @@ def _check(config, grammar, tokenizer):
         found = functools.reduce(lambda node, key: node[key], name.split("."), config)
         if not found >= value:
             raise ConfigError(f"config.{name} is at least {value}, not {found}")
+    if (
+        data.keep_mode and data.temperature < 0.1
+    ):  # below it the sampler's rounding draws by other probabilities
+        raise ConfigError(f"config.data.temperature is at least 0.1 with keep_mode, not {data.temperature}")
     if len(config.loss.clip) != 2 or not (0 < config.loss.clip[0] < 1 and config.loss.clip[1] > 0):
         raise ConfigError(
             "config.loss.clip is how far the ratio may go, (below 1, above 1), as in (0.2, 0.2); found "

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -70,11 +71,13 @@ def main(argv):
 
 def _addend(source, text):
     """DIR[=WEIGHT] as (the workdir, the weight), where it is a run whose tokens mean what those of `source` mean."""
-    name, equals, weight = text.rpartition("=")
+    name, equals, weight = ("", "", "") if Path(text).is_dir() else text.rpartition("=")
     try:
         run, weight = (Path(name), float(weight)) if equals else (Path(text), 1.0)
     except ValueError:
-        raise ValueError(f"--add: expected DIR or DIR=WEIGHT, as in runs/more=0.5; found {text!r}") from None
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"--add: expected DIR or DIR=WEIGHT, as in runs/more=0.5; found {text!r}")
     checkpoint.read_config(run, "transformer", "reinforce")
     ours, theirs = (json.loads((each / "vocabulary.json").read_text()) for each in (source, run))
     wrong = [name for name in ("grammar_hash", "text_hash", "tokenizer_hash") if ours[name] != theirs[name]]
