@@ -22,7 +22,7 @@ from mmgen.safety.gate import Safety
 from mmgen.safety.policy import Decision
 from mmgen.sampling import sampler as samplers
 from mmgen.sampling.sampler import Request, draw_seed
-from mmgen.serving import api
+from mmgen.serving import api, dialogues
 from mmgen.serving.engine import Engine
 from mmgen.world.judge import judge
 from tests.served import HARMFUL, Running, keys, model, picture, pixels, png, running, wait  # noqa: F401 (fixtures)
@@ -119,6 +119,34 @@ def test_an_edit_keeps_what_the_mask_keeps(running):
     )
     assert events[-1].type == "image_edit.completed" and events[0].type == "image_edit.partial_image"
     assert events[-1].usage.input_tokens_details.image_tokens >= 2 * 16
+
+
+def test_what_clients_show_is_shown_to_the_model_without_our_mark(running, monkeypatch):
+    """The mark of pictures so small is looked at by no one, so another change stands for taking it off."""
+    monkeypatch.setattr(provenance.Signer, "unmarked", lambda self, pixels: 255 - pixels)
+    shown = picture(running.side)
+    mask = np.full((running.side, running.side, 4), 255, np.uint8)
+    mask[:4, :4, 3] = 0
+    found = running.client.images.edit(image=png(shown), mask=png(mask), prompt="a star")
+    made = pixels(found.data[0].b64_json)
+    assert (made[running.side // 2 :] == 255 - shown[running.side // 2 :]).all()
+    url = "data:image/png;base64," + base64.b64encode(png(shown)).decode()
+    content = [{"type": "input_image", "image_url": url}]
+    kept = []
+    monkeypatch.setattr(dialogues.Store, "put", lambda self, name, who, document, **_: kept.append(document))
+    said = running.client.responses.create(model="tiny", input=[{"role": "user", "content": content}])
+    assert said.status == "completed" and (kept[0].images()[0].pixels == 255 - shown).all()
+
+
+def test_high_fidelity_draws_more_of_what_is_shown(running):
+    shown = png(picture(running.side))
+    ask = lambda **more: pixels(
+        running.client.images.edit(image=shown, prompt="a star", extra_body={"seed": 1}, **more)
+        .data[0]
+        .b64_json
+    )
+    low, high = ask(input_fidelity="low"), ask(input_fidelity="high")
+    assert (low == ask()).all() and (low != high).any()
 
 
 def test_a_dialogue_goes_on_from_any_answer(running, model):

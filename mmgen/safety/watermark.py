@@ -54,13 +54,21 @@ def remove(pixels, key):
     if min(pixels.shape[:2]) < LEAST or not detect(pixels, key):
         return pixels
     found = pixels
-    for _ in range(2):  # the mask is that of the picture without a mark
-        change = _change(found, key)[..., None]
+    # The mask is that of the picture without a mark, of which a median tells more while much of the mark is left.
+    for guide in (_median, _median, _median, np.asarray):
+        change = _change(guide(found), key)[..., None]
         stayed = ((pixels[..., :3] == 255) & (change > 0)) | ((pixels[..., :3] == 0) & (change < 0))
         change = np.where(stayed, 0.0, change)
-        # A picture has no more of the pattern than of any other.
-        found = min((_moved(pixels, -s * change) for s in STRENGTHS), key=lambda each: abs(score(each, key)))
+        without = lambda strength: _moved(pixels, -strength * change)
+        # A picture has no more of the pattern than of any other; the score falls with what is taken off.
+        at = bisect.bisect_left(STRENGTHS[:-1], True, key=lambda s: score(without(s), key) <= 0)
+        nearest = (without(s) for s in STRENGTHS[max(at - 1, 0) : at + 1])
+        found = min(nearest, key=lambda each: abs(score(each, key)))
     return found
+
+
+def _median(pixels):
+    return ndimage.median_filter(pixels, size=(3, 3, 1))
 
 
 def _change(pixels, key):

@@ -175,6 +175,8 @@ def app(engine, settings):
         more = dict(settings.options)
         if options.guidance is not None:
             more["guidance"] = options.guidance
+        if getattr(options, "input_fidelity", None) == "high":
+            more["fidelity"] = max(more.get("fidelity", 0.0), requests.HIGH_FIDELITY)
         return more | {"seed": seed, "refusals": gate.refusal_bias if sampler.refuses else None}
 
     decoding = asyncio.Semaphore(1)  # a small file may have many pixels
@@ -334,7 +336,9 @@ def app(engine, settings):
             raise RequestValidationError(error.errors()) from None
         check(options)
         size = grid(options.size) if options.size != "auto" else None
-        size, shown, free = await decoded(requests.edited, files, mask, sampler, size, patch, most)
+        size, shown, free = await decoded(
+            requests.edited, files, mask, sampler, size, patch, most, settings.signer
+        )
         del files, mask  # which may be large, and wait no longer with the request
         unit = sampler.tokenizer.patch
         parts = [*(Image(pixels=pixels) for pixels in shown), requests.text(options.prompt)]
@@ -377,7 +381,7 @@ def app(engine, settings):
                 "previous_response_not_found",
                 "previous_response_id",
             )
-        turns = await decoded(requests.turns_of, talk, sampler, size)
+        turns = await decoded(requests.turns_of, talk, sampler, size, settings.signer)
         document = Document((*before.turns, *turns))
         draws = tool is not None and talk.tool_choice != "none"
         must = draws and (talk.tool_choice == "required" or isinstance(talk.tool_choice, requests.Choice))

@@ -16,6 +16,7 @@ from mmgen.data import images
 from mmgen.document import Image, Text, Turn
 
 MOST_IMAGES = 16  # of a request
+HIGH_FIDELITY = 3.0  # what `input_fidelity` "high" adds to the logits of a picture's own codes
 MASK_BYTES = 4 << 20
 PIXELS = images.Limits(max_pixels=32 << 20)  # of an upload
 
@@ -82,7 +83,7 @@ class Edit(Generation):
     """The fields of an edit beside its files; of a form, where everything is text."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=False)
-    input_fidelity: Literal["low"] | None = None
+    input_fidelity: Literal["low", "high"] | None = None
 
 
 _FILE = {"type": "string", "format": "binary"}
@@ -167,6 +168,14 @@ def decode(data, sampler, param):
         raise Wrong(400, f"{param}: {error}", "invalid_image", param) from None
 
 
+def fitted(pixels, sampler, size, signer):
+    """Pixels of a picture as the model is shown it, of `size` (height, width) in patches. The mark of a `signer` is taken off: a model sees
+    it, and few have learned to look past it."""
+    patch = sampler.tokenizer.patch
+    pixels = images.fit(pixels, size[1] * patch, size[0] * patch)
+    return signer.unmarked(pixels) if signer else pixels
+
+
 def near(pixels, patch, most):
     """(height, width) in patches that come nearest to a picture's own."""
     shrink = min(1.0, most / max(pixels.shape[:2]))
@@ -206,16 +215,15 @@ def free_patches(data, first, size):
     return free.reshape(h, w)
 
 
-def edited(files, mask, sampler, size, patch, most):
-    """Files of an edit -> size (height, width) in patches, that of the first where it is None; pixels of the images; which patches are
-    free, or None."""
+def edited(files, mask, sampler, size, patch, most, signer=None):
+    """Files of an edit -> size (height, width) in patches, that of the first where it is None; pixels of the images, without the mark of a
+    signer; which patches are free, or None."""
     first = decode(files[0], sampler, "image")
     size = size or near(first, patch, most)
     free = None if mask is None else free_patches(mask, first, size)
-    side = (size[1] * sampler.tokenizer.patch, size[0] * sampler.tokenizer.patch)
-    shown = [images.fit(first, *side)]
+    shown = [fitted(first, sampler, size, signer)]
     del first  # before the next is decoded
-    shown += [images.fit(decode(data, sampler, "image"), *side) for data in files[1:]]
+    shown += [fitted(decode(data, sampler, "image"), sampler, size, signer) for data in files[1:]]
     return size, shown, free
 
 
@@ -254,8 +262,8 @@ async def read_form(asked):
     return fields, files, mask
 
 
-def turns_of(talk, sampler, size):
-    """What is said in a request for a response: turns of a document, one of the user at the end."""
+def turns_of(talk, sampler, size, signer=None):
+    """What is said in a request for a response, pictures without the mark of a signer: turns of a document, one of the user at the end."""
     messages = [Message(role="user", content=talk.input)] if isinstance(talk.input, str) else talk.input
     pictures = [part for each in messages if not isinstance(each.content, str) for part in each.content]
     if (found := sum(part.type == "input_image" for part in pictures)) > MOST_IMAGES:
@@ -271,7 +279,9 @@ def turns_of(talk, sampler, size):
             else message.content
         ):
             parts.append(
-                text(part.text) if part.type == "input_text" else inline(part.image_url, sampler, size)
+                text(part.text)
+                if part.type == "input_text"
+                else inline(part.image_url, sampler, size, signer)
             )
         role = "user" if message.role == "user" else "system"
         if turns and turns[-1].role == role:
@@ -283,7 +293,7 @@ def turns_of(talk, sampler, size):
     return turns
 
 
-def inline(url, sampler, size):
+def inline(url, sampler, size, signer):
     """The `Image` of a data URL."""
     head, _, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64"):
@@ -299,4 +309,4 @@ def inline(url, sampler, size):
         raise Wrong(400, "image_url: not base64", "invalid_base64_image", "input") from None
     pixels, patch = decode(data, sampler, "image_url"), sampler.tokenizer.patch
     size = size or near(pixels, patch, sampler.grammar.max_side * patch)
-    return Image(pixels=images.fit(pixels, size[1] * patch, size[0] * patch))
+    return Image(pixels=fitted(pixels, sampler, size, signer))
