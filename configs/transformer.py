@@ -59,7 +59,7 @@ def get_config(variant):
     # Weight of log Z squared; and how many tokens a device turns into logits at a time (0: all)
     c.loss = dict(z=1e-4, chunk=0)
 
-    c.sampling = dict(temperature=0.1, fidelity=0.0)  # of pictures, where who asks for one says nothing of it
+    c.sampling = dict(temperature=0.1)  # of pictures, where who asks for one says nothing of it
     c.steps = 8200
     c.optimizer = OPTIMIZER | dict(adam_learning_rate=6e-3, beta2=0.98)
     c.ema = 0.0

@@ -343,10 +343,12 @@ def test_users_pictures_with_a_watermark(space, tmp_path, monkeypatch, capsys):
     passed = []
     monkeypatch.setattr(talks, "run", lambda *_, watermark, **more: (passed.append(watermark), 1 / 0)[0])
     flags, pixels = flags_of(space.transformer, "edit", tmp_path / "edit"), np.full((64, 64, 3), 90, np.uint8)
-    for more in (("--marked", "--size", "64x64"), ()):
+    for more in (("--marked", "--size", "64x64"), (), ("--marked", "removed", "--size", "64x64")):
         with pytest.raises(ZeroDivisionError):
             mmgen(*flags, *more)
-    assert passed[1] is None and watermark.detect(passed[0](pixels), b"evaluate")
+    marked = passed[0](pixels)
+    assert passed[1] is None and watermark.detect(marked, b"evaluate")
+    assert (passed[2](pixels) == watermark.remove(marked, b"evaluate")).all()
     assert mmgen(*flags, "--marked") == 1
     assert "--size of 64x64 on" in capsys.readouterr().err
 

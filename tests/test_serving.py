@@ -138,17 +138,6 @@ def test_what_clients_show_is_shown_to_the_model_without_our_mark(running, monke
     assert said.status == "completed" and (kept[0].images()[0].pixels == 255 - shown).all()
 
 
-def test_high_fidelity_draws_more_of_what_is_shown(running):
-    shown = png(picture(running.side))
-    ask = lambda **more: pixels(
-        running.client.images.edit(image=shown, prompt="a star", extra_body={"seed": 1}, **more)
-        .data[0]
-        .b64_json
-    )
-    low, high = ask(input_fidelity="low"), ask(input_fidelity="high")
-    assert (low == ask()).all() and (low != high).any()
-
-
 def test_a_dialogue_goes_on_from_any_answer(running, model):
     ask = lambda text, **more: running.client.responses.create(
         model="tiny", input=text, tools=[{"type": "image_generation"}], tool_choice={"type": "image_generation"},

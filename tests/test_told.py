@@ -182,21 +182,19 @@ def test_log_probs_step_by_step_are_those_of_all_codes(around, told):  # noqa: F
         assert np.exp(colors[0, 3]) @ entropy[:, 3] == pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "guidance, image_guidance, fidelity", [(1.0, 1.0, 0.0), (2.5, 1.0, 2.0), (2.5, 1.7, 0.0)]
-)
+@pytest.mark.parametrize("guidance, image_guidance", [(1.0, 1.0), (2.5, 1.0), (2.5, 1.7)])
 def test_a_greedy_code_is_the_best_color_and_then_its_best_outline(
-    sampler, around, told, guidance, image_guidance, fidelity  # noqa: F811
+    sampler, around, told, guidance, image_guidance  # noqa: F811
 ):  # fmt: skip
     """By the whole model's logits, both steps guided, token by token; in company, and by another device's half."""
     model, grammar = crossed.sampler_of(sampler, around, told), around[1]
     shown = Image(codes=np.arange(6, dtype=np.int32).reshape(2, 3))
-    how = dict(size=(2, 3), guidance=guidance, image_guidance=image_guidance, fidelity=fidelity)
+    how = dict(size=(2, 3), guidance=guidance, image_guidance=image_guidance)
     asked = Request(Document([Turn("user", [shown, Text("two red stars")])]), image=Strategy(0.0), **how)
     branches = [[*tokens, grammar.boi, grammar.h(2), grammar.w(3)] for tokens in model.prompts(asked)]
     colors = nnx.merge(*told[:2]).colors
     codes = []
-    for k in range(6):
+    for _ in range(6):
         found = []
         for tokens in branches:
             row = np.array([tokens], np.int32)
@@ -205,12 +203,8 @@ def test_a_greedy_code_is_the_best_color_and_then_its_best_outline(
         free = 1 if len(found) > 1 else 0
         guided = lambda x: x[-1] + image_guidance * (x[free] - x[-1]) + guidance * (x[0] - x[free])
         share = [np.logaddexp.reduce(each, 0) for each in found]
-        there, its_color = divmod(k, colors)  # outline and colour of the shown picture's code k
-        color = int(np.argmax(guided(share) + fidelity * (np.arange(colors) == its_color)))
-        outlines = guided([a[:, color] - b[color] for a, b in zip(found, share)])
-        outline = int(
-            np.argmax(outlines + fidelity * (color == its_color) * (np.arange(len(outlines)) == there))
-        )
+        color = int(np.argmax(guided(share)))
+        outline = int(np.argmax(guided([a[:, color] - b[color] for a, b in zip(found, share)])))
         codes.append(color + colors * outline)
         branches = [[*tokens, grammar.code_start + codes[-1]] for tokens in branches]
     wild = Request(asked.document, image=Strategy(2.0), seed=7, **how)
@@ -291,9 +285,6 @@ def test_rows_of_a_run_that_read_and_told_otherwise(tmp_path, sampler):  # noqa:
     found, width = spans((3, 2, 16), (3, 1, 16))
     assert found["^before/w$"] == [(0, 0, 3 * width), (3 * width, 3 * width, transformer.BENEATH * width)]
     assert found["^head$"] == [*found["^embedding$"], (first, first, colors)]
-    for old, digits in (
-        ((3, 0, 0), 2),
-        ((3, 0, 16), 1),
-    ):  # a code's head is no colour's, nor is another colour's
+    for old, digits in (((3, 0, 0), 2), ((3, 0, 16), 1)):  # a code's head is no colour's, nor is another colour's
         found, _ = spans(old, (3, 0, 16), digits)
         assert found["^head$"] == found["^embedding$"] and len(found["^head$"]) == 4

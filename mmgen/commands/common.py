@@ -131,8 +131,6 @@ def add_sampling_flags(parser):
         default=0.0,
         help="take back the spread that guidance adds to logits",
     )
-    add("--fidelity", type=float,
-        help="of edits: above 0 changes less of the document's last image (default: config.sampling of the checkpoint, or 0)")  # fmt: skip
     add("--temperature", type=float,
         help="of image codes; 0 is greedy (default: config.sampling of the checkpoint, or 0.1)")  # fmt: skip
     add("--top-k", type=int, default=0)
@@ -145,10 +143,11 @@ def add_sampling_flags(parser):
 
 
 def with_defaults(args, workdir):
-    """args, and where its flags leave temperature or fidelity open those of a run: its config's `sampling`."""
-    own = {"temperature": 0.1, "fidelity": 0.0} | checkpoint.read_config(workdir).get("sampling", {})
-    said = {name: value for name, value in vars(args).items() if value is not None or name not in own}
-    return argparse.Namespace(**vars(args) | own | said)
+    """args, and where its flags leave the temperature open that of a run: its config's `sampling`."""
+    if args.temperature is not None:
+        return args
+    own = checkpoint.read_config(workdir).get("sampling", {})
+    return argparse.Namespace(**vars(args) | {"temperature": own.get("temperature", 0.1)})
 
 
 def sampling_options(args):
@@ -158,7 +157,6 @@ def sampling_options(args):
         image_guidance=args.image_guidance,
         guidance_interval=tuple(args.guidance_interval),
         guidance_rescale=args.guidance_rescale,
-        fidelity=args.fidelity,
         image=Strategy(args.temperature, args.top_k, args.top_p, args.min_p, args.keep_mode),
         text=Strategy(args.text_temperature, top_p=args.text_top_p),
     )

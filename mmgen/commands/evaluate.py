@@ -167,8 +167,10 @@ def _world(args, model):
 
 def _talk(args, suite, model):
     counts = dict(seen=args.seen, unseen=args.unseen, split=args.split, language=args.language)
-    marked = (lambda pixels: watermark.embed_where_it_lasts(pixels, b"evaluate")) if args.marked else None
-    cases = talks.run(model, suite, watermark=marked, **counts, **_asked(args))
+    key = b"evaluate"
+    kept = lambda pixels: watermark.embed_where_it_lasts(pixels, key)
+    shown = {"kept": kept, "removed": lambda pixels: watermark.remove(kept(pixels), key)}.get(args.marked)
+    cases = talks.run(model, suite, watermark=shown, **counts, **_asked(args))
     return _part(cases, *suites.measures(cases))
 
 
@@ -315,8 +317,10 @@ def _parser():
     parser.set_defaults(text_temperature=0.0)  # one answer is judged: the likeliest
     drawn.add_argument(
         "--marked",
-        action="store_true",
-        help="pictures that the user shows have a watermark, as drawn ones that are shown again",
+        nargs="?",
+        const="kept",
+        choices=("kept", "removed"),
+        help="pictures that the user shows have a watermark, as drawn ones that are shown again; `removed`: had one that was taken off",
     )
     drawn.add_argument("--batch-size", type=int, default=50)
     drawn.add_argument(

@@ -43,7 +43,6 @@ NUMBER = (int, float)
 LINE = {
     "prompt": str, "images": list, "output": str, "size": (str, type(None)), "n": int, "number": int, "seed": int,
     "guidance": NUMBER, "image_guidance": NUMBER, "guidance_interval": list, "guidance_rescale": NUMBER,
-    "fidelity": NUMBER,
     "temperature": NUMBER, "top_k": int, "top_p": NUMBER, "min_p": NUMBER, "keep_mode": bool,
     "text_temperature": NUMBER, "text_top_p": NUMBER, "max_tokens": (int, type(None)), "stop": list,
 }  # fmt: skip

@@ -44,9 +44,6 @@ class Request:
     which there is guidance, (0, 1) for all. guidance_rescale: from 0 to 1, how far the spread of the guided logits is
     brought back to that of the logits without guidance.
 
-    fidelity: of edits, added to the logits of the codes that the document's last image has at the same places, so that what nobody asked
-    to change changes less; nothing where that image has another size. Of codes told in two steps, to the logits of each.
-
     refusals: None where the model must not refuse; a number where it may, if it was trained to: the bias of a refusal's logits, below 0 for
     fewer refusals. Then the answer may be a `Refusal` and its words, whatever `output` says.
 
@@ -65,7 +62,6 @@ class Request:
     image_guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
-    fidelity: float = 0.0
     image: Strategy = Strategy()
     text: Strategy = Strategy()
     refusals: float | None = None
@@ -94,9 +90,9 @@ class Request:
                 f"kept are codes of the image that is drawn: expected output 'image' and its size, {self.kept.shape[:2]}, found "
                 f"{self.output!r} and {self.size}"
             )
-        if not all(abs(x) <= 1e6 for x in (self.guidance, self.image_guidance, self.fidelity)):
+        if not (abs(self.guidance) <= 1e6 and abs(self.image_guidance) <= 1e6):
             raise ValueError(
-                f"guidance and fidelity must be numbers up to 1e6, found {self.guidance}, {self.image_guidance} and {self.fidelity}"
+                f"guidance must be a number up to 1e6, found {self.guidance} and {self.image_guidance}"
             )
 
 

@@ -89,8 +89,6 @@ class Slots:
             "temperature": strategy(np.float32), "top_k": strategy(np.int32), "top_p": strategy(np.float32),
             "min_p": strategy(np.float32), "keep_mode": strategy(bool),
             "kept": np.full((count, self.length), -1, np.int32),  # tokens of an image's codes
-            "source": np.full((count, self.length), -1, np.int32),  # and of the one that is to be changed
-            "source_size": np.zeros((count, 2), np.int32), "fidelity": np.zeros(count, np.float32),
         }  # fmt: skip
         self._compiled = False
         self._reset()
@@ -269,19 +267,16 @@ class Slots:
             "refuse": request.refusals is not None, "refusal_bias": request.refusals or 0.0,
             "branches": len(job.prompts), "guidance": request.guidance,
             "image_guidance": request.image_guidance, "interval": request.guidance_interval,
-            "rescale": request.guidance_rescale, "fidelity": request.fidelity,
+            "rescale": request.guidance_rescale,
         }  # fmt: skip
         for name in ("temperature", "top_k", "top_p", "min_p", "keep_mode"):
             values[name] = [getattr(strategy, name) for strategy in strategies]
         for name, value in values.items():
             self._knobs[name][place] = value
-        images = self.sampler.encoded(request.document).images() if request.fidelity else ()
-        for name, codes in (("kept", request.kept), ("source", images[-1].codes if images else None)):
-            self._knobs[name][place] = -1
-            if codes is not None:
-                tokens = self.sampler.grammar.code_tokens(codes)
-                self._knobs[name][place, : len(tokens)] = np.where(codes.reshape(-1) < 0, -1, tokens)
-        self._knobs["source_size"][place] = images[-1].codes.shape[:2] if images else 0
+        self._knobs["kept"][place] = -1
+        if request.kept is not None:
+            kept = self.sampler.grammar.code_tokens(request.kept)
+            self._knobs["kept"][place, : len(kept)] = np.where(request.kept.reshape(-1) < 0, -1, kept)
 
 
 def _shared(a, b):
@@ -323,18 +318,9 @@ def _dispatch(params, weights, state, knobs, active, steps, target, *, graphdef,
         latest = state.cache["tokens"][place, jnp.maximum(state.lengths[:N] - 1, 0)]
         previous = jnp.where(state.written > 0, latest, -1)
 
-        coming = machine.height * machine.width * grammar.depth - machine.remaining
-        given = lambda name: knobs[name][place, jnp.clip(coming, 0, knobs[name].shape[1] - 1)]
-        in_codes = machine.mode == CODES
-        kept = jnp.where(in_codes, given("kept"), -1)
-        alike = (jnp.stack([machine.height, machine.width], -1) == knobs["source_size"]).all(-1)
-        source = jnp.where(in_codes & alike, given("source"), -1)
-
-        def draw(logits, legal, previous, key, source):
+        def draw(logits, legal, previous, key):
             """A token of each row, of those that `logits` [R, ...] are of; whether these are finite."""
             logits = _guided(logits.reshape(branches, N, -1), legal, machine, grammar, knobs)
-            there = jnp.arange(logits.shape[-1]) == source[:, None]
-            logits = jnp.where(there, logits + knobs["fidelity"][:, None], logits)
             finite = jnp.isfinite(jnp.where(legal, logits, 0.0)).all(-1)
             return choose(logits, legal, jax.vmap(jax.random.uniform)(key), previous, *how), finite
 
@@ -342,20 +328,19 @@ def _dispatch(params, weights, state, knobs, active, steps, target, *, graphdef,
         logits = caches.logits(model, weights, state.hidden)
         legal = _refused(logits[:N], legal, machine, grammar, knobs)
         if not model.colors:
-            token, finite = draw(logits, legal, previous, key, source)
+            token, finite = draw(logits, legal, previous, key)
         else:  # A code is its colour at first, and all codes are legal or none.
             before = jnp.maximum(previous - start, 0)
-            color = lambda token: jnp.where(token < start, token, start + (token - start) % model.colors)
-            same = color(previous)
-            token, finite = draw(logits, legal[:, : model.first], same, key, color(source))
+            same = jnp.where(previous < start, previous, start + before % model.colors)
+            token, finite = draw(logits, legal[:, : model.first], same, key)
             code, repeats = token >= start, (token >= start) & (token == same)
             logits = caches.outline_logits(model, state.hidden, every(jnp.maximum(token - start, 0)))
             free, same = jnp.ones(logits.shape[-1:], bool), jnp.where(repeats, before // model.colors, -1)
-            key = jax.vmap(jax.random.fold_in, (0, None))(key, 1)
-            there = jnp.where(token == color(source), (source - start) // model.colors, -1)
-            outline, sure = draw(logits, free[None], same, key, there)
+            outline, sure = draw(logits, free[None], same, jax.vmap(jax.random.fold_in, (0, None))(key, 1))
             token, finite = jnp.where(code, token + model.colors * outline, token), finite & (sure | ~code)
-        token = jnp.where(kept >= 0, kept, token)
+        coming = machine.height * machine.width * grammar.depth - machine.remaining
+        kept = knobs["kept"][place, jnp.clip(coming, 0, knobs["kept"].shape[1] - 1)]
+        token = jnp.where((machine.mode == CODES) & (kept >= 0), kept, token)
         broken = broken | (active & ~finite)
         token = every(jnp.where(active, token, grammar.eos))
         at = grammar.position(state.machine)

@@ -175,8 +175,6 @@ def app(engine, settings):
         more = dict(settings.options)
         if options.guidance is not None:
             more["guidance"] = options.guidance
-        if getattr(options, "input_fidelity", None) == "high":
-            more["fidelity"] = max(more.get("fidelity", 0.0), requests.HIGH_FIDELITY)
         return more | {"seed": seed, "refusals": gate.refusal_bias if sampler.refuses else None}
 
     decoding = asyncio.Semaphore(1)  # a small file may have many pixels

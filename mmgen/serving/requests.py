@@ -16,7 +16,6 @@ from mmgen.data import images
 from mmgen.document import Image, Text, Turn
 
 MOST_IMAGES = 16  # of a request
-HIGH_FIDELITY = 3.0  # what `input_fidelity` "high" adds to the logits of a picture's own codes
 MASK_BYTES = 4 << 20
 PIXELS = images.Limits(max_pixels=32 << 20)  # of an upload
 
@@ -83,7 +82,7 @@ class Edit(Generation):
     """The fields of an edit beside its files; of a form, where everything is text."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=False)
-    input_fidelity: Literal["low", "high"] | None = None
+    input_fidelity: Literal["low"] | None = None
 
 
 _FILE = {"type": "string", "format": "binary"}
