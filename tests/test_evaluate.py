@@ -246,7 +246,7 @@ def test_pictures_for_other_judges(space, tmp_path, capsys):
         (("--seed", 9), "another seed"),
         (("--temperature", 0.5), "another options"),
         (("--n", 0), "at least one picture"),
-        (("--best-of", 2, "--towers", "x"), "--best-of is for suite world"),
+        (("--best-of", 2, "--towers", "x"), "--best-of is for the suites world and understanding"),
         (("--baseline", "x"), "--prompts has none"),
     ):
         assert draw(*flags) == 1 and words in capsys.readouterr().err

@@ -178,6 +178,25 @@ def test_the_best_of_several(sample, sampler, tmp_path):
         sample(*flags, "--best-of", "many")
 
 
+def test_the_best_description_of_several(sample, sampler, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    Pillow.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "in.png")
+    flags = ("--image", tmp_path / "in.png", "--prompt", "what?", "--output", "text", "--max-tokens", 6)
+    assert sample(*flags, "--best-of", 3, "--by-drawing", "--out", tmp_path / "said") == 0
+    note = json.loads((tmp_path / "said" / "00000-0.json").read_text())
+    shown = Image(pixels=np.asarray(Pillow.open(tmp_path / "in.png")))
+    request = Request(
+        Document([Turn("user", [shown, Text("what?")])]), "text", seed=draw_seed(0, 0), guidance=1.5,
+        text=Strategy(0.7), image=Strategy(0.1, keep_mode=True), max_tokens=6,
+    )  # fmt: skip
+    (turn,), _ = best_of(sampler, [request], 3, "drawing", batch_size=3)
+    assert "".join(part["text"] for part in note["answer"]) == turn.parts[0].text
+    assert note["towers"] == "drawing" and note["best_of"] == 3
+    capsys.readouterr()
+    assert sample(*flags, "--by-drawing", "--out", tmp_path / "other") == 1
+    assert "give --best-of N" in capsys.readouterr().err
+
+
 def test_what_json_allows_and_damage_to_what_is_there(sample, tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + '{"prompt":"a\u2028b\x85"}\n'.encode())
     flags = ("--prompts", tmp_path / "p.jsonl", "--size", "32x32", "--out", tmp_path / "out")

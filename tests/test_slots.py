@@ -14,6 +14,7 @@ from flax import nnx
 
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.sampling import cache as caches
+from mmgen.sampling import sampler as samplers
 from mmgen.sampling import slots as slots_module
 from mmgen.sampling.dialogue import Dialogue
 from mmgen.sampling.sampler import Request, Sampler, best_of
@@ -551,6 +552,36 @@ def test_the_likeliest_of_several(random):
     np.testing.assert_allclose(one[:, 0], scores[:, 0], rtol=1e-5)
     with pytest.raises(ValueError, match="rows of"):
         model.nats([Document([Turn("user", [Text("x " * 400)])])])
+
+
+def test_of_descriptions_that_from_which_the_picture_is_likeliest_drawn(random, monkeypatch):
+    """By the documents that say the words and then draw the picture, and a little by the words' own likelihood."""
+    model, rng = random[0], np.random.default_rng(3)
+    shown = [picture(rng, model) for _ in range(2)]
+    ask = lambda image, **more: Request(
+        Document([Turn("user", [image, Text("what is it?")])]), "text", text=Strategy(0.0), max_tokens=5, **more
+    )
+    asked = [ask(image) for image in shown]
+    turns, scores = best_of(model, asked, 4, "drawing", batch_size=2)
+    monkeypatch.setattr(samplers, "_WORDS", 0.0)
+    kept, drawn = best_of(model, asked, 4, "drawing", batch_size=2)
+    for image, turn, row, greedy in zip(shown, kept, drawn, model.generate(asked, 2)):
+        best = []
+        for said in (turn, greedy):
+            words = Text(said.parts[0].text.strip())
+            document = Document((Turn("user", (words,)), Turn("assistant", (image,))))
+            best.append(-model.nats([document])[0][-image.codes.size - 3 :].sum())
+        # The first is the greedy answer; the others are not, or would all be the same.
+        assert best == pytest.approx([row.max(), row[0]], rel=1e-4)
+        assert len(set(row.round(3))) > 1
+    _, means = best_of(model, asked, 4, batch_size=2)
+    tokens = (scores - drawn) / 0.3 / means
+    np.testing.assert_allclose(tokens, tokens.round(), atol=0.01)
+    assert 1 <= tokens.min() <= tokens.max() <= 6
+    pictureless = Request(Document([Turn("user", [Text("what is it?")])]), "text")
+    for wrong in (pictureless, dataclasses.replace(ask(shown[0]), output="image")):
+        with pytest.raises(ValueError, match="words about a picture"):
+            best_of(model, [wrong], 2, "drawing")
 
 
 def test_images_in_the_context_are_encoded(random):

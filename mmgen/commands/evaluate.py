@@ -170,7 +170,8 @@ def _talk(args, suite, model):
     key = b"evaluate"
     kept = lambda pixels: watermark.embed_where_it_lasts(pixels, key)
     shown = {"kept": kept, "removed": lambda pixels: watermark.remove(kept(pixels), key)}.get(args.marked)
-    cases = talks.run(model, suite, watermark=shown, **counts, **_asked(args))
+    best_of = args.best_of if suite == args.suite else 1  # of `all` it is for suite world
+    cases = talks.run(model, suite, watermark=shown, best_of=best_of, **counts, **_asked(args))
     return _part(cases, *suites.measures(cases))
 
 
@@ -232,8 +233,10 @@ def _check(args):
     drawn = args.suite in (*DRAWN, "all")
     if args.best_of < 1:
         raise ValueError(f"expected --best-of of at least 1, found {args.best_of}")
-    if args.best_of != 1 and (args.suite not in ("world", "all") or args.prompts):
-        raise ValueError(f"--best-of is for suite world, not for {args.prompts or args.suite}")
+    if args.best_of != 1 and (args.suite not in ("world", "understanding", "all") or args.prompts):
+        raise ValueError(
+            f"--best-of is for the suites world and understanding, not for {args.prompts or args.suite}"
+        )
     if args.towers and (args.suite not in ("world", "tokenizer", "refiner", "all") or args.prompts):
         raise ValueError(
             f"--towers is for the suites world, tokenizer and refiner, not for {args.prompts or args.suite}"
@@ -335,7 +338,8 @@ def _parser():
         "--best-of",
         type=int,
         default=1,
-        help="draw so many a prompt, keep the --towers' favourite, or the likeliest",
+        help="draw so many a prompt, keep the --towers' favourite, or the likeliest; of suite understanding so many descriptions, the one from "
+        "which the model itself would likeliest draw the picture",
     )
 
     files = parser.add_argument_group("pictures for other judges (docs/evaluation.md)")

@@ -91,6 +91,8 @@ def main(argv):
         metavar="DIR",
         help="workdir of a contrastive run, or `reference`, which says what is best; else the likelihood",
     )
+    parser.add_argument("--by-drawing", action="store_true",
+        help="best are the words from which the model itself would likeliest draw the picture that is shown; for descriptions")  # fmt: skip
     add_refiner_flags(parser)
     add_safety_flags(parser)
     parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times in the files")
@@ -111,6 +113,10 @@ def main(argv):
         raise ValueError("expected --best-of, --batch-size and --scale of at least 1")
     if args.towers and args.best_of == 1:
         raise ValueError("--towers says which is the best of several: give --best-of N of at least 2 too")
+    if args.by_drawing and (args.best_of == 1 or args.towers):
+        raise ValueError(
+            "--by-drawing says which is the best of several: give --best-of N of at least 2 too, and no --towers"
+        )
     out = Path(args.out)
     check_writable(out)  # before the work: an unwritable path should cost nothing
     sheet = bool(out.suffix)
@@ -138,7 +144,7 @@ def main(argv):
         "config": hashlib.sha256(model.config.to_json(sort_keys=True).encode()).hexdigest()[:12],
         "grammar": model.grammar.hash, "text": model.text.hash, "tokenizer": model.tokenizer.hash,
         "int8": args.int8, "int8_cache": args.int8_cache, "tensor": args.tensor, "batch_size": args.batch_size,
-        "best_of": args.best_of, "towers": args.towers, "scale": args.scale,
+        "best_of": args.best_of, "towers": "drawing" if args.by_drawing else args.towers, "scale": args.scale,
         "refiner": args.refiner, "refined": model.refining and model.refining.about,
         "gate": gate.about,
     }  # fmt: skip
@@ -310,7 +316,7 @@ def answers(model, requests, args):
     if args.best_of == 1:
         yield from ((k, turn) for k, turn, _ in model.stream(requests, args.batch_size))
         return
-    score = load_towers(args.towers).score if args.towers else None
+    score = "drawing" if args.by_drawing else load_towers(args.towers).score if args.towers else None
     at_once = max(args.batch_size // args.best_of, 1)
     for start in range(0, len(requests), at_once):
         part = requests[start : start + at_once]

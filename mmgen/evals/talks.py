@@ -13,6 +13,7 @@ from mmgen.document import Document, Image, Refusal, Text, Turn
 from mmgen.evals import captions
 from mmgen.evals.suites import Case
 from mmgen.sampling.sampler import Request, draw_seed
+from mmgen.sampling.sampler import best_of as choose
 from mmgen.world import language as words
 from mmgen.world import pages, tasks, tasks_judge
 from mmgen.world.edits import only
@@ -49,6 +50,7 @@ SUITES = {
 }
 
 PARTS = ("question", "sign")
+DESCRIBED = ("caption", "detail")  # in words from which the picture can be drawn
 
 UNREADABLE = "its own last picture cannot be read"
 OPEN = "its own last picture has not what is named, no room for what is wished, or is so already"
@@ -75,7 +77,7 @@ class Asked:
 def run(sampler, suite, *, seen, unseen, size, seed, split="test", language="en", batch_size=32, **options):
     """Asks `seen` and `unseen` talks of each category of a suite -> cases, one a turn.
 
-    size: (width, height) of the pictures in pixels, enlarged where a category needs more; options: `watermark` of `converse`, and those of
+    size: (width, height) of the pictures in pixels, enlarged where a category needs more; options: `watermark` and `best_of` of `converse`, and those of
     `Request`, of which the guidance is for pictures alone. A turn's case is of suite "CATEGORY:KIND"; of dialogues
     there are those of suite "dialogue:turn N" too, and for each dialogue one of suite "dialogue", which is right if
     all turns are.
@@ -108,12 +110,13 @@ def draws(turn) -> bool:
     return not isinstance(turn.says[-1], str)
 
 
-def converse(sampler, talks, *, size, seed, batch_size=32, watermark=None, **options):
+def converse(sampler, talks, *, size, seed, batch_size=32, watermark=None, best_of=1, **options):
     """A model's answers to talks -> for each talk a list, of each turn uint8 [H, W, 3] or a text.
 
     Turn n of all talks is one batch. Whether to draw or to speak is told, and the size of pictures. Words are
     answered without guidance, and may take twice as many tokens as the longest right answer. Where a talk is longer
     than the model's rows, or has grown so, its further answers are None. ValueError where all are from the first turn on.
+    best_of: so many descriptions of a picture, of which that is kept from which the model itself would likeliest draw it.
     watermark: a function of pixels uint8 [H, W, 3], through which the user's pictures go before they are shown.
     """
     width, height = size
@@ -143,10 +146,14 @@ def converse(sampler, talks, *, size, seed, batch_size=32, watermark=None, **opt
             )
             if _fits(sampler, request):
                 documents[i], requests[i] = document, request
-        if not n and not requests:  # a suite that this model cannot do
+        if not (n or requests):  # a suite that this model cannot do
             sampler.room(request, sampler.prompts(request)[0])
+        described = [i for i in requests if best_of > 1 and talks[i].category in DESCRIBED]
+        several = [requests.pop(i) for i in described]
         turns = sampler.generate(list(requests.values()), batch_size) if requests else []
         said = dict(zip(requests, turns, strict=True))
+        if several:
+            said |= zip(described, choose(sampler, several, best_of, "drawing", batch_size)[0])
         for i in asked:
             refused = i in said and said[i].parts and isinstance(said[i].parts[0], Refusal)
             drawn = not refused and (draws(talks[i].turns[n]) or talks[i].category == "refusal")
