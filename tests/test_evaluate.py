@@ -353,6 +353,20 @@ def test_users_pictures_with_a_watermark(space, tmp_path, monkeypatch, capsys):
     assert "--size of 64x64 on" in capsys.readouterr().err
 
 
+def test_of_what_is_described_the_best_of_several(space, tmp_path, monkeypatch):
+    asked, choose = [], talks.choose
+    monkeypatch.setattr(
+        talks,
+        "choose",
+        lambda model, requests, *how: (asked.append((requests, how)), choose(model, requests, *how))[1],
+    )
+    flags = flags_of(space.transformer, "understanding", tmp_path / "described")
+    assert mmgen(*flags, "--best-of", 2, "--seen", 2, "--unseen", 0) == 0
+    # Captions and details; questions and comparisons are answered once.
+    assert [(len(requests), *how[:2]) for requests, how in asked] == [(2, 2, "drawing")] * 2
+    assert read_report(tmp_path / "described")["config"]["best_of"] == 2
+
+
 def test_some_suites_of_the_world_in_eight_bits(space, tmp_path, capsys):
     flags = flags_of(space.transformer, "world", tmp_path / "some")
     some = ("--category", "counting,mixed_counting")

@@ -559,7 +559,11 @@ def test_of_descriptions_that_from_which_the_picture_is_likeliest_drawn(random, 
     model, rng = random[0], np.random.default_rng(3)
     shown = [picture(rng, model) for _ in range(2)]
     ask = lambda image, **more: Request(
-        Document([Turn("user", [image, Text("what is it?")])]), "text", text=Strategy(0.0), max_tokens=5, **more
+        Document([Turn("user", [image, Text("what is it?")])]),
+        "text",
+        text=Strategy(0.0),
+        max_tokens=5,
+        **more,
     )
     asked = [ask(image) for image in shown]
     turns, scores = best_of(model, asked, 4, "drawing", batch_size=2)

@@ -519,21 +519,22 @@ def best_of(sampler, requests, n, score=None, batch_size=16):
 
 def _as_drawn(sampler, requests, turns, batch_size):
     """How likely the last picture of each request's document is what the model draws where it is asked for with the answer's words ->
-    log p(codes | words), float64 [N]; -inf where there are none.
+    log p(codes | words), float64 [N]; -inf where there are none, or more than the model's rows hold.
 
     A model that draws better than it reads so judges what it reads, as a noisy channel does (arXiv:1611.02554)."""
-    documents, rows = {}, []
+    rows, keys = {}, []
     for request, turn in zip(requests, turns):
         image, words = request.document.images()[-1], Document((turn,)).text().strip()
-        key = (image.codes.tobytes(), image.codes.shape, words)
-        if words and key not in documents:
-            documents[key] = caption_to_image(words, Image(codes=image.codes))
-        rows.append(key)
-    nats = sampler.nats(list(documents.values()), batch_size) if documents else []
-    tokens = lambda key: int(np.prod(key[1]))
+        keys.append((image.codes.tobytes(), image.codes.shape, words))
+        if words and keys[-1] not in rows:
+            document = caption_to_image(words, Image(codes=image.codes))
+            rows[keys[-1]] = sampler.grammar.encode(document, sampler.text)
+    rows = {key: row for key, row in rows.items() if len(row) <= sampler.longest}
     # The codes, and what leads out of the picture and the document after them.
-    found = {key: -float(each[-tokens(key) - 3 :].sum()) for key, each in zip(documents, nats)}
-    return np.array([found.get(key, -np.inf) for key in rows])
+    last = {key: int(np.prod(key[1])) + 3 for key in rows}
+    nats = sampler.nats(list(rows.values()), batch_size)
+    found = {key: -float(each[-last[key] :].sum()) for key, each in zip(rows, nats)}
+    return np.array([found.get(key, -np.inf) for key in keys])
 
 
 def refining(workdir, tokenizer, *, refiner="", upscale=None, **how):
