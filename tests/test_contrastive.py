@@ -21,7 +21,8 @@ from mmgen.models.contrastive import Contrastive, load_towers, pair_loss
 from mmgen.runtime import checkpoint, optimizer
 from mmgen.runtime import config as configs
 from mmgen.runtime.config import ConfigError
-from mmgen.sampling.sampler import Request, best_of
+from mmgen.sampling.best import best_of
+from mmgen.sampling.sampler import Request
 from mmgen.sampling.strategies import Strategy
 from mmgen.stages import loop
 from mmgen.stages.contrastive import held_out_pairs, retrieval

@@ -10,8 +10,9 @@ from PIL import Image as Pillow
 from mmgen.commands import chat
 from mmgen.commands import sample as command
 from mmgen.document import Document, Image, Text, Turn
+from mmgen.sampling.best import best_of
 from mmgen.sampling.dialogue import Dialogue
-from mmgen.sampling.sampler import Request, Sampler, best_of, draw_seed
+from mmgen.sampling.sampler import Request, Sampler, draw_seed
 from mmgen.sampling.strategies import Strategy
 from tests.conftest import mmgen
 

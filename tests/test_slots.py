@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 
 from mmgen.document import Document, Image, Text, Turn
+from mmgen.sampling import best
 from mmgen.sampling import cache as caches
-from mmgen.sampling import sampler as samplers
 from mmgen.sampling import slots as slots_module
+from mmgen.sampling.best import best_of
 from mmgen.sampling.dialogue import Dialogue
-from mmgen.sampling.sampler import Request, Sampler, best_of
+from mmgen.sampling.sampler import Request, Sampler
 from mmgen.sampling.slots import Slots
 from mmgen.sampling.strategies import Strategy
 from tests.conftest import run_python, whole_model
@@ -567,16 +568,16 @@ def test_of_descriptions_that_from_which_the_picture_is_likeliest_drawn(random, 
     )
     asked = [ask(image) for image in shown]
     turns, scores = best_of(model, asked, 4, "drawing", batch_size=2)
-    monkeypatch.setattr(samplers, "_WORDS", 0.0)
+    monkeypatch.setattr(best, "_WORDS", 0.0)
     kept, drawn = best_of(model, asked, 4, "drawing", batch_size=2)
     for image, turn, row, greedy in zip(shown, kept, drawn, model.generate(asked, 2)):
-        best = []
+        expected = []
         for said in (turn, greedy):
             words = Text(said.parts[0].text.strip())
             document = Document((Turn("user", (words,)), Turn("assistant", (image,))))
-            best.append(-model.nats([document])[0][-image.codes.size - 3 :].sum())
+            expected.append(-model.nats([document])[0][-image.codes.size - 3 :].sum())
         # The first is the greedy answer; the others are not, or would all be the same.
-        assert best == pytest.approx([row.max(), row[0]], rel=1e-4)
+        assert expected == pytest.approx([row.max(), row[0]], rel=1e-4)
         assert len(set(row.round(3))) > 1
     _, means = best_of(model, asked, 4, batch_size=2)
     tokens = (scores - drawn) / 0.3 / means

@@ -37,6 +37,7 @@ from mmgen.models.contrastive import load_towers
 from mmgen.runtime import hardware
 from mmgen.runtime.released import towers_folder
 from mmgen.sampling import sampler
+from mmgen.sampling.best import best_of
 
 # What a line of a --prompts FILE.jsonl may say for itself; what it does not say, the flags do.
 NUMBER = (int, float)
@@ -320,7 +321,7 @@ def answers(model, requests, args):
     at_once = max(args.batch_size // args.best_of, 1)
     for start in range(0, len(requests), at_once):
         part = requests[start : start + at_once]
-        turns, _ = sampler.best_of(model, part, args.best_of, score, args.batch_size)
+        turns, _ = best_of(model, part, args.best_of, score, args.batch_size)
         yield from enumerate(turns, start)
 
 

@@ -15,8 +15,8 @@ from mmgen.data import files
 from mmgen.data.images import BadImage
 from mmgen.document import Document, Text, Turn
 from mmgen.evals.compare import wilson
+from mmgen.sampling.best import best_of as choose
 from mmgen.sampling.sampler import Request, draw_seed
-from mmgen.sampling.sampler import best_of as choose
 from mmgen.world.judge import judge
 from mmgen.world.render import render
 from mmgen.world.scene import CATEGORIES
@@ -51,7 +51,7 @@ def cases(seed, seen, unseen, language="en", split="test", categories=CATEGORIES
 
 
 def run(sampler, cases, *, size, seed, batch_size=32, score=None, best_of=1, **options):
-    """Draws one picture a case, the best of `best_of` by `score` (see `sampler.best_of`), judges it and the
+    """Draws one picture a case, the best of `best_of` by `score` (see `sampling.best.best_of`), judges it and the
     ceiling. `size` is (width, height) in pixels; `options` are those of `Request` (guidance, image strategy)."""
     width, height = size
     patch = sampler.tokenizer.patch

@@ -12,8 +12,8 @@ import numpy as np
 from mmgen.document import Document, Image, Refusal, Text, Turn
 from mmgen.evals import captions
 from mmgen.evals.suites import Case
+from mmgen.sampling.best import best_of as choose
 from mmgen.sampling.sampler import Request, draw_seed
-from mmgen.sampling.sampler import best_of as choose
 from mmgen.world import language as words
 from mmgen.world import pages, tasks, tasks_judge
 from mmgen.world.edits import only
