@@ -1,4 +1,4 @@
-"""Stage `reinforce`: a trained transformer learns from rewards of the pictures that it draws (GRPO).
+"""Stage `reinforce`: a trained transformer learns from rewards of the pictures that it draws, or of its words about some (GRPO).
 
 mmgen train --config reinforce:quickstart --workdir runs/reinforce --config.init=runs/transformer
 """
@@ -8,11 +8,11 @@ import ml_collections
 from mmgen.runtime import config as configs
 from mmgen.runtime.presets import LOOP, MESH, OPTIMIZER, SHARDING
 
-VARIANTS = ("quickstart", "preview", "reference", "tiny")
+VARIANTS = ("quickstart", "preview", "reference", "reading", "tiny")
 
 
 def get_config(variant):
-    base = configs.load(f"transformer:{variant}")  # whose run is in config.init
+    base = configs.load(f"transformer:{'reference' if variant == 'reading' else variant}")  # whose run is in config.init
     c = ml_collections.ConfigDict()
     c.stage = "reinforce"
     c.seed = 0
@@ -26,7 +26,8 @@ def get_config(variant):
     d.slots = 64  # pictures that are drawn at once
     d.workers = 0  # processes that reward pictures; 0: none but the run's own
     d.temperature, d.keep_mode = 1.0, False  # as pictures are drawn: see sampling/strategies.py
-    d.longest = 104  # tokens of a row: a prompt and its picture
+    d.words = 48  # tokens of an answer in words, at most
+    d.longest = 104  # tokens of a row: a prompt and its answer
     d.row_length = base.data.row_length  # of whoever samples from the run
 
     # (NAME, WEIGHT), ...: functions of mmgen/world/rewards.py or "package.module:function"
@@ -55,6 +56,13 @@ def get_config(variant):
         d.batch_size, d.slots, d.workers, c.accumulate = 256, 256, 14, 2
         c.loss.kl, c.optimizer.learning_rate, c.steps = 0.02, 2e-4, 77
         c.evaluate_every, c.save_every, c.keep = 25, 25, 8
+    if variant == "reading":  # what the released model says of pictures, on two CPU cores
+        d.categories, d.languages = ("caption", "caption", "caption", "detail"), ("en", "zh")
+        d.size, d.words, d.longest = (64, 64), 76, 352
+        d.batch_size, c.accumulate = 128, 32  # parts of which most have nothing to learn
+        c.model.dtype = "float32"  # which a CPU is faster with
+        c.loss.kl, c.optimizer.learning_rate, c.ema, c.steps = 0.0, 2e-4, 0.95, 200
+        c.evaluate_every, c.save_every, c.held_out.prompts = 50, 20, 64
     if variant == "tiny":  # for tests: seconds
         d.batch_size, d.group, d.slots = 4, 2, 4
         c.steps, c.held_out.prompts = 4, 4

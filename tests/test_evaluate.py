@@ -10,9 +10,9 @@ import pytest
 from conftest import mmgen
 from PIL import Image as Pillow
 
-from mmgen.evals import captions, compare, prompts, report, suites, talks
+from mmgen.evals import compare, prompts, report, suites, talks
 from mmgen.safety import watermark
-from mmgen.world import say
+from mmgen.world import captions, say
 from mmgen.world.rich import RICH, random_rich
 from mmgen.world.scene import (
     CATEGORIES,

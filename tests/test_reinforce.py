@@ -3,6 +3,7 @@
 import functools
 import itertools
 import signal
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from mmgen.sampling.strategies import Strategy, choose
 from mmgen.stages import loop, program, reinforce
 from mmgen.world import tasks, wishes
 from mmgen.world.render import render
+from mmgen.world.scene import FIGURES
 from tests.conftest import arrays, assert_same_arrays, config_of, mmgen, records, run_python, whole_model
 
 STEPS = 6
@@ -43,6 +45,11 @@ main(sys.argv[2:])
 def bright(pixels, item):
     """A reward that every picture has some of."""
     return float(pixels.mean()) / 255
+
+
+def short(text, item):
+    """A reward of few letters."""
+    return -len(text) / 10
 
 
 nameless = lambda pixels, item: 0.0  # noqa: E731  no other process finds it by its name
@@ -83,7 +90,7 @@ def drawn(sampler):
 def measured(space, sampler, drawn):
     """temperature -> log-probabilities and entropies of what was drawn; and all logits of its rows."""
     model, batch = nnx.merge(*whole_model(space.transformer)), drawn[3]
-    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, codes=64)
+    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, n=64)
     jitted = jax.jit(lambda temperature: measure(model, batch, temperature=temperature))
     rows = (batch[name] for name in ("tokens", "segments", "positions"))
     logits = jax.jit(lambda *rows: model.logits(model(*rows)))(*rows)
@@ -161,7 +168,7 @@ def test_draws_with_the_mode_kept_follow_their_log_probs(space, sampler):
     batch, _ = reinforce._rows(
         reinforce._draw(sampler, items, [*range(8)] * 2, (8, 8), data)[0], sampler.grammar, 64, data.longest
     )
-    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, codes=64, temperature=0.3)
+    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, n=64, temperature=0.3)
     error = lambda x: abs(x.mean()) / (x.std() / x.size**0.5)
     spread = lambda keep: -np.add(*map(np.asarray, measure(model, batch, keep_mode=keep)))
     assert error(spread(True)) < 4 < error(spread(False))
@@ -211,7 +218,7 @@ def test_the_loss_by_hand():
         "advantage": row(gains), "flat": row([0, 0, 0, 1]), "reward": row([3, 1, 4, 1]),
     }  # fmt: skip
     run = functools.partial(
-        reinforce.loss, key=None, measure=lambda model, batch: (model, -model), clip=clip, kl=kl, codes=n
+        reinforce.loss, key=None, measure=lambda model, batch: (model, -model), clip=clip, kl=kl, n=n
     )
     expected, outside = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}, np.zeros((B, n), bool)
     for b in range(B):
@@ -340,6 +347,115 @@ def test_edits_are_drawn_from_what_was_shown(sampler):
         reinforce.Prompts(data, 5, "train", sampler.text, 72, 64, 2).rows_of(0, range(2))
 
 
+# ---- words about pictures
+
+
+WORDS = [
+    "--config", "reinforce:tiny", "--config.data.categories=('caption',)", "--config.data.words=40", "--config.data.longest=128",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told(sampler):
+    """Sixteen answers to two captions that are asked for, as the rows of a batch."""
+    items = [wishes.wish(0, "train", i, "caption", "en", (32, 32)) for i in np.repeat([0, 1], 8)]
+    data = config_of([*WORDS, f"--config.data.temperature={TEMPERATURE}"]).data
+    tokens, texts = reinforce._draw(sampler, items, [*range(8)] * 2, None, data)
+    batch, at = reinforce._rows(tokens, sampler.grammar, data.words, data.longest, told=True)
+    return items, tokens, texts, batch, at
+
+
+def test_rows_are_what_was_told(sampler, told):
+    """Up to the <end>, which counts unless the number of words forced it."""
+    items, tokens, texts, batch, at = told
+    assert {len(answer) == 40 for _, answer in tokens} == {True, False}
+    for row, (item, (prompt, answer)) in enumerate(zip(items, tokens)):
+        whole = np.concatenate([prompt, answer, [sampler.grammar.eos]])
+        asked, said = sampler.grammar.decode(whole, sampler.text).turns
+        assert Document((asked,)).text() == item.prompt and len(Document((asked,)).images()) == 1
+        assert Document((said,)).text().strip() == texts[row]
+        n = int(batch["segments"][row].sum())
+        np.testing.assert_array_equal(batch["tokens"][row, :n], whole[:n])
+        np.testing.assert_array_equal(batch["positions"][row, :n], sampler.grammar.positions(whole)[:n])
+        counts = np.flatnonzero(batch["weights"][row])
+        np.testing.assert_array_equal(counts, at[row, : min(len(answer), 39)])
+        assert batch["tokens"][row, at[row, len(answer) - 1]] == sampler.grammar.end and answer[-1] == sampler.grammar.end
+
+
+def test_log_probs_of_words_are_of_what_the_grammar_allows(space, sampler, told):
+    (_, tokens, _, batch, at), grammar = told, sampler.grammar
+    model = nnx.merge(*whole_model(space.transformer))
+    logits = np.asarray(model.logits(model(*(batch[name] for name in ("tokens", "segments", "positions")))), np.float64)
+    measure = functools.partial(reinforce.text_log_probs, model, batch, grammar=grammar, n=40)
+    found, entropy = measure(temperature=TEMPERATURE)
+    for row in (0, 9):
+        for k in range(0, min(len(tokens[row][1]), 39), 3):
+            state = grammar.feed(batch["tokens"][row, : at[row, k]])
+            legal = grammar.allowed(state, np.array([41 - k]), text_only=np.array([True]), refuse=np.array([False]))[0]
+            x = np.where(legal, logits[row, at[row, k] - 1] / TEMPERATURE, -np.inf)
+            p = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+            assert found[row, k] == pytest.approx(np.log(p[batch["tokens"][row, at[row, k]]]), abs=1e-4)
+            assert entropy[row, k] == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), abs=1e-4)
+    drawn = np.take_along_axis(batch["weights"], at, 1) > 0
+    error = lambda x: abs(x.mean()) / (x.std() / x.size**0.5)
+    spread = lambda t: -np.add(*map(np.asarray, measure(temperature=t)))[drawn]
+    assert error(spread(TEMPERATURE)) < 4 < error(spread(2.0))
+
+
+def test_equal_answers_are_learned_from_once():
+    gains = np.array([[0.5, -0.5, 0.5, -0.5], [0.25, 0.25, 0.25, -0.75]], np.float32)
+    said = [np.array(answer) for answer in ([1, 2], [3], [1, 2], [4], [1, 2], [5], [5], [1])]
+    assert [*reinforce._merged(gains, said)] == [1, -0.5, 0, -0.5, 0.25, 0.5, 0, -0.75]
+
+
+def test_what_a_loss_of_words_is_a_mean_over():
+    """Each word of each answer counts alike, whatever the answer's length; what has no weight counts nowhere."""
+    B, T, n, at = 2, 8, 4, 3
+    weights = np.zeros((B, T), np.float32)
+    weights[0, at : at + 4], weights[1, at : at + 2] = 1, 1
+    row = lambda x: np.repeat(np.float32(x)[:, None], T, 1)
+    batch = {"weights": weights, "advantage": row([1, -2]), "flat": row([0, 0]), "reward": row([1, 0])}
+    measure = lambda model, batch: (model, 3 * jnp.ones((B, n)))
+    run = lambda logs: reinforce.loss(logs, batch, None, measure=measure, clip=(0.2, 0.2), kl=0.0, n=n)
+    found = run(jnp.zeros((B, n)))
+    assert [float(x) for x in found["loss"]] == [0, 8] and [float(x) for x in found["entropy"]] == [18, 6]
+    slope = jax.grad(lambda logs: run(logs)["loss"][0])(jnp.zeros((B, n)))
+    np.testing.assert_array_equal(slope, [[-1] * 4, [2, 2, 0, 0]])
+
+
+def test_rewards_of_words():
+    """The world's own words are worth 1, and others that are as true and say as much; less, or another's, nothing."""
+    judge = reinforce.reward("judge")
+    for category, language in itertools.product(wishes.TOLD, ("en", "zh")):
+        found = [wishes.wish(3, "valid", i, category, language, (64, 64)) for i in range(20)]
+        assert all(judge(item.turn.says[0], item) == 1 for item in found)
+        wrong = [judge(other.turn.says[0], item) for item, other in itertools.pairwise(found)]
+        assert sum(wrong) <= (len(wrong) - 1 if category in ("question", "compare") else 1)
+    rng, less = np.random.default_rng(0), 0
+    for item in (wishes.wish(3, "valid", i, "caption", "en", (64, 64)) for i in range(40)):
+        group, *others = item.claim.groups
+        for left in ("color", "size") if not others else ():
+            told = replace(item.claim, groups=(replace(group, **{left: None}),))
+            full = not getattr(group, left) or group.shape in FIGURES and left == "color"
+            assert judge(world.say(told, "en", rng, bare=True), item) == full or full
+            less += not full
+    assert less > 5
+
+
+def test_a_run_learns_what_to_say(space, tmp_path):
+    """Words of fewer letters are worth more: the run's become shorter, and `held_out` of other prompts is told."""
+    flags = [
+        *WORDS, f"--config.init={space.transformer}", "--config.steps=6", "--config.data.batch_size=16", "--config.data.group=8",
+        "--config.rewards=(('tests.test_reinforce:short',1.0),)", "--config.held_out.prompts=4", "--config.loss.kl=0.0",
+        "--config.optimizer.learning_rate=0.02", "--config.accumulate=4",
+    ]  # fmt: skip
+    loop.train(config_of(flags), tmp_path)
+    found = records(tmp_path)
+    rewards = [line["reward"] for line in found]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) and "held_out_reward" in found[-1]
+    assert {"entropy", "flat"} <= found[-1].keys()
+
+
 # ---- runs
 
 
@@ -455,7 +571,7 @@ def test_four_devices_learn_what_one_does(space, tmp_path, mesh):
     [
         ("init=", "--config.init=DIR"), ("data.group=3", "divides"), ("data.group=1", "at least 2"),
         ("updates=3", "must divide"), ("data.size=(30,32)", "multiples of"), ("data.longest=60", "must hold"),
-        ("data.categories=('style',)", "style needs a short side of 48"), ("data.temperature=0.0", "at least 0.001"), ("data.keep_mode=true --config.data.temperature=0.05", "at least 0.1"), ("loss.clip=(0.2,)", "clip"), ("data.categories=('count',)", "counting"),
+        ("data.categories=('style',)", "style needs a short side of 48"), ("data.temperature=0.0", "at least 0.001"), ("data.keep_mode=true --config.data.temperature=0.05", "at least 0.1"), ("loss.clip=(0.2,)", "clip"), ("data.categories=('count',)", "counting"), ("data.categories=('caption','edit')", "learns from one of both"), ("data.words=1", "at least 2"),
         ("data.languages=('fr',)", "language"), ("rewards=('judge',)", "NAME, WEIGHT"), ("rewards=(('jugde',1),)", "'judge'"),
         ("data.workers=1 --config.rewards=(('tests.test_reinforce:nameless',1.0),)", "other processes"), ("data.workers=-1", "at least 0"),
         ("rewards=(('nowhere:judge',1),)", "imported"), ("model.width=64", "config.model"),

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mmgen.document import Document, Image, Refusal, Text, Turn
-from mmgen.evals import captions
 from mmgen.evals.suites import Case
 from mmgen.sampling.best import best_of as choose
 from mmgen.sampling.sampler import Request, draw_seed
+from mmgen.world import captions, pages, tasks, tasks_judge
 from mmgen.world import language as words
-from mmgen.world import pages, tasks, tasks_judge
 from mmgen.world.edits import only
 from mmgen.world.judge import parse
 from mmgen.world.scene import (

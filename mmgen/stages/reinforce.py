@@ -1,10 +1,10 @@
-"""Stage `reinforce`: a trained transformer learns from rewards of the pictures that it draws.
+"""Stage `reinforce`: a trained transformer learns from rewards of the pictures that it draws, or of its words about some.
 
-Group-relative policy optimisation (GRPO, arXiv:2402.03300). A step draws a group of pictures for each of some prompts
+Group-relative policy optimisation (GRPO, arXiv:2402.03300). A step draws a group of answers for each of some prompts
 of the world, with the weights that it begins with; what is better than the mean of its group becomes likelier, what
 is worse less likely, and a penalty keeps the model near the one it began as. See docs/posttraining.md.
 
-Shapes: B pictures a step, G of them a group, T tokens of a row, n codes of a picture.
+Shapes: B answers a step, G of them a group, T tokens of a row, n codes of a picture, or tokens of words at most.
 """
 
 import functools
@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from mmgen import world
+from mmgen.document import Document
 from mmgen.grammar import Grammar
 from mmgen.models import layers, transformer
 from mmgen.models.autoencoders import load_tokenizer
@@ -59,8 +60,9 @@ def setup(config, workdir):
                 f"{run}: the {name} in it is not the one that this transformer was trained with (expected hash "
                 f"{vocabulary[f'{name}_hash']}, found {found})"
             )
-    grid = _check(config, grammar, tokenizer)
-    codes = grid[0] * grid[1] * grammar.depth
+    grid, told = _check(config, grammar, tokenizer)
+    picture = grid[0] * grid[1] * grammar.depth
+    n = data.words if told else picture  # places of a row at which something is drawn
     functions = [(name, reward(name), float(weight)) for name, weight in _pairs(config.rewards)]
     for name, function, _ in functions if data.workers else ():
         try:
@@ -71,12 +73,12 @@ def setup(config, workdir):
                 "module, or leave config.data.workers at 0"
             ) from error
     workers = Workers(data.workers) if data.workers else None
-    room = data.longest - codes - 3  # of a row, for a prompt
-    prompts = Prompts(data, config.seed, "train", text, room, codes, data.group)
-    held_out = Prompts(data, config.seed, "valid", text, room, codes, 1)
+    room = data.longest - n - (0 if told else 3)  # of a row, for a prompt
+    prompts = Prompts(data, config.seed, "train", text, room, picture, data.group)
+    held_out = Prompts(data, config.seed, "valid", text, room, picture, 1)
     painter = _painter(config, grammar, text, tokenizer)
     policy = dict(temperature=data.temperature, keep_mode=data.keep_mode)
-    measure = functools.partial(log_probs, grammar=grammar, codes=codes, **policy)
+    measure = functools.partial(text_log_probs if told else log_probs, grammar=grammar, n=n, **policy)
     scorer = functools.cache(lambda graphdef: _scorer(graphdef, measure, config.accumulate))
     reference = []  # its parameters, once they are read
 
@@ -84,13 +86,13 @@ def setup(config, workdir):
         sampler = painter(graphdef, params)
         # Which share the pictures out to decode them.
         with meshes.use(meshes.of_rows(jax.local_devices()), config.sharding):
-            return _draw(sampler, items, seeds, grid, data)
+            return _draw(sampler, items, seeds, None if told else grid, data)
 
-    def rewarded(pixels, items):
+    def rewarded(answers, items):
         """{name: float32 [B]}, and their weighted sum as "reward"."""
         mapped = workers.map if workers else map
         found = {
-            f"reward_{name}": np.array(list(mapped(one, pixels, items)), np.float32)
+            f"reward_{name}": np.array(list(mapped(one, answers, items)), np.float32)
             for name, one, _ in functions
         }
         total = sum(weight * each for (*_, weight), each in zip(functions, found.values()))
@@ -99,9 +101,9 @@ def setup(config, workdir):
     def rollout(program, params, step, drawn, share):
         rows, items = drawn["rows"], drawn["items"]
         seeds = [draw_seed(config.seed, step * data.batch_size + int(row)) for row in rows]
-        painted, pixels = draw(program.graphdef, params, items, seeds)
-        batch, at = _rows(painted, grammar, codes, data.longest)
-        found = rewarded(pixels, items)
+        tokens, answers = draw(program.graphdef, params, items, seeds)
+        batch, at = _rows(tokens, grammar, n, data.longest, told)
+        found = rewarded(answers, items)
         for name, value in found.items():
             if not np.isfinite(value).all():
                 raise ValueError(
@@ -112,6 +114,7 @@ def setup(config, workdir):
             "advantage": gains,
             "flat": np.repeat((gains == 0).reshape(-1, data.group).all(1), data.group),
         }
+        watched["advantage"] = gains = _merged(gains.reshape(-1, data.group), [each for _, each in tokens])
         # Whole rows, as all of a batch is: the mesh may split them.
         batch |= {name: np.repeat(np.float32(x)[:, None], data.longest, 1) for name, x in watched.items()}
         order = _first_parts(gains == 0, config.updates, config.accumulate)
@@ -120,7 +123,7 @@ def setup(config, workdir):
             reference.append(checkpoint.load_weights(workdir / REFERENCE, program.shapes["params"])[0])
         models = {"reference": each for each in reference}
         models |= {"old": params} if config.updates > 1 else {}
-        shared = share({name: batch[name] for name in _TOLD}) if models else None
+        shared = share({name: batch[name] for name in _READ}) if models else None
         for name, weights in models.items():
             values = np.zeros(batch["weights"].shape, np.float32)
             np.put_along_axis(values, at, _here(scorer(program.graphdef)(weights, shared)), 1)
@@ -133,8 +136,8 @@ def setup(config, workdir):
             return {}
         drawn, _ = held_out.rows_of(0, np.arange(count))
         seeds = [draw_seed(config.seed, i) for i in range(count)]
-        _, pixels = draw(graphdef, params, drawn["items"], seeds)
-        return {f"held_out_{name}": float(x.mean()) for name, x in rewarded(pixels, drawn["items"]).items()}
+        _, answers = draw(graphdef, params, drawn["items"], seeds)
+        return {f"held_out_{name}": float(x.mean()) for name, x in rewarded(answers, drawn["items"]).items()}
 
     def bring():
         """What samples of the run need, and what its penalty is measured from."""
@@ -145,12 +148,12 @@ def setup(config, workdir):
 
     return Stage(
         make=lambda rngs: transformer.of_codes(config.model, vocabulary, grammar.vocab_size, rngs),
-        loss=functools.partial(loss, measure=measure, clip=config.loss.clip, kl=config.loss.kl, codes=codes),
+        loss=functools.partial(loss, measure=measure, clip=config.loss.clip, kl=config.loss.kl, n=n),
         data=prompts,
         shape=(data.batch_size, data.longest),
         axes=("batch", "length"),
-        unit="codes",
-        units_a_step=data.batch_size * codes,
+        unit="answers" if told else "codes",
+        units_a_step=data.batch_size * (1 if told else n),
         evaluate=evaluate,
         adopt=bring,
         identity=vocabulary,
@@ -160,11 +163,11 @@ def setup(config, workdir):
     )
 
 
-_TOLD = ("tokens", "segments", "positions", "weights")  # of a batch: what is read, and where its codes are
+_READ = ("tokens", "segments", "positions", "weights")  # of a batch: what is read, and where its answers are
 
 
 def _check(config, grammar, tokenizer):
-    """(height, width) of the pictures in patches; raises ConfigError for settings that make no sense."""
+    """(height, width) of the pictures in patches, and whether words are drawn; raises ConfigError for settings that make no sense."""
     data, patch = config.data, tokenizer.patch
     if data.group < 2 or data.batch_size % data.group:
         raise ConfigError(
@@ -183,6 +186,7 @@ def _check(config, grammar, tokenizer):
     bounds = {
         "data.temperature": 1e-3,
         "data.slots": 1,
+        "data.words": 2,
         "data.workers": 0,
         "held_out.prompts": 0,
         "loss.kl": 0,
@@ -213,13 +217,19 @@ def _check(config, grammar, tokenizer):
             raise ConfigError(f"no language {language!r}; {nearest(language, world.language.LANGUAGES)}")
     if not data.categories or not data.languages:
         raise ConfigError("config.data.categories and config.data.languages name one at least")
+    told = [category for category in data.categories if category in wishes.TOLD]
+    if told and len(told) < len(data.categories):
+        drawn = [category for category in data.categories if category not in wishes.TOLD]
+        raise ConfigError(
+            f"config.data.categories: pictures answer {', '.join(drawn)} and words {', '.join(told)}; a run learns from one of both"
+        )
     grid = data.size[1] // patch, data.size[0] // patch
     if data.longest < grid[0] * grid[1] * grammar.depth + 8 or data.longest > data.row_length:
         raise ConfigError(
             f"config.data.longest={data.longest} must hold a prompt and a picture of {grid[0]} x {grid[1]} patches, "
             f"and be at most config.data.row_length={data.row_length}"
         )
-    return grid
+    return grid, bool(told)
 
 
 # ---- rewards ----------------------------------------------------------------------------------------
@@ -228,7 +238,7 @@ def _check(config, grammar, tokenizer):
 def reward(name):
     """The function of a reward's name: of mmgen/world/rewards.py, or "package.module:function".
 
-    It is called with a picture, uint8 [H, W, C], and the `world.Item` that asked for it (a `Wish` of world/wishes.py,
+    It is called with a picture, uint8 [H, W, C], or words, and the `world.Item` that asked for it (a `Wish` of world/wishes.py,
     where that was an edit or another task), and returns a finite number, the more the better.
     """
     place, colon, function = name.rpartition(":")
@@ -275,6 +285,16 @@ def advantages(rewards, normalise=False):
     return gains.astype(np.float32).ravel()
 
 
+def _merged(gains, answers):
+    """Of equal answers of a group (words often are) the first has the advantages of all, and the others none: the same gradient
+    of fewer rows. gains float32 [groups, G]; answers, tokens of each in the same order -> float32 [groups * G]."""
+    merged = np.zeros(gains.size, np.float32)
+    first = {}
+    for row, (gain, answer) in enumerate(zip(gains.ravel(), answers, strict=True)):
+        merged[first.setdefault((row // gains.shape[1], answer.tobytes()), row)] += gain
+    return merged
+
+
 def _first_parts(idle, updates, parts):
     """The order of rows in which those that teach, not `idle` [B], fill the first parts of each update: see `loss`."""
     place = np.arange(len(idle)) // updates % parts  # the part of each row: program.parts
@@ -293,9 +313,9 @@ class Prompts:
     counted; what no picture answers is passed over.
     """
 
-    def __init__(self, data, seed, split, text, room, codes, group):
+    def __init__(self, data, seed, split, text, room, picture, group):
         self.data, self.seed, self.split, self.text = data, seed, split, text
-        self.room, self.codes, self.group = room, codes, group
+        self.room, self.picture, self.group = room, picture, group  # picture: its codes
 
     def rows_of(self, step, rows):
         """({"rows", "items": a world.Item for each}, how many prompts were replaced)."""
@@ -334,7 +354,7 @@ class Prompts:
 
     def _length(self, item):
         """Tokens of <bos> <user> ... <end> <assistant>, of which an image has its codes and <boi> <h> <w> <eoi>."""
-        size = lambda part: len(self.text.encode(part)) if isinstance(part, str) else self.codes + 4
+        size = lambda part: len(self.text.encode(part)) if isinstance(part, str) else self.picture + 4
         return 4 + sum(map(size, wishes.asks(item)))
 
 
@@ -363,7 +383,8 @@ def _painter(config, grammar, text, tokenizer):
 
 
 def _draw(sampler, items, seeds, grid, data):
-    """A picture for each item -> [(tokens of the prompt, of the answer)], pixels.
+    """An answer to each item, a picture of grid (height, width) in patches, or words where that is None -> [(tokens of the
+    prompt, of the answer)], pixels or texts.
 
     Slots of its own: what others have read was read with other weights. No guidance, and nothing is cut off: the
     policy that is improved must be the one that is drawn from (see `log_probs`).
@@ -372,38 +393,43 @@ def _draw(sampler, items, seeds, grid, data):
     documents = (wishes.document(item, data.size) for item in asked.values())
     documents = dict(zip(asked, sampler.encode(documents)))
     policy = Strategy(data.temperature, keep_mode=data.keep_mode)
-    requests = [
-        Request(documents[id(item)], size=grid, seed=seed, image=policy) for item, seed in zip(items, seeds)
-    ]
-    tokens, pixels = [None] * len(requests), [None] * len(requests)
+    how = dict(size=grid, image=policy) if grid else dict(output="text", text=policy, max_tokens=data.words)
+    requests = [Request(documents[id(item)], seed=seed, **how) for item, seed in zip(items, seeds)]
+    tokens, answers = [None] * len(requests), [None] * len(requests)
     slots = Slots(sampler, min(data.slots, data.batch_size), 1, data.longest + 3)  # <eoi> <end> <eos>
     for i, turn, _, answer in sampler.answers(slots, requests, range(len(requests))):
-        tokens[i], pixels[i] = (sampler.prompts(requests[i])[0], answer), turn.parts[0].pixels
-    return tokens, pixels
+        tokens[i] = sampler.prompts(requests[i])[0], answer
+        answers[i] = turn.parts[0].pixels if grid else Document((turn,)).text().strip()
+    return tokens, answers
 
 
-def _rows(drawn, grammar, codes, T):
-    """Prompts with their answers, up to the last code, as a batch of rows; where each row's codes are, int [B, n]."""
+def _rows(drawn, grammar, n, T, told=False):
+    """Prompts with their answers, up to the last code or (`told`) the <end> of the words, as a batch of rows; and where each row's
+    answer is, int [B, n], of which the places with a weight count: codes, or words and an <end> that was not forced by
+    their number."""
     batch = {
         "tokens": np.zeros((len(drawn), T), np.int32),
         "segments": np.zeros((len(drawn), T), np.int32),
         "positions": np.zeros((len(drawn), T, 3), np.int32),
         "weights": np.zeros((len(drawn), T), np.float32),
     }
-    at = np.array([len(prompt) + 3 for prompt, _ in drawn])[:, None] + np.arange(codes)  # after <boi> <h> <w>
+    before = 0 if told else 3  # <boi> <h> <w>
+    at = np.array([len(prompt) + before for prompt, _ in drawn])[:, None] + np.arange(n)
     for row, (prompt, answer) in enumerate(drawn):
-        tokens = np.concatenate([prompt, answer[: 3 + codes]])
+        tokens = np.concatenate([prompt, answer[: before + n]])
         batch["tokens"][row, : len(tokens)] = tokens
         batch["segments"][row, : len(tokens)] = 1
         batch["positions"][row, : len(tokens)] = grammar.positions(tokens)
-    np.put_along_axis(batch["weights"], at, 1.0, 1)
+    written = np.array([len(answer) for _, answer in drawn])[:, None] if told else n
+    chosen = np.arange(n) < (np.minimum(written, n - 1) if told else n)
+    np.put_along_axis(batch["weights"], at, np.broadcast_to(chosen, at.shape), 1)
     return batch, at
 
 
 # ---- the policy -------------------------------------------------------------------------------------
 
 
-def log_probs(model, batch, *, grammar, codes, temperature, keep_mode=False):
+def log_probs(model, batch, *, grammar, n, temperature, keep_mode=False):
     """Of a batch's codes, in their order: log-probability and entropy in nats, float32 [B, n] each.
 
     They are those of the distribution that the sampler draws from: at a code the grammar allows the codes of its
@@ -412,7 +438,7 @@ def log_probs(model, batch, *, grammar, codes, temperature, keep_mode=False):
     decides (<boi>, the size, <eoi>, <end>) has probability 1 there, and no part in the loss.
     """
     x = model(*(batch[name] for name in ("tokens", "segments", "positions")))
-    at = _places(batch, codes)
+    at = _places(batch, n)
     x = layers.rms_norm(jnp.take_along_axis(x, at[..., None] - 1, 1))
     token = (jnp.take_along_axis(batch["tokens"], at, 1) - grammar.code_start) % grammar.codes
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -435,6 +461,19 @@ def log_probs(model, batch, *, grammar, codes, temperature, keep_mode=False):
     return chosen(logits.reshape(*token.shape, -1), token, same)
 
 
+def text_log_probs(model, batch, *, grammar, n, temperature, keep_mode=False):
+    """As `log_probs`, of words: at each place the grammar allows a piece of text or the <end>."""
+    x = model(*(batch[name] for name in ("tokens", "segments", "positions")))
+    at = _places(batch, n)
+    x = layers.rms_norm(jnp.take_along_axis(x, at[..., None] - 1, 1))
+    token = jnp.take_along_axis(batch["tokens"], at, 1)
+    legal = jnp.arange(grammar.pieces + 1).at[-1].set(grammar.end)
+    rows = model.head_table()[legal].astype(model.dtype)
+    logits = jnp.einsum("bnd,vd->bnv", x, rows, preferred_element_type=jnp.float32)
+    chosen = jnp.minimum(token, grammar.pieces)  # of all that is no piece: the <end>, and what has no weight
+    return _chosen(logits, chosen, _one_before(chosen), temperature, keep_mode)
+
+
 def _one_before(x):
     """[B, n] one place later, -1 at first."""
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -455,9 +494,9 @@ def _chosen(logits, chosen, previous, temperature, keep_mode):
     return jnp.take_along_axis(logs, chosen[..., None], 2)[..., 0], -(jnp.exp(logs) * logs).sum(-1)
 
 
-def _places(batch, codes):
-    """Where the codes of each row are: int32 [B, n]."""
-    return jnp.argmax(batch["weights"] > 0, 1)[:, None] + jnp.arange(codes)
+def _places(batch, n):
+    """Where the answer of each row is: int32 [B, n]."""
+    return jnp.argmax(batch["weights"] > 0, 1)[:, None] + jnp.arange(n)
 
 
 def _scorer(graphdef, measure, parts):
@@ -482,10 +521,10 @@ def _here(x):
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def loss(model, batch, key, *, measure, clip, kl, codes):
-    """GRPO's clipped surrogate and `kl` times the penalty, over codes; and what is watched: {name: (sum, weight)}.
+def loss(model, batch, key, *, measure, clip, kl, n):
+    """GRPO's clipped surrogate and `kl` times the penalty, over what was drawn, codes or words; and what is watched: {name: (sum, weight)}.
 
-    batch: `_TOLD` as the transformer's; and in float32 [B, T] "advantage", "flat" (1 where the whole group has one
+    batch: `_READ` as the transformer's; and in float32 [B, T] "advantage", "flat" (1 where the whole group has one
     reward) and rewards, which are constant along a row, and log-probabilities at each code's place: "old", those of
     the model that drew it, and "reference". Without "old" the model that draws is the one that learns: the ratio of
     the two is 1, with a gradient. `clip` is how far the ratio may fall below 1 and rise above it before it earns
@@ -494,13 +533,13 @@ def loss(model, batch, key, *, measure, clip, kl, codes):
     Divergence"). Without a penalty flat groups have no gradient: a part of the batch (`config.accumulate`) with these
     alone is not computed, and "entropy" and "clipped" are of the others.
 
-    GRPO's mean over the tokens of each answer is biased where answers differ in length (arXiv:2503.20783); pictures
-    of one size have equally many codes.
+    GRPO's mean over the tokens of each answer is biased where answers differ in length (arXiv:2503.20783): the sum over
+    all is divided by B * n, whatever the words' number. What is watched are means over what was drawn.
     """
 
     def learned():
         logs, entropy = measure(model, batch)
-        at = _places(batch, codes)
+        at = _places(batch, n)
         of = lambda name: jnp.take_along_axis(batch[name], at, 1)
         old = of("old") if "old" in batch else jax.lax.stop_gradient(logs)
         ratio, gain = jnp.exp(logs - old), of("advantage")
@@ -513,12 +552,13 @@ def loss(model, batch, key, *, measure, clip, kl, codes):
             d = of("reference") - logs
             terms["kl"] = jnp.exp(d) - d - 1
             terms["loss"] += kl * terms["kl"]
-        return {name: (value.sum(), jnp.float32(value.size)) for name, value in terms.items()}
+        drawn = of("weights")
+        return {name: ((drawn * value).sum(), drawn.sum()) for name, value in terms.items()}
 
     nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learned))
     # Of a part of the batch with flat groups alone there is nothing to learn, unless to stay near the reference.
     found = learned() if kl else jax.lax.cond(jnp.any(batch["advantage"] != 0), learned, nothing)
-    drawn = jnp.float32(len(batch["weights"]) * codes)  # the loss is a mean over all of them
-    found |= {"loss": (found["loss"][0], drawn)}
+    places = jnp.float32(len(batch["weights"]) * n)  # the loss is a mean over all of them
+    found |= {"loss": (found["loss"][0], places)}
     rows = [name for name in batch if name.startswith("reward") or name == "flat"]
     return found | {name: (batch[name][:, 0].sum(), jnp.float32(len(batch[name]))) for name in rows}

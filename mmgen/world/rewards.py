@@ -1,15 +1,22 @@
-"""What a picture of the world is worth, for stage `reinforce`: functions (pixels uint8 [H, W, C], Item) -> float."""
+"""What an answer is worth, for stage `reinforce`: functions (pixels uint8 [H, W, C] or a text, Item) -> float."""
 
-from mmgen.world import tasks, tasks_judge
+from mmgen.world import captions, tasks, tasks_judge
 from mmgen.world.judge import judge as verdict
 from mmgen.world.judge import parse
 from mmgen.world.wishes import Wish
 
 
-def judge(pixels, item) -> float:
-    """1 where the picture shows exactly what is asked for, by the judge, else 0: what an item's prompt claims, a change
-    and nothing else changed, the same scene in another style."""
-    pixels = pixels[..., :3]
+def judge(answer, item) -> float:
+    """1 where the answer is right, by the judge, else 0. A picture: it shows exactly what is asked for, what an item's prompt
+    claims, a change and nothing else changed, the same scene in another style. A caption: it is true of the picture and names
+    all that is in it, with colours and sizes where the world's own caption tells them (or else saying less would pay). Other words:
+    they are the very ones."""
+    if isinstance(answer, str):
+        if item.claim is None:
+            return float(tasks_judge.judge_answer(item.turn, answer).ok)
+        found, right = (captions.judge(text, item.scene, item.language) for text in (answer, item.turn.says[0]))
+        return float(found["complete"] and all(found[told] >= right[told] for told in ("colored", "sized")))
+    pixels = answer[..., :3]
     if not isinstance(item, Wish):
         return float(verdict(pixels, item.claim).ok)
     source = true = None

@@ -1,4 +1,4 @@
-"""What a picture answers, for stage `reinforce`: prompts of the world, and edits, styles and pages of tasks.py."""
+"""What is asked for, for stage `reinforce`: pictures, by prompts of the world and by edits, styles and pages of tasks.py, and words about pictures."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ from mmgen.world import pages, tasks
 from mmgen.world.scene import CATEGORIES, Claim
 
 TASKS = ("draw", "edit", "style", "mix", *pages.KINDS)  # which a picture answers, or may
-KINDS = (*CATEGORIES, "scene", "mixed_counting", *TASKS)
+TOLD = ("caption", "detail", "question", "compare")  # which words answer
+KINDS = (*CATEGORIES, "scene", "mixed_counting", *TASKS, *TOLD)
 
 
 @dataclass(frozen=True)
@@ -17,18 +18,19 @@ class Wish(world.Item):
     judge goes by one; `turn` has the pictures that come with the words, and all else."""
 
     turn: tasks.Exchange
+    language: str
 
 
 def wish(seed, split, i, category, language, size):
-    """A `world.Item`, or a `Wish` for a category of TASKS; None where talk i of these is not answered by a picture."""
-    if category not in TASKS:
+    """A `world.Item`, or a `Wish` for a category of TASKS and TOLD; None where talk i of TASKS is not answered by a picture."""
+    if category not in (*TASKS, *TOLD):
         return world.item(seed, split, i, category=category, language=language)
     turn = tasks.talk(seed, split, i, category, language, size=size).turns[0]
-    if len(turn.says) > 1 or isinstance(turn.says[0], str):
+    if len(turn.says) > 1 or isinstance(turn.says[0], str) != (category in TOLD):
         return None
     prompt = " ".join(part for part in turn.asks if isinstance(part, str))
     claim = turn.task if isinstance(turn.task, Claim) else None
-    return Wish(prompt, claim, turn.after, category, turn)
+    return Wish(prompt, claim, turn.after, category, turn, language)
 
 
 def asks(item):
