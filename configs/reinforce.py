@@ -58,8 +58,8 @@ def get_config(variant):
         c.evaluate_every, c.save_every, c.keep = 25, 25, 8
     if variant == "reading":  # what the released model says of pictures, on two CPU cores
         d.categories, d.languages = ("caption", "caption", "caption", "detail"), ("en", "zh")
-        d.size, d.words, d.longest = (64, 64), 76, 352
-        d.batch_size, c.accumulate = 128, 32  # parts of which most have nothing to learn
+        d.size, d.words, d.longest = (64, 64), 76, 512
+        d.batch_size, c.accumulate = 128, 64  # parts of which most have nothing to learn
         c.model.dtype = "float32"  # which a CPU is faster with
         c.loss.kl, c.optimizer.learning_rate, c.ema, c.steps = 0.0, 2e-4, 0.95, 200
         c.evaluate_every, c.save_every, c.held_out.prompts = 50, 20, 64

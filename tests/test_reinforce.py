@@ -90,7 +90,7 @@ def drawn(sampler):
 def measured(space, sampler, drawn):
     """temperature -> log-probabilities and entropies of what was drawn; and all logits of its rows."""
     model, batch = nnx.merge(*whole_model(space.transformer)), drawn[3]
-    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, n=64)
+    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, codes=64)
     jitted = jax.jit(lambda temperature: measure(model, batch, temperature=temperature))
     rows = (batch[name] for name in ("tokens", "segments", "positions"))
     logits = jax.jit(lambda *rows: model.logits(model(*rows)))(*rows)
@@ -168,7 +168,7 @@ def test_draws_with_the_mode_kept_follow_their_log_probs(space, sampler):
     batch, _ = reinforce._rows(
         reinforce._draw(sampler, items, [*range(8)] * 2, (8, 8), data)[0], sampler.grammar, 64, data.longest
     )
-    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, n=64, temperature=0.3)
+    measure = functools.partial(reinforce.log_probs, grammar=sampler.grammar, codes=64, temperature=0.3)
     error = lambda x: abs(x.mean()) / (x.std() / x.size**0.5)
     spread = lambda keep: -np.add(*map(np.asarray, measure(model, batch, keep_mode=keep)))
     assert error(spread(True)) < 4 < error(spread(False))
@@ -351,76 +351,87 @@ def test_edits_are_drawn_from_what_was_shown(sampler):
 
 
 WORDS = [
-    "--config", "reinforce:tiny", "--config.data.categories=('caption',)", "--config.data.words=40", "--config.data.longest=128",
+    "--config", "reinforce:tiny", "--config.data.categories=('caption',)", "--config.data.words=40", "--config.data.longest=140",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def told(sampler):
-    """Sixteen answers to two captions that are asked for, as the rows of a batch."""
-    items = [wishes.wish(0, "train", i, "caption", "en", (32, 32)) for i in np.repeat([0, 1], 8)]
+    """Sixteen answers to two captions that are asked for, and four of them again."""
+    items = [wishes.wish(0, "train", i, "caption", "en", (32, 32)) for i in np.repeat([0, 1], 10)]
     data = config_of([*WORDS, f"--config.data.temperature={TEMPERATURE}"]).data
-    tokens, texts = reinforce._draw(sampler, items, [*range(8)] * 2, None, data)
-    batch, at = reinforce._rows(tokens, sampler.grammar, data.words, data.longest, told=True)
-    return items, tokens, texts, batch, at
+    seeds = [*range(8), 0, 1] * 2
+    return items, *reinforce._draw(sampler, items, seeds, None, data)
 
 
-def test_rows_are_what_was_told(sampler, told):
-    """Up to the <end>, which counts unless the number of words forced it."""
-    items, tokens, texts, batch, at = told
+def test_what_is_told(sampler, told):
+    items, tokens, texts = told
     assert {len(answer) == 40 for _, answer in tokens} == {True, False}
-    for row, (item, (prompt, answer)) in enumerate(zip(items, tokens)):
+    for item, (prompt, answer), text in zip(items, tokens, texts):
         whole = np.concatenate([prompt, answer, [sampler.grammar.eos]])
         asked, said = sampler.grammar.decode(whole, sampler.text).turns
         assert Document((asked,)).text() == item.prompt and len(Document((asked,)).images()) == 1
-        assert Document((said,)).text().strip() == texts[row]
-        n = int(batch["segments"][row].sum())
-        np.testing.assert_array_equal(batch["tokens"][row, :n], whole[:n])
-        np.testing.assert_array_equal(batch["positions"][row, :n], sampler.grammar.positions(whole)[:n])
-        counts = np.flatnonzero(batch["weights"][row])
-        np.testing.assert_array_equal(counts, at[row, : min(len(answer), 39)])
-        assert batch["tokens"][row, at[row, len(answer) - 1]] == sampler.grammar.end and answer[-1] == sampler.grammar.end
+        assert Document((said,)).text().strip() == text
 
 
-def test_log_probs_of_words_are_of_what_the_grammar_allows(space, sampler, told):
-    (_, tokens, _, batch, at), grammar = told, sampler.grammar
-    model = nnx.merge(*whole_model(space.transformer))
-    logits = np.asarray(model.logits(model(*(batch[name] for name in ("tokens", "segments", "positions")))), np.float64)
-    measure = functools.partial(reinforce.text_log_probs, model, batch, grammar=grammar, n=40)
-    found, entropy = measure(temperature=TEMPERATURE)
-    for row in (0, 9):
-        for k in range(0, min(len(tokens[row][1]), 39), 3):
-            state = grammar.feed(batch["tokens"][row, : at[row, k]])
+@pytest.mark.parametrize("T", [140, 400])
+def test_answers_in_one_row_are_as_in_rows_of_their_own(space, sampler, told, T):
+    """Log-probabilities and entropies by branches beside those of each whole row, masked by the grammar token by token; every answer
+    is there as often as it was drawn, and with its advantage."""
+    (_, tokens, _), grammar, model = told, sampler.grammar, nnx.merge(*whole_model(space.transformer))
+    gains = np.arange(20, dtype=np.float32)
+    gains[[8, 9, 18, 19]] = gains[[0, 1, 10, 11]]
+    batch = reinforce._trees(tokens, gains, 10, grammar, 40, T, space_before := model.config.before, True)
+    assert space_before == 3 and (batch["weights"].sum(1) > 0).sum() == {400: 4, 140: 16}[T]
+    found, entropy = reinforce.text_log_probs(model, batch, grammar=grammar, temperature=TEMPERATURE)
+    trees = {}
+    for row, branches in enumerate(batch["branches"]):
+        for branch in range(1, branches.max() + 1):
+            at = np.flatnonzero(branches == branch)
+            prompt = batch["tokens"][row, batch["segments"][row] * (branches == 0) > 0]
+            trees[prompt.tobytes(), batch["tokens"][row, at].tobytes()] = row, at
+    assert len(trees) == len({(p.tobytes(), a.tobytes()) for p, a in tokens}) == 16
+    spread = []
+    for i, (prompt, answer) in enumerate(tokens):
+        row, at = trees[prompt.tobytes(), answer.tobytes()]
+        times = 2 if i % 10 in (0, 1, 8, 9) else 1
+        np.testing.assert_array_equal(batch["weights"][row, at], times * (np.arange(len(answer)) < 39))
+        assert (batch["advantage"][row, at] == gains[i]).all()
+        whole = np.concatenate([prompt, answer])
+        np.testing.assert_array_equal(batch["positions"][row, at], grammar.positions(whole)[len(prompt) :])
+        pad = lambda x: np.pad(x, [(0, 140 - len(x))] + [(0, 0)] * (x.ndim - 1))[None]
+        hidden = model(pad(whole), pad(np.ones_like(whole)), pad(grammar.positions(whole)))
+        logits = np.asarray(model.logits(hidden), np.float64)[0, len(prompt) - 1 :]
+        for k in range(min(len(answer), 39)):
+            state = grammar.feed(np.concatenate([prompt, answer[:k]]))
             legal = grammar.allowed(state, np.array([41 - k]), text_only=np.array([True]), refuse=np.array([False]))[0]
-            x = np.where(legal, logits[row, at[row, k] - 1] / TEMPERATURE, -np.inf)
+            x = np.where(legal, logits[k] / TEMPERATURE, -np.inf)
             p = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
-            assert found[row, k] == pytest.approx(np.log(p[batch["tokens"][row, at[row, k]]]), abs=1e-4)
-            assert entropy[row, k] == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), abs=1e-4)
-    drawn = np.take_along_axis(batch["weights"], at, 1) > 0
-    error = lambda x: abs(x.mean()) / (x.std() / x.size**0.5)
-    spread = lambda t: -np.add(*map(np.asarray, measure(temperature=t)))[drawn]
-    assert error(spread(TEMPERATURE)) < 4 < error(spread(2.0))
-
-
-def test_equal_answers_are_learned_from_once():
-    gains = np.array([[0.5, -0.5, 0.5, -0.5], [0.25, 0.25, 0.25, -0.75]], np.float32)
-    said = [np.array(answer) for answer in ([1, 2], [3], [1, 2], [4], [1, 2], [5], [5], [1])]
-    assert [*reinforce._merged(gains, said)] == [1, -0.5, 0, -0.5, 0.25, 0.5, 0, -0.75]
+            assert found[row, at[k]] == pytest.approx(np.log(p[answer[k]]), abs=1e-4)
+            assert entropy[row, at[k]] == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), abs=1e-4)
+            spread.append(-found[row, at[k]] - entropy[row, at[k]])
+    spread = np.array(spread)
+    assert abs(spread.mean()) < 4 * spread.std() / len(spread) ** 0.5  # as they were drawn
+    few = reinforce._trees(tokens, gains * (np.arange(20) < 10), 10, grammar, 40, T, 3, False)
+    assert (few["branches"] > 0).any(1).sum() <= (batch["branches"] > 0).any(1).sum() // 2
+    assert not few["weights"][few["advantage"] == 0].any()
 
 
 def test_what_a_loss_of_words_is_a_mean_over():
-    """Each word of each answer counts alike, whatever the answer's length; what has no weight counts nowhere."""
-    B, T, n, at = 2, 8, 4, 3
+    """Each word of each answer counts alike, whatever the answer's length, and as often as it was drawn; what has no weight counts
+    nowhere, be it infinite."""
+    B, T, n = 2, 6, 4
     weights = np.zeros((B, T), np.float32)
-    weights[0, at : at + 4], weights[1, at : at + 2] = 1, 1
+    weights[0, 1:5], weights[1, 2:4] = 1, 3
     row = lambda x: np.repeat(np.float32(x)[:, None], T, 1)
     batch = {"weights": weights, "advantage": row([1, -2]), "flat": row([0, 0]), "reward": row([1, 0])}
-    measure = lambda model, batch: (model, 3 * jnp.ones((B, n)))
-    run = lambda logs: reinforce.loss(logs, batch, None, measure=measure, clip=(0.2, 0.2), kl=0.0, n=n)
-    found = run(jnp.zeros((B, n)))
-    assert [float(x) for x in found["loss"]] == [0, 8] and [float(x) for x in found["entropy"]] == [18, 6]
-    slope = jax.grad(lambda logs: run(logs)["loss"][0])(jnp.zeros((B, n)))
-    np.testing.assert_array_equal(slope, [[-1] * 4, [2, 2, 0, 0]])
+    measure = lambda model, batch: (model, 3 * jnp.ones((B, T)))
+    run = lambda logs: reinforce.loss(logs, batch, None, measure=measure, clip=(0.2, 0.2), kl=0.0, n=n, whole=True)
+    logs = jnp.where(weights > 0, 0.0, -jnp.inf)
+    found = run(logs)
+    assert [float(x) for x in found["loss"]] == [8, 8] and [float(x) for x in found["entropy"]] == [30, 10]
+    slope = jax.grad(lambda logs: run(logs)["loss"][0])(logs)
+    np.testing.assert_array_equal(slope, [[0, -1, -1, -1, -1, 0], [0, 0, 6, 6, 0, 0]])
 
 
 def test_rewards_of_words():

@@ -321,25 +321,31 @@ class Transformer(nnx.Module):
         e = self.config.encoder
         return self.encoder(x, images, layers.rope(positions, e.head_dim, self.config.rope_base), **how)
 
-    def __call__(self, tokens, segments, positions):
+    def __call__(self, tokens, segments, positions, branches=None):
         """Tokens, segments int32 [B, T], positions int32 [B, T, 3] -> hidden [B, T, D] (see `logits`).
 
         A token sees itself and the earlier tokens of its own segment; by cross-attention, the features of its images
-        that are finished.
+        that are finished. With `branches` int32 [B, T] it sees of these the tokens of its own branch and of branch 0 alone: several
+        answers in one row, to one prompt, which has all images.
         """
         x = self.embed(tokens, positions, *self.near(tokens, segments))
         x = constrain(x, ("batch", "stream", None))
         c = self.config
         how = dict(remat=c.remat, unroll=c.unroll)
-        if self.cross is None:
-            return layers.scan(self.blocks, x, self.rope(positions), segments, c.attention, **how)
-        images, finished = images_of(tokens, segments, self.code_start)
         same = segments[:, :, None] == segments[:, None]
-        see = same & sees_features(finished, images)
-        sight = self.cross_rope(positions), self.features(x, images, positions, **how), see
-        codes = segments, c.attention
-        if self.hidden_codes:  # which no fused kernel can do
-            causal = jnp.tril(jnp.ones(same.shape[1:], bool))
+        causal, codes = jnp.tril(jnp.ones(same.shape[1:], bool)), (segments, c.attention)
+        if branches is not None:  # which no fused kernel can do, nor what hides codes
+            same &= (branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])
+            codes = bias_of(causal & same), "xla"
+        if self.cross is None:
+            return layers.scan(self.blocks, x, self.rope(positions), *codes, **how)
+        images, finished = images_of(tokens, segments, self.code_start)
+        sight = (
+            self.cross_rope(positions),
+            self.features(x, images, positions, **how),
+            same & sees_features(finished, images),
+        )
+        if self.hidden_codes:
             codes = bias_of(causal & same & sees_codes(images, images)), "xla"
         return layers.scan_crossed(self.cross, sight, self.blocks, x, self.rope(positions), *codes, **how)
 

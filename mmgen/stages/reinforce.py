@@ -62,7 +62,8 @@ def setup(config, workdir):
             )
     grid, told = _check(config, grammar, tokenizer)
     picture = grid[0] * grid[1] * grammar.depth
-    n = data.words if told else picture  # places of a row at which something is drawn
+    n = data.words if told else picture  # tokens of an answer that are drawn, at most
+    before = config.model.get("before", 0)
     functions = [(name, reward(name), float(weight)) for name, weight in _pairs(config.rewards)]
     for name, function, _ in functions if data.workers else ():
         try:
@@ -73,12 +74,15 @@ def setup(config, workdir):
                 "module, or leave config.data.workers at 0"
             ) from error
     workers = Workers(data.workers) if data.workers else None
-    room = data.longest - n - (0 if told else 3)  # of a row, for a prompt
+    room = data.longest - n - (before if told else 3)  # of a row, for a prompt
     prompts = Prompts(data, config.seed, "train", text, room, picture, data.group)
     held_out = Prompts(data, config.seed, "valid", text, room, picture, 1)
     painter = _painter(config, grammar, text, tokenizer)
     policy = dict(temperature=data.temperature, keep_mode=data.keep_mode)
-    measure = functools.partial(text_log_probs if told else log_probs, grammar=grammar, n=n, **policy)
+    if told:
+        measure = functools.partial(text_log_probs, grammar=grammar, **policy)
+    else:
+        measure = functools.partial(log_probs, grammar=grammar, codes=n, **policy)
     scorer = functools.cache(lambda graphdef: _scorer(graphdef, measure, config.accumulate))
     reference = []  # its parameters, once they are read
 
@@ -102,7 +106,6 @@ def setup(config, workdir):
         rows, items = drawn["rows"], drawn["items"]
         seeds = [draw_seed(config.seed, step * data.batch_size + int(row)) for row in rows]
         tokens, answers = draw(program.graphdef, params, items, seeds)
-        batch, at = _rows(tokens, grammar, n, data.longest, told)
         found = rewarded(answers, items)
         for name, value in found.items():
             if not np.isfinite(value).all():
@@ -110,20 +113,24 @@ def setup(config, workdir):
                     f"{name} of step {step}: expected finite rewards, found {value[~np.isfinite(value)][0]}"
                 )
         gains = advantages(found["reward"].reshape(-1, data.group), config.loss.normalise)
-        watched = found | {
-            "advantage": gains,
-            "flat": np.repeat((gains == 0).reshape(-1, data.group).all(1), data.group),
-        }
-        watched["advantage"] = gains = _merged(gains.reshape(-1, data.group), [each for _, each in tokens])
         # Whole rows, as all of a batch is: the mesh may split them.
-        batch |= {name: np.repeat(np.float32(x)[:, None], data.longest, 1) for name, x in watched.items()}
-        order = _first_parts(gains == 0, config.updates, config.accumulate)
+        whole = lambda x: np.repeat(np.float32(x)[:, None], data.longest, 1)
+        flat = np.repeat((gains == 0).reshape(-1, data.group).all(1), data.group)
+        if told:
+            batch = _trees(tokens, gains, data.group, grammar, n, data.longest, before, bool(config.loss.kl))
+            at = np.broadcast_to(np.arange(data.longest), batch["tokens"].shape)
+        else:
+            batch, at = _rows(tokens, grammar, n, data.longest)
+            batch["advantage"] = whole(gains)
+        batch |= {name: whole(x) for name, x in found.items()} | {"flat": whole(flat)}
+        order = _first_parts((batch["advantage"] == 0).all(1), config.updates, config.accumulate)
         batch, at = {name: x[order] for name, x in batch.items()}, at[order]
         if config.loss.kl and not reference:
             reference.append(checkpoint.load_weights(workdir / REFERENCE, program.shapes["params"])[0])
         models = {"reference": each for each in reference}
         models |= {"old": params} if config.updates > 1 else {}
-        shared = share({name: batch[name] for name in _READ}) if models else None
+        read = ("tokens", "segments", "positions", "weights", "branches", "sources")
+        shared = share({name: batch[name] for name in read if name in batch}) if models else None
         for name, weights in models.items():
             values = np.zeros(batch["weights"].shape, np.float32)
             np.put_along_axis(values, at, _here(scorer(program.graphdef)(weights, shared)), 1)
@@ -148,7 +155,9 @@ def setup(config, workdir):
 
     return Stage(
         make=lambda rngs: transformer.of_codes(config.model, vocabulary, grammar.vocab_size, rngs),
-        loss=functools.partial(loss, measure=measure, clip=config.loss.clip, kl=config.loss.kl, n=n),
+        loss=functools.partial(
+            loss, measure=measure, clip=config.loss.clip, kl=config.loss.kl, n=n, whole=told
+        ),
         data=prompts,
         shape=(data.batch_size, data.longest),
         axes=("batch", "length"),
@@ -161,9 +170,6 @@ def setup(config, workdir):
         rollout=rollout,
         close=workers.close if workers else lambda: None,
     )
-
-
-_READ = ("tokens", "segments", "positions", "weights")  # of a batch: what is read, and where its answers are
 
 
 def _check(config, grammar, tokenizer):
@@ -285,16 +291,6 @@ def advantages(rewards, normalise=False):
     return gains.astype(np.float32).ravel()
 
 
-def _merged(gains, answers):
-    """Of equal answers of a group (words often are) the first has the advantages of all, and the others none: the same gradient
-    of fewer rows. gains float32 [groups, G]; answers, tokens of each in the same order -> float32 [groups * G]."""
-    merged = np.zeros(gains.size, np.float32)
-    first = {}
-    for row, (gain, answer) in enumerate(zip(gains.ravel(), answers, strict=True)):
-        merged[first.setdefault((row // gains.shape[1], answer.tobytes()), row)] += gain
-    return merged
-
-
 def _first_parts(idle, updates, parts):
     """The order of rows in which those that teach, not `idle` [B], fill the first parts of each update: see `loss`."""
     place = np.arange(len(idle)) // updates % parts  # the part of each row: program.parts
@@ -403,33 +399,71 @@ def _draw(sampler, items, seeds, grid, data):
     return tokens, answers
 
 
-def _rows(drawn, grammar, n, T, told=False):
-    """Prompts with their answers, up to the last code or (`told`) the <end> of the words, as a batch of rows; and where each row's
-    answer is, int [B, n], of which the places with a weight count: codes, or words and an <end> that was not forced by
-    their number."""
-    batch = {
-        "tokens": np.zeros((len(drawn), T), np.int32),
-        "segments": np.zeros((len(drawn), T), np.int32),
-        "positions": np.zeros((len(drawn), T, 3), np.int32),
-        "weights": np.zeros((len(drawn), T), np.float32),
-    }
-    before = 0 if told else 3  # <boi> <h> <w>
-    at = np.array([len(prompt) + before for prompt, _ in drawn])[:, None] + np.arange(n)
+def _empty(B, T):
+    ints = lambda *shape: np.zeros((B, T, *shape), np.int32)
+    return {
+        "tokens": ints(), "segments": ints(), "positions": ints(3), "weights": np.zeros((B, T), np.float32)
+    }  # fmt: skip
+
+
+def _trees(drawn, gains, group, grammar, n, T, before, every):
+    """Prompts, each with all that a group answered with words, as the rows of a batch; what is left of as many rows as answers is empty.
+
+    A row is the prompt and the group's different answers, each of a branch of its own, with the prompt's last `before` tokens in front of
+    it, which the model's input of its first tokens has, but which no token sees ("branches", as `Transformer` has them; -1 of these).
+    "sources" are where the hidden state is that a token was drawn by. "weights" are how often an answer was drawn; an <end> that the
+    number of words (`n`) forced has none. "advantage" is each token's. Answers without one teach nothing, and are left out unless
+    there is a penalty (`every`)."""
+    batch = _empty(len(drawn), T) | {"advantage": np.zeros((len(drawn), T), np.float32)}
+    batch |= {name: np.zeros((len(drawn), T), np.int32) for name in ("branches", "sources")}
+    row, at, branch = -1, T, 0
+
+    def put(tokens, positions, **more):
+        values = {"tokens": tokens, "positions": positions, "segments": 1} | more
+        for name, value in values.items():
+            batch[name][row, at : at + len(tokens)] = value
+        return at + len(tokens)
+
+    for start in range(0, len(drawn), group):
+        prompt, times = drawn[start][0], {}
+        for i in range(start, start + group):
+            if gains[i] or every:
+                times.setdefault(drawn[i][1].tobytes(), []).append(i)
+        begun = False
+        for same in times.values():
+            answer = drawn[same[0]][1]
+            positions = grammar.positions(np.concatenate([prompt, answer]))
+            if not begun or at + before + len(answer) > T:
+                row, at, branch, begun = row + 1, 0, 0, True
+                at = put(prompt, positions[: len(prompt)])
+            last = slice(len(prompt) - before, len(prompt))
+            at, branch = put(prompt[last], positions[last], branches=-1), branch + 1
+            sources = np.arange(at - 1, at - 1 + len(answer))
+            sources[0] = len(prompt) - 1
+            counts = len(same) * (np.arange(len(answer)) < n - 1)
+            at = put(
+                answer, positions[len(prompt) :], branches=branch, sources=sources, weights=counts, advantage=gains[same[0]]
+            )  # fmt: skip
+    return batch
+
+
+def _rows(drawn, grammar, codes, T):
+    """Prompts with their answers, up to the last code, as a batch of rows; where each row's codes are, int [B, n]."""
+    batch = _empty(len(drawn), T)
+    at = np.array([len(prompt) + 3 for prompt, _ in drawn])[:, None] + np.arange(codes)  # after <boi> <h> <w>
     for row, (prompt, answer) in enumerate(drawn):
-        tokens = np.concatenate([prompt, answer[: before + n]])
+        tokens = np.concatenate([prompt, answer[: 3 + codes]])
         batch["tokens"][row, : len(tokens)] = tokens
         batch["segments"][row, : len(tokens)] = 1
         batch["positions"][row, : len(tokens)] = grammar.positions(tokens)
-    written = np.array([len(answer) for _, answer in drawn])[:, None] if told else n
-    chosen = np.arange(n) < (np.minimum(written, n - 1) if told else n)
-    np.put_along_axis(batch["weights"], at, np.broadcast_to(chosen, at.shape), 1)
+    np.put_along_axis(batch["weights"], at, 1.0, 1)
     return batch, at
 
 
 # ---- the policy -------------------------------------------------------------------------------------
 
 
-def log_probs(model, batch, *, grammar, n, temperature, keep_mode=False):
+def log_probs(model, batch, *, grammar, codes, temperature, keep_mode=False):
     """Of a batch's codes, in their order: log-probability and entropy in nats, float32 [B, n] each.
 
     They are those of the distribution that the sampler draws from: at a code the grammar allows the codes of its
@@ -438,7 +472,7 @@ def log_probs(model, batch, *, grammar, n, temperature, keep_mode=False):
     decides (<boi>, the size, <eoi>, <end>) has probability 1 there, and no part in the loss.
     """
     x = model(*(batch[name] for name in ("tokens", "segments", "positions")))
-    at = _places(batch, n)
+    at = _places(batch, codes)
     x = layers.rms_norm(jnp.take_along_axis(x, at[..., None] - 1, 1))
     token = (jnp.take_along_axis(batch["tokens"], at, 1) - grammar.code_start) % grammar.codes
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -461,17 +495,17 @@ def log_probs(model, batch, *, grammar, n, temperature, keep_mode=False):
     return chosen(logits.reshape(*token.shape, -1), token, same)
 
 
-def text_log_probs(model, batch, *, grammar, n, temperature, keep_mode=False):
-    """As `log_probs`, of words: at each place the grammar allows a piece of text or the <end>."""
-    x = model(*(batch[name] for name in ("tokens", "segments", "positions")))
-    at = _places(batch, n)
-    x = layers.rms_norm(jnp.take_along_axis(x, at[..., None] - 1, 1))
-    token = jnp.take_along_axis(batch["tokens"], at, 1)
+def text_log_probs(model, batch, *, grammar, temperature, keep_mode=False):
+    """As `log_probs`, of the words of `_trees`: float32 [B, T] each, of which those count that have a weight. At each place the grammar
+    allows a piece of text or the <end>."""
+    x = model(*(batch[name] for name in ("tokens", "segments", "positions", "branches")))
+    x = layers.rms_norm(jnp.take_along_axis(x, batch["sources"][..., None], 1))
     legal = jnp.arange(grammar.pieces + 1).at[-1].set(grammar.end)
     rows = model.head_table()[legal].astype(model.dtype)
     logits = jnp.einsum("bnd,vd->bnv", x, rows, preferred_element_type=jnp.float32)
-    chosen = jnp.minimum(token, grammar.pieces)  # of all that is no piece: the <end>, and what has no weight
-    return _chosen(logits, chosen, _one_before(chosen), temperature, keep_mode)
+    chosen = jnp.minimum(batch["tokens"], grammar.pieces)  # the <end>; what else is no piece has no weight
+    first = batch["branches"] != _one_before(batch["branches"])
+    return _chosen(logits, chosen, jnp.where(first, -1, _one_before(chosen)), temperature, keep_mode)
 
 
 def _one_before(x):
@@ -494,9 +528,9 @@ def _chosen(logits, chosen, previous, temperature, keep_mode):
     return jnp.take_along_axis(logs, chosen[..., None], 2)[..., 0], -(jnp.exp(logs) * logs).sum(-1)
 
 
-def _places(batch, n):
-    """Where the answer of each row is: int32 [B, n]."""
-    return jnp.argmax(batch["weights"] > 0, 1)[:, None] + jnp.arange(n)
+def _places(batch, codes):
+    """Where the codes of each row are: int32 [B, n]."""
+    return jnp.argmax(batch["weights"] > 0, 1)[:, None] + jnp.arange(codes)
 
 
 def _scorer(graphdef, measure, parts):
@@ -521,11 +555,11 @@ def _here(x):
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def loss(model, batch, key, *, measure, clip, kl, n):
+def loss(model, batch, key, *, measure, clip, kl, n, whole=False):
     """GRPO's clipped surrogate and `kl` times the penalty, over what was drawn, codes or words; and what is watched: {name: (sum, weight)}.
 
-    batch: `_READ` as the transformer's; and in float32 [B, T] "advantage", "flat" (1 where the whole group has one
-    reward) and rewards, which are constant along a row, and log-probabilities at each code's place: "old", those of
+    batch: as of `_rows` or (`whole`) `_trees`; and in float32 [B, T] "advantage"; "flat" (1 where the whole group has one
+    reward) and rewards, one of each answer, which are constant along a row; and log-probabilities at each place: "old", those of
     the model that drew it, and "reference". Without "old" the model that draws is the one that learns: the ratio of
     the two is 1, with a gradient. `clip` is how far the ratio may fall below 1 and rise above it before it earns
     nothing more; unequal ones are DAPO's (arXiv:2503.14476). The penalty is the k3 estimator of the KL divergence
@@ -537,11 +571,13 @@ def loss(model, batch, key, *, measure, clip, kl, n):
     all is divided by B * n, whatever the words' number. What is watched are means over what was drawn.
     """
 
+    of = lambda name: batch[name] if whole else jnp.take_along_axis(batch[name], _places(batch, n), 1)
+
     def learned():
-        logs, entropy = measure(model, batch)
-        at = _places(batch, n)
-        of = lambda name: jnp.take_along_axis(batch[name], at, 1)
-        old = of("old") if "old" in batch else jax.lax.stop_gradient(logs)
+        drawn = of("weights")
+        chosen = lambda x: jnp.where(drawn > 0, x, 0)
+        logs, entropy = map(chosen, measure(model, batch))
+        old = chosen(of("old")) if "old" in batch else jax.lax.stop_gradient(logs)
         ratio, gain = jnp.exp(logs - old), of("advantage")
         plain = ratio * gain
         surrogate = jnp.minimum(plain, jnp.clip(ratio, 1 - clip[0], 1 + clip[1]) * gain)
@@ -549,10 +585,9 @@ def loss(model, batch, key, *, measure, clip, kl, n):
         if "old" in batch:
             terms["clipped"] = surrogate < plain
         if "reference" in batch:
-            d = of("reference") - logs
+            d = chosen(of("reference")) - logs
             terms["kl"] = jnp.exp(d) - d - 1
             terms["loss"] += kl * terms["kl"]
-        drawn = of("weights")
         return {name: ((drawn * value).sum(), drawn.sum()) for name, value in terms.items()}
 
     nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learned))
