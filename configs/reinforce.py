@@ -27,7 +27,7 @@ def get_config(variant):
     d.workers = 0  # processes that reward pictures; 0: none but the run's own
     d.temperature, d.keep_mode = 1.0, False  # as pictures are drawn: see sampling/strategies.py
     d.words = 48  # tokens of an answer in words, at most
-    d.longest = 104  # tokens of a row: a prompt and its answer
+    d.longest = 104  # tokens of a row: a prompt and its picture, or its answers in words
     d.row_length = base.data.row_length  # of whoever samples from the run
 
     # (NAME, WEIGHT), ...: functions of mmgen/world/rewards.py or "package.module:function"
@@ -57,11 +57,11 @@ def get_config(variant):
         c.loss.kl, c.optimizer.learning_rate, c.steps = 0.02, 2e-4, 77
         c.evaluate_every, c.save_every, c.keep = 25, 25, 8
     if variant == "reading":  # what the released model says of pictures, on two CPU cores
-        d.categories, d.languages = ("caption", "caption", "caption", "detail"), ("en", "zh")
+        d.categories, d.languages = ("caption", "detail"), ("en", "zh")
         d.size, d.words, d.longest = (64, 64), 76, 512
         d.batch_size, c.accumulate = 128, 64  # parts of which most have nothing to learn
         c.model.dtype = "float32"  # which a CPU is faster with
-        c.loss.kl, c.optimizer.learning_rate, c.ema, c.steps = 0.0, 2e-4, 0.95, 200
+        c.loss.kl, c.ema, c.steps, c.optimizer.learning_rate, c.optimizer.final = 0.0, 0.95, 160, 1e-4, 0.1
         c.evaluate_every, c.save_every, c.held_out.prompts = 50, 20, 64
     if variant == "tiny":  # for tests: seconds
         d.batch_size, d.group, d.slots = 4, 2, 4

@@ -17,6 +17,7 @@ from mmgen.runtime import checkpoint
 from mmgen.sampling import cache as caches
 from mmgen.sampling.sampler import Request, Sampler
 from mmgen.sampling.slots import Slots
+from mmgen.stages import reinforce
 from tests.conftest import run_python, whole_model
 from tests.test_equality import CURVES, SIZES
 from tests.test_slots import documents, run_all, some_requests
@@ -141,6 +142,24 @@ def test_packed_is_alone(sampler, around, whole):
         here = segments[0] == segment
         alone = logits(whole, tokens[:, here], segments[:, here], positions[:, here])
         np.testing.assert_allclose(alone, together[here], atol=3e-4)
+
+
+def test_answers_of_one_row_are_as_in_rows_of_their_own(sampler, around, whole):
+    """Two branches, as `reinforce` has them, after a prompt with two images."""
+    grammar, rng, before = around[1], np.random.default_rng(0), sampler.config.model.before
+    images = [Image(codes=rng.integers(0, grammar.codes, size)) for size in ((3, 4), (4, 2))]
+    turns = Turn("user", (*images, Text("a red circle"))), Turn("assistant", ())
+    prompt = grammar.encode(Document(turns), sampler.text, close=False)
+    answers = [np.append(rng.integers(0, grammar.pieces, n), grammar.end).astype(np.int32) for n in (5, 9)]
+    gains = np.ones(2, np.float32)
+    tree = reinforce._trees([(prompt, each) for each in answers], gains, 2, grammar, 40, T, before, False)
+    row = [tree[name][:1] for name in ("tokens", "segments", "positions", "branches")]
+    found = logits(whole[:2], *row)
+    for branch, answer in enumerate(answers, 1):
+        at = tree["sources"][0, tree["branches"][0] == branch]
+        tokens = np.concatenate([prompt, answer])
+        alone = logits(whole[:2], tokens[None], np.ones_like(tokens)[None], grammar.positions(tokens)[None])
+        np.testing.assert_allclose(found[at], alone[len(prompt) - 1 : -1], atol=1e-4)
 
 
 def test_an_encoder_sees_a_whole_image(models):

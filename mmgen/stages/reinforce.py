@@ -63,7 +63,7 @@ def setup(config, workdir):
     grid, told = _check(config, grammar, tokenizer)
     picture = grid[0] * grid[1] * grammar.depth
     n = data.words if told else picture  # tokens of an answer that are drawn, at most
-    before = config.model.get("before", 0)
+    before = config.model.before
     functions = [(name, reward(name), float(weight)) for name, weight in _pairs(config.rewards)]
     for name, function, _ in functions if data.workers else ():
         try:
@@ -74,7 +74,9 @@ def setup(config, workdir):
                 "module, or leave config.data.workers at 0"
             ) from error
     workers = Workers(data.workers) if data.workers else None
-    room = data.longest - n - (before if told else 3)  # of a row, for a prompt
+    room = (
+        data.longest - n - (max(before, 1) if told else 3)
+    )  # of a row, for a prompt; the sampler needs one for <eos>
     prompts = Prompts(data, config.seed, "train", text, room, picture, data.group)
     held_out = Prompts(data, config.seed, "valid", text, room, picture, 1)
     painter = _painter(config, grammar, text, tokenizer)
@@ -230,11 +232,17 @@ def _check(config, grammar, tokenizer):
             f"config.data.categories: pictures answer {', '.join(drawn)} and words {', '.join(told)}; a run learns from one of both"
         )
     grid = data.size[1] // patch, data.size[0] // patch
-    if data.longest < grid[0] * grid[1] * grammar.depth + 8 or data.longest > data.row_length:
+    least = grid[0] * grid[1] * grammar.depth + 8
+    if told:
+        least += data.words + max(config.model.before, 1)
+    if not least <= data.longest <= data.row_length:
         raise ConfigError(
-            f"config.data.longest={data.longest} must hold a prompt and a picture of {grid[0]} x {grid[1]} patches, "
-            f"and be at most config.data.row_length={data.row_length}"
+            f"config.data.longest={data.longest} must hold a prompt and a picture of {grid[0]} x {grid[1]} patches"
+            + (f", with config.data.words={data.words} about it: {least} at least" if told else "")
+            + f", and be at most config.data.row_length={data.row_length}"
         )
+    if told and "legible" in dict(_pairs(config.rewards)):
+        raise ConfigError("config.rewards: legible is of pictures, and words answer config.data.categories")
     return grid, bool(told)
 
 
@@ -345,7 +353,7 @@ class Prompts:
             long = True
         raise ConfigError(
             f"none of 1000 prompts of {kind!r} in {language!r} has at most {self.room - 4} tokens: "
-            "raise config.data.longest"
+            "raise config.data.longest, or lower config.data.words where words answer"
         )
 
     def _length(self, item):
@@ -415,7 +423,8 @@ def _trees(drawn, gains, group, grammar, n, T, before, every):
     number of words (`n`) forced has none. "advantage" is each token's. Answers without one teach nothing, and are left out unless
     there is a penalty (`every`)."""
     batch = _empty(len(drawn), T) | {"advantage": np.zeros((len(drawn), T), np.float32)}
-    batch |= {name: np.zeros((len(drawn), T), np.int32) for name in ("branches", "sources")}
+    batch["branches"] = np.zeros((len(drawn), T), np.int32)
+    batch["sources"] = np.tile(np.arange(T, dtype=np.int32), (len(drawn), 1))
     row, at, branch = -1, T, 0
 
     def put(tokens, positions, **more):
@@ -442,7 +451,7 @@ def _trees(drawn, gains, group, grammar, n, T, before, every):
             sources[0] = len(prompt) - 1
             counts = len(same) * (np.arange(len(answer)) < n - 1)
             at = put(
-                answer, positions[len(prompt) :], branches=branch, sources=sources, weights=counts, advantage=gains[same[0]]
+                answer, positions[len(prompt) :], branches=branch, sources=sources, weights=counts, advantage=gains[same].mean()
             )  # fmt: skip
     return batch
 
@@ -537,7 +546,12 @@ def _scorer(graphdef, measure, parts):
     """The jitted (params, batch) -> log-probabilities of its codes [B, n], each device those of its rows."""
 
     def score(params, batch):
-        one = lambda part: measure(nnx.merge(graphdef, params), part)[0]
+        measured = lambda part: measure(nnx.merge(graphdef, params), part)[0]
+
+        def one(part):  # rows of words may be empty
+            nothing = lambda part: jnp.zeros(jax.eval_shape(measured, part).shape)
+            return jax.lax.cond(jnp.any(part["weights"] != 0), measured, nothing, part)
+
         if parts == 1:
             return one(batch)
         found = jax.lax.map(one, programs.parts(batch, parts))
@@ -592,7 +606,7 @@ def loss(model, batch, key, *, measure, clip, kl, n, whole=False):
 
     nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learned))
     # Of a part of the batch with flat groups alone there is nothing to learn, unless to stay near the reference.
-    found = learned() if kl else jax.lax.cond(jnp.any(batch["advantage"] != 0), learned, nothing)
+    found = jax.lax.cond(jnp.any(batch["weights" if kl else "advantage"] != 0), learned, nothing)
     places = jnp.float32(len(batch["weights"]) * n)  # the loss is a mean over all of them
     found |= {"loss": (found["loss"][0], places)}
     rows = [name for name in batch if name.startswith("reward") or name == "flat"]

@@ -23,6 +23,8 @@ from mmgen.world.scene import (
     holds,
 )
 
+TELLS = ("colored", "sized", "related", "grounded", "styled", "patterned")
+
 
 def parse(text: str, language: str = "en") -> Claim | None:
     """The claim that a caption makes, or None where it is none of the world's sentences."""
@@ -32,11 +34,12 @@ def parse(text: str, language: str = "en") -> Claim | None:
 
 def judge(text: str, scene: Scene, language: str = "en") -> dict[str, bool]:
     """What is right with a caption of a scene: {"understood", "true": all that it says is so, "complete": true, and
-    every object is named, "colored", "sized": it says that of all it names}. `complete` is what counts: a caption
-    may leave colours and sizes out, as some of the world's do, but no object."""
+    every object is named}, and which of `TELLS` it tells: "colored", "sized": it says that of all it names; "related", "grounded",
+    "styled", "patterned": how two things lie, before what, in which style, with what pattern. `complete` is what counts: a caption
+    may leave these out, as some of the world's do, but no object."""
     claim = parse(text, language)
     if claim is None:
-        return dict.fromkeys(("understood", "true", "complete", "colored", "sized"), False)
+        return dict.fromkeys(("understood", "true", "complete", *TELLS), False)
     count = sum(group.count for group in claim.groups)
     parts = itertools.combinations(scene.objects, count)
     return {
@@ -45,6 +48,10 @@ def judge(text: str, scene: Scene, language: str = "en") -> dict[str, bool]:
         "complete": holds(claim, scene),
         "colored": all(group.color for group in claim.groups),
         "sized": all(group.size for group in claim.groups),
+        "related": claim.relation is not None,
+        "grounded": claim.background is not None,
+        "styled": claim.style is not None,
+        "patterned": any(group.pattern for group in claim.groups),
     }
 
 

@@ -8,14 +8,14 @@ from mmgen.world.wishes import Wish
 
 def judge(answer, item) -> float:
     """1 where the answer is right, by the judge, else 0. A picture: it shows exactly what is asked for, what an item's prompt
-    claims, a change and nothing else changed, the same scene in another style. A caption: it is true of the picture and names
-    all that is in it, with colours and sizes where the world's own caption tells them (or else saying less would pay). Other words:
-    they are the very ones."""
+    claims, a change and nothing else changed, the same scene in another style. A caption: it is true of the picture, names
+    all that is in it, and tells of colours, sizes, a relation and the rest (`captions.TELLS`) what the world's own does, or else saying
+    less would pay. Other words: they are the very ones."""
     if isinstance(answer, str):
         if item.claim is None:
             return float(tasks_judge.judge_answer(item.turn, answer).ok)
         found, right = (captions.judge(text, item.scene, item.language) for text in (answer, item.turn.says[0]))
-        return float(found["complete"] and all(found[told] >= right[told] for told in ("colored", "sized")))
+        return float(found["complete"] and all(found[told] >= right[told] for told in captions.TELLS))
     pixels = answer[..., :3]
     if not isinstance(item, Wish):
         return float(verdict(pixels, item.claim).ok)
