@@ -374,15 +374,16 @@ def test_what_is_told(sampler, told):
         assert Document((said,)).text().strip() == text
 
 
-@pytest.mark.parametrize("T", [140, 400])
-def test_answers_in_one_row_are_as_in_rows_of_their_own(space, sampler, told, T):
+def test_answers_in_one_row_are_as_in_rows_of_their_own(space, sampler, told):
     """Log-probabilities and entropies by branches beside those of each whole row, masked by the grammar token by token; every answer
     is there as often as it was drawn, and with its advantage."""
     (_, tokens, _), grammar, model = told, sampler.grammar, nnx.merge(*whole_model(space.transformer))
+    T, apart = 400, 140  # which holds one answer
+    logits_of = jax.jit(lambda *row: model.logits(model(*row)))
     gains = np.arange(20, dtype=np.float32)
     gains[[8, 9, 18, 19]] = gains[[0, 1, 10, 11]]
     batch = reinforce._trees(tokens, gains, 10, grammar, 40, T, space_before := model.config.before, True)
-    assert space_before == 3 and (batch["weights"].sum(1) > 0).sum() == {400: 4, 140: 16}[T]
+    assert space_before == 3 and (batch["weights"].sum(1) > 0).sum() == 4
     found, entropy = reinforce.text_log_probs(model, batch, grammar=grammar, temperature=TEMPERATURE)
     trees = {}
     for row, branches in enumerate(batch["branches"]):
@@ -399,9 +400,9 @@ def test_answers_in_one_row_are_as_in_rows_of_their_own(space, sampler, told, T)
         assert (batch["advantage"][row, at] == gains[i]).all()
         whole = np.concatenate([prompt, answer])
         np.testing.assert_array_equal(batch["positions"][row, at], grammar.positions(whole)[len(prompt) :])
-        pad = lambda x: np.pad(x, [(0, 140 - len(x))] + [(0, 0)] * (x.ndim - 1))[None]
-        hidden = model(pad(whole), pad(np.ones_like(whole)), pad(grammar.positions(whole)))
-        logits = np.asarray(model.logits(hidden), np.float64)[0, len(prompt) - 1 :]
+        pad = lambda x: np.pad(x, [(0, apart - len(x))] + [(0, 0)] * (x.ndim - 1))[None]
+        alone = logits_of(pad(whole), pad(np.ones_like(whole)), pad(grammar.positions(whole)))
+        logits = np.asarray(alone, np.float64)[0, len(prompt) - 1 :]
         for k in range(min(len(answer), 39)):
             state = grammar.feed(np.concatenate([prompt, answer[:k]]))
             legal = grammar.allowed(state, np.array([41 - k]), text_only=np.array([True]), refuse=np.array([False]))[0]
@@ -423,9 +424,9 @@ def test_answers_in_one_row_are_as_in_rows_of_their_own(space, sampler, told, T)
     measure = functools.partial(reinforce.text_log_probs, grammar=grammar, temperature=1.0)
     how = dict(key=None, measure=measure, clip=(0.2, 0.2), kl=0.0, n=40, whole=True)
     of = lambda batch: jax.grad(lambda params: reinforce.loss(nnx.merge(graphdef, params), batch, **how)["loss"][0])(params)
-    apart = [(gains / 10, reinforce._trees(tokens, gains, 10, grammar, 40, size, 3, True)) for size in (T, 540 - T)]
-    one, two = (jax.tree.leaves(of(each)) for _, each in apart)
-    for a, b in zip(one, two):
+    each = reinforce._trees(tokens, gains, 10, grammar, 40, apart, 3, True)
+    assert (each["weights"].sum(1) > 0).sum() == 16
+    for a, b in zip(*(jax.tree.leaves(of(rows)) for rows in (batch, each))):
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max() + 1e-6)
     few = reinforce._trees(tokens, gains * (np.arange(20) < 10), 10, grammar, 40, T, 3, False)
     assert (few["branches"] > 0).any(1).sum() <= (batch["branches"] > 0).any(1).sum() // 2
