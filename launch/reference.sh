@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The model that comes with mmgen, from nothing (docs/reference.md): the tokenizer and the shards on two CPU cores in an
-# hour and a half, the transformer, its rewards and the towers in half an hour of an H100, the refiner in another half of one CPU core. The released one was made in
+# hour and a half, the transformer, its rewards and the towers in half an hour of an H100, the refiner and what it says of pictures in an hour of CPU cores. The released one was made in
 # pieces, and differs: until the rewards its text model told quoted words in pieces, not in letters, and its first part
 # had fewer signs and posters; the set of reference-5 had more signs, fewer edits and no marked images; its towers saw
 # scenes first and all kinds after. The image classifier beside it is another road (docs/safety.md).
@@ -87,4 +87,5 @@ part transformer:reference-6 reference-5
 mmgen train --config contrastive:reference --workdir "$dir/reference-6/towers" --config.data.text="$dir/text.model" $steps \
   ${3:+--config.data.batch_size=16 --config.held_out.documents=50}
 mmgen train --config refiner:reference --workdir "$dir/reference-6/refiners/x2" --config.data.tokenizer="$dir/tokenizer" $steps
-[ -e "$dir/packed" ] || mmgen tools pack --checkpoint "$dir/reference-6" --out "$dir/packed"
+mmgen train --config reinforce:reading --workdir "$dir/reading" --config.init="$dir/reference-6" $steps ${3:+$tiny}
+[ -e "$dir/packed" ] || mmgen tools pack --checkpoint "$dir/reference-6" --add "$dir/reading" --out "$dir/packed"

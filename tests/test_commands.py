@@ -77,7 +77,6 @@ def test_a_contact_sheet(draw, tmp_path, capsys):
     assert other.shape == (128, 128, 3) and (other[::2, ::2] != pixels(tmp_path / "a.png")).any()
 
 
-@pytest.mark.smoke
 def test_one_file_each_from_a_file_of_prompts(draw, tmp_path):
     """Characters that the text model never saw are spelt in bytes."""
     prompts = tmp_path / "prompts.txt"

@@ -179,7 +179,6 @@ def test_prefetch_is_the_batches_from_any_step_on(folder, threads):
     assert threading.active_count() <= before
 
 
-@pytest.mark.smoke
 def test_worker_processes_make_the_same_batches(tmp_path):
     script = tmp_path / "run.py"  # workers import the main module again
     script.write_text("""
