@@ -61,7 +61,7 @@ def get_config(variant):
         d.size, d.words, d.longest = (64, 64), 76, 512
         d.batch_size, c.accumulate = 128, 64  # parts of which most have nothing to learn
         c.model.dtype = "float32"  # which a CPU is faster with
-        c.loss.kl, c.ema, c.steps, c.optimizer.learning_rate, c.optimizer.final = 0.0, 0.95, 160, 1e-4, 0.1
+        c.loss.kl, c.ema, c.steps, c.optimizer.learning_rate, c.optimizer.final = 0.0, 0.95, 220, 7e-5, 0.1
         c.evaluate_every, c.save_every, c.held_out.prompts = 50, 20, 64
     if variant == "tiny":  # for tests: seconds
         d.batch_size, d.group, d.slots = 4, 2, 4

@@ -9,13 +9,14 @@ from mmgen.world.wishes import Wish
 def judge(answer, item) -> float:
     """1 where the answer is right, by the judge, else 0. A picture: it shows exactly what is asked for, what an item's prompt
     claims, a change and nothing else changed, the same scene in another style. A caption: it is true of the picture, names
-    all that is in it, and tells of colours, sizes, a relation and the rest (`captions.TELLS`) what the world's own does, or else saying
-    less would pay. Other words: they are the very ones."""
+    all that is in it, and tells as many of `captions.TELLS` (colours, sizes, a relation ...) as the world's own, or else saying
+    less would pay; which of them is left to it. Other words: they are the very ones."""
     if isinstance(answer, str):
         if item.claim is None:
             return float(tasks_judge.judge_answer(item.turn, answer).ok)
         found, right = (captions.judge(text, item.scene, item.language) for text in (answer, item.turn.says[0]))
-        return float(found["complete"] and all(found[told] >= right[told] for told in captions.TELLS))
+        found["told"], right["told"] = (sum(each[kind] for kind in captions.TELLS) for each in (found, right))
+        return float(found["complete"] and found["told"] >= right["told"])
     pixels = answer[..., :3]
     if not isinstance(item, Wish):
         return float(verdict(pixels, item.claim).ok)
