@@ -1,14 +1,17 @@
 """Packed weights: small, near what they were, and taken by whatever takes a workdir."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import mmgen
+from safetensors.numpy import load_file
 
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint, packed
 from mmgen.runtime.checkpoint import CheckpointError
+from mmgen.runtime.released import model_folder
 
 
 @pytest.mark.parametrize("kind, error", [("int8", 1 / 127), ("bfloat16", 2**-7), ("float32", 0)])
@@ -130,3 +133,14 @@ def test_a_folder_that_exists_is_left_alone(space, folder, capsys):
     assert mmgen("tools", "pack", "--checkpoint", space.transformer, "--out", folder) != 0
     assert "exists already" in capsys.readouterr().err
     assert json.loads((folder / "vocabulary.json").read_text()) == before
+
+
+def test_the_released_model_packed_again_is_the_same(tmp_path):
+    """By its name, with all that lies beside it: what 8 bits have lost is lost once."""
+    out = tmp_path / "again"
+    assert mmgen("tools", "pack", "--checkpoint", "reference", "--out", out) == 0
+    released = Path(model_folder("reference"))
+    files = lambda folder: {each.relative_to(folder) for each in folder.rglob("*") if each.is_file()}
+    assert files(out) == files(released)
+    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (out, released))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)

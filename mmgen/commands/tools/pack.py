@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmgen.models.autoencoders import load_tokenizer
 from mmgen.runtime import checkpoint, packed
+from mmgen.runtime.released import model_folder
 
 
 def main(argv):
@@ -17,7 +18,13 @@ def main(argv):
     folder as it takes a workdir, to sample, to evaluate, and to begin a training with (config.init)."""
     parser = argparse.ArgumentParser("mmgen tools pack", description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="workdir of a transformer run")
+    add(
+        "--checkpoint",
+        type=model_folder,
+        required=True,
+        metavar="DIR",
+        help="workdir of a transformer run, or `reference`",
+    )
     add("--out", required=True, metavar="DIR", help="a new folder")
     add(
         "--kind",
