@@ -17,7 +17,7 @@ from mmgen.runtime import checkpoint
 from mmgen.sampling import cache as caches
 from mmgen.sampling.sampler import Request, Sampler
 from mmgen.sampling.slots import Slots
-from mmgen.stages import reinforce
+from mmgen.stages import policy
 from tests.conftest import run_python, whole_model
 from tests.test_equality import CURVES, SIZES
 from tests.test_slots import documents, run_all, some_requests
@@ -152,7 +152,7 @@ def test_answers_of_one_row_are_as_in_rows_of_their_own(sampler, around, whole):
     prompt = grammar.encode(Document(turns), sampler.text, close=False)
     answers = [np.append(rng.integers(0, grammar.pieces, n), grammar.end).astype(np.int32) for n in (5, 9)]
     gains = np.ones(2, np.float32)
-    tree = reinforce._trees([(prompt, each) for each in answers], gains, 2, grammar, 40, T, before, False)
+    tree = policy.trees([(prompt, each) for each in answers], gains, 2, grammar, 40, T, before, False)
     row = [tree[name][:1] for name in ("tokens", "segments", "positions", "branches")]
     found = logits(whole[:2], *row)
     for branch, answer in enumerate(answers, 1):

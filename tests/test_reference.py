@@ -22,7 +22,7 @@ from mmgen.runtime.released import model_folder, part_of, towers_folder
 from mmgen.safety.images import ImageLayer
 from mmgen.safety.policy import Policy
 from mmgen.sampling import sampler
-from mmgen.stages import reinforce
+from mmgen.stages import policy, reinforce
 from mmgen.text import Text
 from mmgen.world.judge import parse
 from tests.conftest import ROOT, config_of, mmgen, whole_model
@@ -169,7 +169,7 @@ def test_its_eyes_let_pages_pass_and_no_symbols():
 
 
 def test_rewards_are_learned_by_the_policy_that_draws():
-    """As in test_reinforce.py, of codes told in two steps: the mean -log p of pictures is the entropy of the policy that
+    """As in test_policy.py, of codes told in two steps: the mean -log p of pictures is the entropy of the policy that
     drew them, low temperature with the mode kept, and not of low temperature alone."""
     data = config_of(
         ["--config", "reinforce:reference", "--config.data.temperature=0.3", "--config.data.keep_mode=True"]
@@ -178,8 +178,8 @@ def test_rewards_are_learned_by_the_policy_that_draws():
     items = [world.item(5, "train", i, category="counting") for i in range(8)]
     model = sampler.load(FOLDER)
     drawn, _ = reinforce._draw(model, items, range(8), (16, 16), data)
-    batch, _ = reinforce._rows(drawn, model.grammar, 256, data.longest)
-    measure = functools.partial(reinforce.log_probs, grammar=model.grammar, codes=256, temperature=0.3)
+    batch, _ = policy.rows(drawn, model.grammar, 256, data.longest)
+    measure = functools.partial(policy.log_probs, grammar=model.grammar, codes=256, temperature=0.3)
     whole = nnx.merge(*whole_model(FOLDER))
 
     def error(keep_mode):

@@ -1,5 +1,6 @@
 """Where pictures come from, and what the image layer sees in them."""
 
+import hashlib
 import io
 import json
 import struct
@@ -115,6 +116,50 @@ def test_a_file_is_valid_tampered_marked_or_unsigned(keys, tmp_path):
     assert other["state"] == "valid" and not other["trusted"] and other["watermark"] < watermark.FOUND
     with pytest.raises(ValueError, match="gif"):
         signer.sign(b"", ".gif", {})
+
+
+def test_a_picture_that_we_signed_has_the_codes_that_it_was_drawn_as(keys, tmp_path):
+    signer, codes = provenance.Signer(keys), np.random.default_rng(0).integers(0, 27_000, (16, 24), np.int32)
+    pixels, recipe = textured(64), {"tokenizer": "abc"}
+    sign = lambda kind, suffix: signer.sign(encoded(pixels, kind), suffix, recipe, codes=codes)
+    for kind, suffix in (("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp")):
+        np.testing.assert_array_equal(signer.codes_in(sign(kind, suffix), "abc"), codes)
+    signed = sign("PNG", ".png")
+    changed = signed.replace(chunk(signed, b"IDAT"), chunk(encoded(255 - pixels), b"IDAT"))
+    other = provenance.Signer(provenance.make_keys(tmp_path / "other"))
+    without = signer.sign(encoded(pixels), ".png", recipe)
+    for data in (changed, without, other.sign(encoded(pixels), ".png", recipe, codes=codes), encoded(pixels), encoded(pixels, "GIF")):
+        assert signer.codes_in(data, "abc") is None
+    assert signer.codes_in(signed, "another") is None
+    (tmp_path / "a.png").write_bytes(signed)
+    assert provenance.verify(tmp_path / "a.png", keys)["recipe"] == recipe
+
+
+def test_what_was_drawn_is_shown_again_as_it_was_drawn(space, sampler, keys, tmp_path, monkeypatch, capsys):
+    """Enlarged and saved, it is still of its codes and their size: to `sample` and `chat`, where no other size is asked for."""
+    draw = lambda out, *flags: mmgen(
+        "sample", "--checkpoint", space.transformer, "--keys", keys, "--out", tmp_path / out, *flags
+    )
+    assert draw("first", "--prompt", "a red circle", "--size", "16x16", "--scale", 4) == 0
+    path = tmp_path / "first" / "00000-0.png"
+    data, (part,) = path.read_bytes(), json.loads((tmp_path / "first" / "00000-0.json").read_text())["answer"]
+    codes, pixels, signer = np.array(part["codes"], np.int32), np.asarray(Pillow.open(path)), provenance.Signer(keys)
+    assert pixels.shape == (64, 64, 3)
+    image = sampler.shown(pixels, data, signer=signer)
+    np.testing.assert_array_equal(image.codes, codes)
+    assert image.pixels.shape == (16, 16, 3) and sampler.shown(pixels, data, (4, 4), signer) == image
+    asks = "--image", path, "--prompt", "what is this?", "--output", "text", "--max-tokens", 4
+    assert draw("second", *asks) == 0
+    note = json.loads((tmp_path / "second" / "00000-0.json").read_text())
+    assert hashlib.sha256(codes.tobytes()).hexdigest()[:12] in json.dumps(note)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {path}\n"))
+    assert mmgen("chat", "--checkpoint", space.transformer, "--out", tmp_path, "--keys", keys) == 0
+    assert "an image of 16x16" in capsys.readouterr().out
+    # Of another size, or of no signer or of another's, it is its pixels.
+    for size, by, found in (((8, 8), signer, (32, 32, 3)), (None, None, (64, 64, 3)), ((4, 4), None, (16, 16, 3))):
+        image = sampler.shown(pixels, data, size, by)
+        assert image.codes is None and image.pixels.shape == found
+    assert sampler.shown(pixels, data, scale=2).pixels.shape == (32, 32, 3)
 
 
 def chunk(png, name):

@@ -138,6 +138,26 @@ def test_what_clients_show_is_shown_to_the_model_without_our_mark(running, monke
     assert said.status == "completed" and (kept[0].images()[0].pixels == 255 - shown).all()
 
 
+def test_what_was_drawn_here_is_edited_as_it_was_drawn(running, keys, monkeypatch):
+    """By its codes, in whatever format it is; under a mask its pixels are others', and no codes are signed."""
+    seen, make = [], api.Request
+    monkeypatch.setattr(api, "Request", lambda document, *args, **more: seen.append(document) or make(document, *args, **more))
+    signer, tokenizer = provenance.Signer(keys), running.engine.sampler.tokenizer.hash
+    for kind in ("png", "jpeg"):
+        drawn = running.client.images.generate(prompt="a red circle", output_format=kind)
+        data = base64.b64decode(drawn.data[0].b64_json)
+        codes = signer.codes_in(data, tokenizer)
+        assert codes.shape == (4, 4)
+        edited = running.client.images.edit(image=data, prompt="make it blue")
+        np.testing.assert_array_equal(seen[-1].images()[0].codes, codes)
+        assert signer.codes_in(base64.b64decode(edited.data[0].b64_json), tokenizer).shape == (4, 4)
+    mask = np.full((running.side, running.side, 4), 255, np.uint8)
+    mask[:4, :4, 3] = 0
+    pasted = running.client.images.edit(image=data, mask=png(mask), prompt="make it blue")
+    np.testing.assert_array_equal(seen[-1].images()[0].codes, codes)
+    assert signer.codes_in(base64.b64decode(pasted.data[0].b64_json), tokenizer) is None
+
+
 def test_a_dialogue_goes_on_from_any_answer(running, model):
     ask = lambda text, **more: running.client.responses.create(
         model="tiny", input=text, tools=[{"type": "image_generation"}], tool_choice={"type": "image_generation"},

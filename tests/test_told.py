@@ -14,7 +14,7 @@ from mmgen.models import transformer
 from mmgen.runtime import config as configs
 from mmgen.sampling.sampler import Request
 from mmgen.sampling.strategies import Strategy, choose
-from mmgen.stages import reinforce
+from mmgen.stages import policy
 from mmgen.stages.transformer import _grow as grow
 from tests import test_cross_attention as crossed
 from tests.test_cross_attention import around, built, logits, packed  # noqa: F401 (a fixture)
@@ -159,9 +159,9 @@ def test_log_probs_step_by_step_are_those_of_all_codes(around, told):  # noqa: F
     codes[:, 3] = np.arange(model.colors)  # the last one in each colour, with the first outline
     prompt = [grammar.bos, grammar.roles["user"], 5, 6, grammar.end, grammar.roles["assistant"]]
     answers = [[grammar.boi, grammar.h(2), grammar.w(2), *(grammar.code_start + each)] for each in codes]
-    batch, _ = reinforce._rows([(np.array(prompt), np.array(each)) for each in answers], grammar, 4, 16)
+    batch, _ = policy.rows([(np.array(prompt), np.array(each)) for each in answers], grammar, 4, 16)
     rows = [batch[name] for name in ("tokens", "segments", "positions")]
-    of = jax.jit(lambda t: reinforce.log_probs(model, batch, grammar=grammar, codes=4, temperature=t))
+    of = jax.jit(lambda t: policy.log_probs(model, batch, grammar=grammar, codes=4, temperature=t))
     hidden = jax.jit(lambda *rows: model(*rows))(*rows)[:, len(prompt) + 2 : len(prompt) + 6]
     logs = np.asarray(model.logits(hidden), np.float64)[..., grammar.code_start :]
     logs -= np.logaddexp.reduce(logs, -1, keepdims=True)
@@ -255,9 +255,9 @@ def test_draws_follow_the_log_probs_of_both_steps(sampler, around, told):  # noq
     found = [turn.parts[0].codes.ravel() for turn in model.generate(asked, 64)]
     mark = [grammar.boi, grammar.h(4), grammar.w(4)]
     drawn = [(prompt, np.array([*mark, *(grammar.code_start + codes)])) for codes in found]
-    batch, _ = reinforce._rows(drawn, grammar, 16, len(prompt) + 19)
+    batch, _ = policy.rows(drawn, grammar, 16, len(prompt) + 19)
     whole = nnx.merge(*told[:2])
-    of = jax.jit(lambda t: reinforce.log_probs(whole, batch, grammar=grammar, codes=16, temperature=t))
+    of = jax.jit(lambda t: policy.log_probs(whole, batch, grammar=grammar, codes=16, temperature=t))
     spread = lambda t: np.asarray(-of(t)[0] - of(t)[1]).ravel()
     error = lambda x: abs(x.mean()) / (x.std() / len(x) ** 0.5)
     assert error(spread(0.6)) < 4 < error(spread(1.0))

@@ -202,7 +202,7 @@ def answer(dialogue, parts, out, way, gate, signer):
                     "step": dialogue.sampler.step,
                     "tokenizer": dialogue.sampler.tokenizer.hash,
                 }
-                data = signer.sign(data, ".png", recipe | {"gate": gate.about})
+                data = signer.sign(data, ".png", recipe | {"gate": gate.about}, codes=part.codes)
             files.write(str(name), data)
             print(drawn(pixels, data, way), end="")
             print(name)

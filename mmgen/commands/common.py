@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mmgen.data import files, images
 from mmgen.data.sources import KINDS, Several, open_source
-from mmgen.document import Image
 from mmgen.runtime import checkpoint, hardware
 from mmgen.runtime.released import model_folder
 from mmgen.safety.gate import Off, Safety
@@ -316,21 +315,14 @@ def load_sampler(args):
 
 
 def picture_for(path, model, size=None, signer=None):
-    """An image file as an `Image` that the sampler's tokenizer takes: of `size` (width, height) in pixels, or about
-    as large as it is, its sides multiples of the patch and no longer than the grammar's. Errors name the file. The mark of a
-    `signer` is taken off what is shown: a model sees it, and few have learned to look past it."""
-    patch, most = model.tokenizer.patch, model.grammar.max_side * model.tokenizer.patch
+    """An image file as a sampler is shown it: see `Sampler.shown`. Errors name the file."""
     background = images.ALPHA if model.tokenizer.alpha else (255, 255, 255)
     try:
         data = files.read(str(path), limit=images.Limits().max_bytes)
         pixels = images.read(data, background=background)
     except images.BadImage as error:
         raise ValueError(f"{path}: {error}") from error
-    if size is None:
-        shrink = min(1.0, most / max(pixels.shape[:2]))
-        size = [max(round(side * shrink / patch), 1) * patch for side in pixels.shape[1::-1]]
-    pixels = images.fit(pixels, *size)
-    return Image(pixels=signer.unmarked(pixels) if signer else pixels)
+    return model.shown(pixels, data, size, signer)
 
 
 def grid_of(size, model):

@@ -280,13 +280,12 @@ def request_of(one, model, pictures, signer=None):
     """The `Request` of one answer. ValueError, which names its line, where it cannot be answered. `pictures` keeps
     those that were read, without the mark of the signer."""
     try:
-        pixels = size(one.size) if one.size else None
-        grid = grid_of(pixels, model) if pixels else None
+        grid = grid_of(size(one.size), model) if one.size else None
         for path in one.images:
-            if (path, pixels) not in pictures:
-                turn = Turn("user", (picture_for(path, model, pixels, signer),))
-                pictures[path, pixels] = model.encoded(Document((turn,))).images()[0]
-        shown = [pictures[path, pixels] for path in one.images]
+            if (path, grid) not in pictures:
+                turn = Turn("user", (picture_for(path, model, grid, signer),))
+                pictures[path, grid] = model.encoded(Document((turn,))).images()[0]
+        shown = [pictures[path, grid] for path in one.images]
         words = [Text(one.prompt)] if one.prompt else []
         request = sampler.Request(
             document=Document((Turn("user", (*shown, *words)),)),
@@ -384,7 +383,8 @@ def write_answer(path, turn, note, scale, signer=None):
             answer.append({"text": part.text})
             continue
         name = f"{path.name}{f'.{pictures}' if pictures else ''}.png"
-        files.write(str(path.with_name(name)), file_of(straight(part.pixels), ".png", scale, note, signer))
+        data = file_of(straight(part.pixels), ".png", scale, note, signer, part.codes)
+        files.write(str(path.with_name(name)), data)
         answer.append({"image": name, "codes": part.codes.tolist()})
         pictures += 1
     words = "\n".join(part["text"] for part in answer if "text" in part)
@@ -420,15 +420,16 @@ def encoded(pixels, suffix):
     return data.getvalue()
 
 
-def file_of(pixels, suffix, scale, note, signer):
-    """The bytes of an image file, enlarged; with a signer marked and signed. What is signed names no words that were asked."""
+def file_of(pixels, suffix, scale, note, signer, codes=None):
+    """The bytes of an image file, enlarged; with a signer marked and signed. What is signed names no words that were asked, but the codes
+    of one picture."""
     pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     if signer is None:
         return encoded(pixels, suffix)
     recipe = {name: note[name] for name in ("mmgen", "step", "config", "tokenizer", "gate")} | {
         "seed": note["request"]["seed"]
     }
-    return signer.sign(encoded(signer.mark(pixels), suffix), suffix, recipe)
+    return signer.sign(encoded(signer.mark(pixels), suffix), suffix, recipe, codes=codes)
 
 
 def write_json(path, value):

@@ -7,6 +7,7 @@ themselves: they show that a file is as it was signed and by the same hand as ot
 others trust in its place.
 """
 
+import base64
 import contextlib
 import datetime
 import io
@@ -29,6 +30,7 @@ from mmgen.safety import watermark
 FILES = ("key.pem", "chain.pem", "anchor.pem", "watermark.key")
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 RECIPE = "org.mmgen.recipe"
+CODES = "org.mmgen.codes"
 FORMATS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".tif": "image/tiff", ".tiff": "image/tiff"}  # fmt: skip
 STATES = ("valid", "tampered", "watermark only", "unsigned")
 _YEARS = 10
@@ -121,8 +123,9 @@ class Signer:
         """Pixels uint8 [H, W, 3 or 4] without the watermark, if they have it: see `watermark.remove`."""
         return watermark.remove(pixels, self._watermark)
 
-    def sign(self, data, suffix, recipe, title="picture"):
-        """The bytes of an image file with a manifest: that a model drew it, and `recipe`, a dict of what it was drawn with."""
+    def sign(self, data, suffix, recipe, title="picture", codes=None):
+        """The bytes of an image file with a manifest: that a model drew it, and `recipe`, a dict of what it was drawn with.
+        codes: int32 of any shape, of which the tokenizer named in the recipe made the picture; `codes_in` reads them."""
         if suffix.lower() not in FORMATS:
             raise ValueError(f"a {suffix} file cannot be signed: expected one of {', '.join(FORMATS)}")
         manifest = {
@@ -134,6 +137,7 @@ class Signer:
                     "data": {"actions": [{"action": "c2pa.created", "digitalSourceType": GENERATED}]},
                 },
                 {"label": RECIPE, "data": recipe},
+                *([] if codes is None else [{"label": CODES, "data": _written(codes)}]),
             ],
         }
         out = io.BytesIO()
@@ -144,6 +148,18 @@ class Signer:
             with self._signer() as signer, c2pa.Builder(manifest, context=context) as builder:
                 builder.sign(signer, FORMATS[suffix.lower()], io.BytesIO(data), out)
         return out.getvalue()
+
+    def codes_in(self, data, tokenizer):
+        """The codes, int32, of which a tokenizer (its hash) made the picture in an image file (its bytes), exactly as they were drawn;
+        None where these keys did not sign it, it has been changed since, or the manifest has none of that tokenizer."""
+        kind = Image.open(io.BytesIO(data)).get_format_mimetype()
+        found = _manifest(data, kind, self.folder) if kind in FORMATS.values() else None
+        if found is None or found[0] != "Trusted":
+            return None
+        has = {each["label"]: each["data"] for each in found[1].get("assertions", ())}
+        if CODES not in has or has.get(RECIPE, {}).get("tokenizer") != tokenizer:
+            return None
+        return _read(has[CODES])
 
     def _signer(self):
         return c2pa.Signer.from_info(
@@ -176,6 +192,19 @@ def verify(path, folder=None):
             found["state"] = "watermark only"
     if kind is None:
         return found
+    if (read := _manifest(data, kind, folder)) is None:
+        return found
+    state, manifest, why = read
+    found |= {"state": "tampered" if state == "Invalid" else "valid", "why": why}
+    if manifest is None:
+        return found
+    recipe = [each["data"] for each in manifest.get("assertions", ()) if each["label"] == RECIPE]
+    return found | {"trusted": state == "Trusted", "recipe": recipe[0] if recipe else None}
+
+
+def _manifest(data, kind, folder):
+    """What an image file's bytes, of a MIME type, have been signed with -> None, or (state as C2PA names it: Trusted by the anchor in `folder`,
+    Valid or Invalid; the manifest, None where it cannot be read; why)."""
     trust = {"verify": {"verify_trust": True}}
     if (folder / "anchor.pem").exists():
         trust["trust"] = {"user_anchors": (folder / "anchor.pem").read_text()}
@@ -185,12 +214,19 @@ def verify(path, folder=None):
             reader = stack.enter_context(c2pa.Reader(kind, io.BytesIO(data), context=context))
             state, about = reader.get_validation_state(), json.loads(reader.json())
         except c2pa.C2paError.ManifestNotFound:
-            return found
+            return None
         except c2pa.C2paError as error:  # a manifest that cannot be read is none that was written
-            return found | {"state": "tampered", "why": [str(error)]}
-    manifest = about["manifests"][about["active_manifest"]]
-    recipe = [each["data"] for each in manifest.get("assertions", ()) if each["label"] == RECIPE]
-    found |= {"state": "tampered" if state == "Invalid" else "valid", "trusted": state == "Trusted"}
-    found["why"] = [each["code"] for each in about.get("validation_status", ())]
-    found["recipe"] = recipe[0] if recipe else None
-    return found
+            return "Invalid", None, [str(error)]
+    why = [each["code"] for each in about.get("validation_status", ())]
+    return state, about["manifests"][about["active_manifest"]], why
+
+
+def _written(codes):
+    codes = np.ascontiguousarray(codes, "<i4")
+    # The shape in words: the library takes a list of small numbers for bytes.
+    return {"shape": "x".join(map(str, codes.shape)), "int32": base64.b64encode(codes.tobytes()).decode()}
+
+
+def _read(written):
+    shape = [int(side) for side in written["shape"].split("x")]
+    return np.frombuffer(base64.b64decode(written["int32"]), "<i4").astype(np.int32).reshape(shape)

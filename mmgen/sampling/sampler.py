@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from mmgen.data import images
 from mmgen.document import Document, Image, Text, Turn
 from mmgen.grammar import Grammar
 from mmgen.models import transformer
@@ -385,6 +386,25 @@ class Sampler:
         return np.stack(
             self._decoded(list(codes), batch_size, [draw_seed(seed, n) for n in range(len(codes))])
         )
+
+    def shown(self, pixels, data, size=None, signer=None, scale=1):
+        """A picture, uint8 [H, W, 3 or 4], that a user shows, as an `Image` of `size` (height, width) in patches; where that is None, of about
+        its own size divided by `scale`, its sides no longer than the grammar's.
+
+        signer: a `safety.provenance.Signer`, or None. Where it has signed the file (data: its bytes) the image has the codes that
+        were drawn, and without a `size` their size. Its mark is taken off the pixels: a model sees it, and few have learned to look past it.
+        """
+        patch, most = self.tokenizer.patch, self.grammar.max_side
+        codes = signer.codes_in(data, self.tokenizer.hash) if signer else None
+        if codes is not None and (max(codes.shape[:2]) > most or size not in (None, codes.shape[:2])):
+            codes = None
+        if codes is not None:
+            size = codes.shape[:2]
+        elif size is None:
+            shrink = min(1 / scale, most * patch / max(pixels.shape[:2]))
+            size = [max(round(side * shrink / patch), 1) for side in pixels.shape[:2]]
+        pixels = images.fit(pixels, size[1] * patch, size[0] * patch)
+        return Image(signer.unmarked(pixels) if signer else pixels, codes)
 
     def nats(self, documents, batch_size=16):
         """How surprising each token of each document is -> list of float32 [T], -log p of the token after those

@@ -186,8 +186,8 @@ def app(engine, settings):
 
     # ---- what is answered ----
 
-    async def drawn(pixels, options, gate, seed):
-        """The bytes of a picture: marked, encoded and signed."""
+    async def drawn(pixels, options, gate, seed, codes=None):
+        """The bytes of a picture: marked, encoded and signed, with the codes that it was made of."""
 
         def make():
             image = images.straight(pixels)
@@ -210,7 +210,8 @@ def app(engine, settings):
                 "tokenizer": sampler.tokenizer.hash,
                 "gate": gate.about,
             }
-            return signer.sign(data.getvalue(), FORMATS[options.output_format], recipe)
+            whole = len(picture.getbands()) == pixels.shape[-1]  # with what can be seen through, if it has such
+            return signer.sign(data.getvalue(), FORMATS[options.output_format], recipe, codes=codes if whole else None)
 
         return base64.b64encode(await asyncio.to_thread(make)).decode()
 
@@ -262,7 +263,7 @@ def app(engine, settings):
         }  # fmt: skip
 
     async def pictures(asked, options, who, document, kind, prepare, paste):
-        """Answers a generation or an edit. prepare(seed) -> a job's function; paste(pixels) -> those that are shown."""
+        """Answers a generation or an edit. prepare(seed) -> a job's function; paste(image) -> that which is shown."""
         gate = gate_of(options.moderation)
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
         if options.stream and options.n > 1:
@@ -284,16 +285,16 @@ def app(engine, settings):
         finally:
             for job in jobs:
                 job.gone = True
-        shown = [paste(turn.parts[0].pixels) for turn in turns]
+        shown = [paste(turn.parts[0]) for turn in turns]
         data = [
-            {"b64_json": await drawn(pixels, options, gate, each), "seed": each}
-            for pixels, each in zip(shown, seeds)
+            {"b64_json": await drawn(image.pixels, options, gate, each, image.codes), "seed": each}
+            for image, each in zip(shown, seeds)
         ]
         return {
             "created": int(time.time()),
             "data": data,
             "usage": _usage(steps),
-            **about(options, shown[0]),
+            **about(options, shown[0].pixels),
             **more,
         }
 
@@ -308,10 +309,10 @@ def app(engine, settings):
                 index += 1
             if step.turn is not None:
                 turn = await passed(step, gate)
-                pixels = paste(turn.parts[0].pixels)
+                image = paste(turn.parts[0])
                 yield {
                     "type": f"{kind}.completed", "created_at": int(time.time()), "seed": seed, "usage": _usage([step]),
-                    "b64_json": await drawn(pixels, options, gate, seed), **about(options, pixels), **more,
+                    "b64_json": await drawn(image.pixels, options, gate, seed, image.codes), **about(options, image.pixels), **more,
                 }  # fmt: skip
 
     @api.post("/v1/images/generations")
@@ -335,12 +336,11 @@ def app(engine, settings):
         check(options)
         size = grid(options.size) if options.size != "auto" else None
         size, shown, free = await decoded(
-            requests.edited, files, mask, sampler, size, patch, most, settings.signer
+            requests.edited, files, mask, sampler, size, scale, settings.signer
         )
         del files, mask  # which may be large, and wait no longer with the request
         unit = sampler.tokenizer.patch
-        parts = [*(Image(pixels=pixels) for pixels in shown), requests.text(options.prompt)]
-        document = Document([Turn("user", parts)])
+        document = Document([Turn("user", [*shown, requests.text(options.prompt)])])
 
         def prepare(seed, gate):
             def make(sampler):
@@ -354,12 +354,12 @@ def app(engine, settings):
 
             return make
 
-        def paste(pixels):
-            """What the mask keeps is kept to the pixel, where the picture is of its own size."""
-            if free is None or pixels.shape != shown[0].shape:
-                return pixels
+        def paste(image):
+            """What the mask keeps is kept to the pixel, where the picture is of its own size; no codes say that."""
+            if free is None or image.pixels.shape != shown[0].pixels.shape:
+                return image
             changed = free.repeat(unit, 0).repeat(unit, 1)
-            return np.where(changed[..., None], pixels, shown[0])
+            return Image(np.where(changed[..., None], image.pixels, shown[0].pixels))
 
         return await pictures(asked, options, who, document, "image_edit", prepare, paste)
 
@@ -409,7 +409,8 @@ def app(engine, settings):
         said.whole["usage"] = _usage([step])
         for part in turn.parts:
             if isinstance(part, Image):
-                said.image(await drawn(part.pixels, options, gate, said.seed), about(options, part.pixels))
+                data = await drawn(part.pixels, options, gate, said.seed, part.codes)
+                said.image(data, about(options, part.pixels))
         said.text(turn)
         said.whole["status"] = "completed"
         if said.store:

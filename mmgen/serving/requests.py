@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from starlette.exceptions import HTTPException
 
 from mmgen.data import images
-from mmgen.document import Image, Text, Turn
+from mmgen.document import Text, Turn
 
 MOST_IMAGES = 16  # of a request
 MASK_BYTES = 4 << 20
@@ -167,20 +167,6 @@ def decode(data, sampler, param):
         raise Wrong(400, f"{param}: {error}", "invalid_image", param) from None
 
 
-def fitted(pixels, sampler, size, signer):
-    """Pixels of a picture as the model is shown it, of `size` (height, width) in patches. The mark of a `signer` is taken off: a model sees
-    it, and few have learned to look past it."""
-    patch = sampler.tokenizer.patch
-    pixels = images.fit(pixels, size[1] * patch, size[0] * patch)
-    return signer.unmarked(pixels) if signer else pixels
-
-
-def near(pixels, patch, most):
-    """(height, width) in patches that come nearest to a picture's own."""
-    shrink = min(1.0, most / max(pixels.shape[:2]))
-    return tuple(max(round(side * shrink / patch), 1) for side in pixels.shape[:2])
-
-
 def free_patches(data, first, size):
     """Which patches of a grid a mask leaves free, bool [h, w]: all of which a part is to be changed (alpha 0)."""
     if len(data) > MASK_BYTES:
@@ -214,15 +200,15 @@ def free_patches(data, first, size):
     return free.reshape(h, w)
 
 
-def edited(files, mask, sampler, size, patch, most, signer=None):
-    """Files of an edit -> size (height, width) in patches, that of the first where it is None; pixels of the images, without the mark of a
-    signer; which patches are free, or None."""
+def edited(files, mask, sampler, size, scale, signer=None):
+    """Files of an edit -> size (height, width) in patches, that of the first where it is None (`scale` times smaller, as a refiner enlarges what
+    is drawn); the images, as `Sampler.shown` has them; which patches are free, or None."""
     first = decode(files[0], sampler, "image")
-    size = size or near(first, patch, most)
+    shown = [sampler.shown(first, files[0], size, signer, scale)]
+    size = tuple(side // sampler.tokenizer.patch for side in shown[0].pixels.shape[:2])
     free = None if mask is None else free_patches(mask, first, size)
-    shown = [fitted(first, sampler, size, signer)]
     del first  # before the next is decoded
-    shown += [fitted(decode(data, sampler, "image"), sampler, size, signer) for data in files[1:]]
+    shown += [sampler.shown(decode(data, sampler, "image"), data, size, signer) for data in files[1:]]
     return size, shown, free
 
 
@@ -262,7 +248,7 @@ async def read_form(asked):
 
 
 def turns_of(talk, sampler, size, signer=None):
-    """What is said in a request for a response, pictures without the mark of a signer: turns of a document, one of the user at the end."""
+    """What is said in a request for a response, pictures as `Sampler.shown` has them: turns of a document, one of the user at the end."""
     messages = [Message(role="user", content=talk.input)] if isinstance(talk.input, str) else talk.input
     pictures = [part for each in messages if not isinstance(each.content, str) for part in each.content]
     if (found := sum(part.type == "input_image" for part in pictures)) > MOST_IMAGES:
@@ -306,6 +292,4 @@ def inline(url, sampler, size, signer):
         data = base64.b64decode(data, validate=True)
     except ValueError:
         raise Wrong(400, "image_url: not base64", "invalid_base64_image", "input") from None
-    pixels, patch = decode(data, sampler, "image_url"), sampler.tokenizer.patch
-    size = size or near(pixels, patch, sampler.grammar.max_side * patch)
-    return Image(pixels=fitted(pixels, sampler, size, signer))
+    return sampler.shown(decode(data, sampler, "image_url"), data, size, signer)

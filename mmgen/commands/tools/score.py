@@ -11,6 +11,7 @@ from tqdm import tqdm
 from mmgen.commands.common import (
     add_sampler_flags,
     add_source_flags,
+    grid_of,
     load_sampler,
     picture_for,
     source_from,
@@ -54,7 +55,7 @@ def main(argv):
 def documents(args, model, totals):
     """(index, document) of all that is to be scored."""
     if not args.source:
-        shown, words = picture_for(args.image, model, args.size), Text(args.text)
+        shown, words = picture_for(args.image, model, args.size and grid_of(args.size, model)), Text(args.text)
         asks, says = (shown, words) if args.caption else (words, shown)
         yield 0, Document([Turn("user", [asks]), Turn("assistant", [says])])
         return
