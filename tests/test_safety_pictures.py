@@ -3,13 +3,18 @@
 import hashlib
 import io
 import json
+import socket
 import struct
+import zlib
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
+from PIL import PngImagePlugin
 
 from mmgen.document import Image, Refusal, Text, Turn, caption_to_image
 from mmgen.models.classifier import Group
@@ -130,9 +135,54 @@ def test_a_picture_that_we_signed_has_the_codes_that_it_was_drawn_as(keys, tmp_p
     without = signer.sign(encoded(pixels), ".png", recipe)
     for data in (changed, without, other.sign(encoded(pixels), ".png", recipe, codes=codes), encoded(pixels), encoded(pixels, "GIF")):
         assert signer.codes_in(data, "abc") is None
-    assert signer.codes_in(signed, "another") is None
+    assert signer.codes_in(signed, "another") is None and signer.codes_in(b"no picture", "abc") is None
+    # One anchor may vouch for others too.
+    anchor = ec.generate_private_key(ec.SECP256R1())
+    above = provenance._certificate("anchor", "anchor", anchor, anchor, True)
+    for each in (keys_of := [tmp_path / "one", tmp_path / "two"]):
+        provenance.make_keys(each)
+        key = serialization.load_pem_private_key((each / "key.pem").read_bytes(), None)
+        (each / "chain.pem").write_bytes(provenance._certificate("leaf", "anchor", key, anchor, False) + above)
+        (each / "anchor.pem").write_bytes(above)
+    one, two = map(provenance.Signer, keys_of)
+    data = one.sign(encoded(pixels), ".png", recipe, codes=codes)
+    assert (one.codes_in(data, "abc") == codes).all() and two.codes_in(data, "abc") is None
+    (tmp_path / "b.png").write_bytes(data)
+    assert provenance.verify(tmp_path / "b.png", keys_of[1])["trusted"]
     (tmp_path / "a.png").write_bytes(signed)
     assert provenance.verify(tmp_path / "a.png", keys)["recipe"] == recipe
+
+
+def test_no_manifest_is_too_broken_and_none_is_fetched(keys, tmp_path):
+    signer = provenance.Signer(keys)
+    signed = signer.sign(encoded(textured(16)), ".png", {"tokenizer": "abc"}, codes=np.zeros((4, 4), np.int32))
+    place, rng = signed.index(b"caBX") + 4, np.random.default_rng(0)
+    length, states = struct.unpack(">I", signed[place - 8 : place - 4])[0], set()
+    for at in rng.integers(0, length, 300):
+        broken = bytearray(signed)
+        broken[place + at] ^= int(rng.integers(1, 256))
+        whole = bytes(broken[place - 4 : place + length])
+        broken[place + length : place + length + 4] = struct.pack(">I", zlib.crc32(whole))
+        found = signer.codes_in(bytes(broken), "abc")
+        assert found is None or not found.any()  # what is changed is not always signed
+        (tmp_path / "a.png").write_bytes(broken)
+        states.add(provenance.verify(tmp_path / "a.png", keys)["state"])
+    assert "tampered" in states
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        more = PngImagePlugin.PngInfo()
+        more.add_itxt("XML:com.adobe.xmp", XMP % server.getsockname()[1])
+        data = encoded(textured(16), pnginfo=more)
+        (tmp_path / "b.png").write_bytes(data)
+        assert signer.codes_in(data, "abc") is None
+        assert provenance.verify(tmp_path / "b.png", keys)["state"] != "valid"
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+XMP = """<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF
+xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" xmlns:dcterms="http://purl.org/dc/terms/"
+dcterms:provenance="http://127.0.0.1:%d/manifest.c2pa"/></rdf:RDF></x:xmpmeta><?xpacket end="w"?>"""
 
 
 def test_what_was_drawn_is_shown_again_as_it_was_drawn(space, sampler, keys, tmp_path, monkeypatch, capsys):

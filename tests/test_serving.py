@@ -139,15 +139,22 @@ def test_what_clients_show_is_shown_to_the_model_without_our_mark(running, monke
 
 
 def test_what_was_drawn_here_is_edited_as_it_was_drawn(running, keys, monkeypatch):
-    """By its codes, in whatever format it is; under a mask its pixels are others', and no codes are signed."""
+    """By its codes; under a mask, and of lossy files, its pixels are others', and no codes are signed."""
     seen, make = [], api.Request
     monkeypatch.setattr(api, "Request", lambda document, *args, **more: seen.append(document) or make(document, *args, **more))
     signer, tokenizer = provenance.Signer(keys), running.engine.sampler.tokenizer.hash
-    for kind in ("png", "jpeg"):
-        drawn = running.client.images.generate(prompt="a red circle", output_format=kind)
-        data = base64.b64decode(drawn.data[0].b64_json)
+    generate = lambda kind, **more: base64.b64decode(
+        running.client.images.generate(prompt="a red circle", output_format=kind, extra_body={"seed": 3} | more).data[0].b64_json
+    )
+    for lossy in (generate("jpeg"), generate("webp", output_compression=90)):
+        assert signer.codes_in(lossy, tokenizer) is None
+    for kind in ("webp", "png"):
+        data = generate(kind)
         codes = signer.codes_in(data, tokenizer)
         assert codes.shape == (4, 4)
+        # Which the pixels alone are not always encoded as.
+        again = running.engine.sampler.tokenizer.encode(np.asarray(Pillow.open(io.BytesIO(data)).convert("RGB"))[None])[0]
+        assert (again != codes).any()
         edited = running.client.images.edit(image=data, prompt="make it blue")
         np.testing.assert_array_equal(seen[-1].images()[0].codes, codes)
         assert signer.codes_in(base64.b64decode(edited.data[0].b64_json), tokenizer).shape == (4, 4)

@@ -32,6 +32,7 @@ GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 RECIPE = "org.mmgen.recipe"
 CODES = "org.mmgen.codes"
 FORMATS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".tif": "image/tiff", ".tiff": "image/tiff"}  # fmt: skip
+_DECODED = ("PNG", "JPEG", "WEBP", "TIFF")  # by Pillow, to know of which of FORMATS a file is
 STATES = ("valid", "tampered", "watermark only", "unsigned")
 _YEARS = 10
 
@@ -125,7 +126,8 @@ class Signer:
 
     def sign(self, data, suffix, recipe, title="picture", codes=None):
         """The bytes of an image file with a manifest: that a model drew it, and `recipe`, a dict of what it was drawn with.
-        codes: int32 of any shape, of which the tokenizer named in the recipe made the picture; `codes_in` reads them."""
+        codes: int32 of any shape, of which the tokenizer named in the recipe made the picture; `codes_in` reads them. Give none where the file
+        does not show what they say (pasted, or hardly recognisable by JPEG): what is judged of a picture is its pixels."""
         if suffix.lower() not in FORMATS:
             raise ValueError(f"a {suffix} file cannot be signed: expected one of {', '.join(FORMATS)}")
         manifest = {
@@ -151,12 +153,18 @@ class Signer:
 
     def codes_in(self, data, tokenizer):
         """The codes, int32, of which a tokenizer (its hash) made the picture in an image file (its bytes), exactly as they were drawn;
-        None where these keys did not sign it, it has been changed since, or the manifest has none of that tokenizer."""
-        kind = Image.open(io.BytesIO(data)).get_format_mimetype()
-        found = _manifest(data, kind, self.folder) if kind in FORMATS.values() else None
-        if found is None or found[0] != "Trusted":
+        None where this key did not sign it, it has been changed since, or the manifest has none of that tokenizer."""
+        try:
+            with Image.open(io.BytesIO(data), formats=_DECODED) as image:
+                kind = image.get_format_mimetype()
+        except OSError:
             return None
-        has = {each["label"]: each["data"] for each in found[1].get("assertions", ())}
+        state, manifest, _ = _manifest(data, kind, self.folder) or ("", None, ())
+        # Others' certificates may be vouched for by the same anchor, and what they say of pixels is not ours to believe.
+        own = x509.load_pem_x509_certificate((self.folder / "chain.pem").read_bytes()).serial_number
+        if state != "Trusted" or manifest["signature_info"].get("cert_serial_number") != str(own):
+            return None
+        has = {each["label"]: each["data"] for each in manifest["assertions"]}
         if CODES not in has or has.get(RECIPE, {}).get("tokenizer") != tokenizer:
             return None
         return _read(has[CODES])
@@ -205,7 +213,8 @@ def verify(path, folder=None):
 def _manifest(data, kind, folder):
     """What an image file's bytes, of a MIME type, have been signed with -> None, or (state as C2PA names it: Trusted by the anchor in `folder`,
     Valid or Invalid; the manifest, None where it cannot be read; why)."""
-    trust = {"verify": {"verify_trust": True}}
+    # Files are anybody's: no address in them is asked for a manifest.
+    trust = {"verify": {"verify_trust": True, "remote_manifest_fetch": False}}
     if (folder / "anchor.pem").exists():
         trust["trust"] = {"user_anchors": (folder / "anchor.pem").read_text()}
     with contextlib.ExitStack() as stack:
@@ -213,12 +222,12 @@ def _manifest(data, kind, folder):
         try:
             reader = stack.enter_context(c2pa.Reader(kind, io.BytesIO(data), context=context))
             state, about = reader.get_validation_state(), json.loads(reader.json())
+            manifest = about["manifests"][about["active_manifest"]]
         except c2pa.C2paError.ManifestNotFound:
             return None
-        except c2pa.C2paError as error:  # a manifest that cannot be read is none that was written
+        except (c2pa.C2paError, KeyError) as error:  # a manifest that cannot be read is none that was written
             return "Invalid", None, [str(error)]
-    why = [each["code"] for each in about.get("validation_status", ())]
-    return state, about["manifests"][about["active_manifest"]], why
+    return state, manifest, [each["code"] for each in about.get("validation_status", ())]
 
 
 def _written(codes):

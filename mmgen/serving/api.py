@@ -210,8 +210,9 @@ def app(engine, settings):
                 "tokenizer": sampler.tokenizer.hash,
                 "gate": gate.about,
             }
-            whole = len(picture.getbands()) == pixels.shape[-1]  # with what can be seen through, if it has such
-            return signer.sign(data.getvalue(), FORMATS[options.output_format], recipe, codes=codes if whole else None)
+            # Pixels are what is judged when it is shown again, so that they must be those of the codes.
+            exact = len(picture.getbands()) == pixels.shape[-1] and (options.output_format == "png" or how.get("lossless"))
+            return signer.sign(data.getvalue(), FORMATS[options.output_format], recipe, codes=codes if exact else None)
 
         return base64.b64encode(await asyncio.to_thread(make)).decode()
 
