@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The model that comes with mmgen, from nothing (docs/reference.md): the tokenizer and the shards on two CPU cores in an
 # hour and a half, the transformer, its rewards and the towers in half an hour of an H100, the refiner and what it says of pictures in an hour of CPU cores. The released one was made in
-# pieces, and differs: it has no reinforce:reading; until the rewards its text model told quoted words in pieces, not in letters, and its first part
+# pieces, and differs: reinforce:reading went on from what was packed in 8 bits before, and was added 1.5 times; until the rewards its text model told quoted words in pieces, not in letters, and its first part
 # had fewer signs and posters; the set of reference-5 had more signs, fewer edits and no marked images; its towers saw
 # scenes first and all kinds after. The image classifier beside it is another road (docs/safety.md).
 #

@@ -38,7 +38,8 @@ def main(argv):
         default=[],
         metavar="DIR[=WEIGHT]",
         help="another run that began with these weights (config.init): what it has learned since, times WEIGHT (1), is added "
-        "to them; as often as there are runs",
+        "to them; as often as there are runs. To weights that were packed in 8 bits already, what is less than half a step of these is lost in "
+        "rounding: measure some WEIGHTs",
     )
     args = parser.parse_args(argv)
     source, out = Path(args.checkpoint), Path(args.out)
