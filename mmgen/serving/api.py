@@ -211,8 +211,12 @@ def app(engine, settings):
                 "gate": gate.about,
             }
             # Pixels are what is judged when it is shown again, so that they must be those of the codes.
-            exact = len(picture.getbands()) == pixels.shape[-1] and (options.output_format == "png" or how.get("lossless"))
-            return signer.sign(data.getvalue(), FORMATS[options.output_format], recipe, codes=codes if exact else None)
+            exact = len(picture.getbands()) == pixels.shape[-1] and (
+                options.output_format == "png" or how.get("lossless")
+            )
+            return signer.sign(
+                data.getvalue(), FORMATS[options.output_format], recipe, codes=codes if exact else None
+            )
 
         return base64.b64encode(await asyncio.to_thread(make)).decode()
 
@@ -336,9 +340,7 @@ def app(engine, settings):
             raise RequestValidationError(error.errors()) from None
         check(options)
         size = grid(options.size) if options.size != "auto" else None
-        size, shown, free = await decoded(
-            requests.edited, files, mask, sampler, size, scale, settings.signer
-        )
+        size, shown, free = await decoded(requests.edited, files, mask, sampler, size, scale, settings.signer)
         del files, mask  # which may be large, and wait no longer with the request
         unit = sampler.tokenizer.patch
         document = Document([Turn("user", [*shown, requests.text(options.prompt)])])

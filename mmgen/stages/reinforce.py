@@ -118,7 +118,9 @@ def setup(config, workdir):
         whole = lambda x: np.repeat(np.float32(x)[:, None], data.longest, 1)
         flat = np.repeat((gains == 0).reshape(-1, data.group).all(1), data.group)
         if told:
-            batch = policy.trees(tokens, gains, data.group, grammar, n, data.longest, before, bool(config.loss.kl))
+            batch = policy.trees(
+                tokens, gains, data.group, grammar, n, data.longest, before, bool(config.loss.kl)
+            )
             at = np.broadcast_to(np.arange(data.longest), batch["tokens"].shape)
         else:
             batch, at = policy.rows(tokens, grammar, n, data.longest)
@@ -374,7 +376,9 @@ def _draw(sampler, items, seeds, grid, data):
     documents = (wishes.document(item, data.size) for item in asked.values())
     documents = dict(zip(asked, sampler.encode(documents)))
     strategy = Strategy(data.temperature, keep_mode=data.keep_mode)
-    how = dict(size=grid, image=strategy) if grid else dict(output="text", text=strategy, max_tokens=data.words)
+    how = (
+        dict(size=grid, image=strategy) if grid else dict(output="text", text=strategy, max_tokens=data.words)
+    )
     requests = [Request(documents[id(item)], seed=seed, **how) for item, seed in zip(items, seeds)]
     tokens, answers = [None] * len(requests), [None] * len(requests)
     slots = Slots(sampler, min(data.slots, data.batch_size), 1, data.longest + 3)  # <eoi> <end> <eos>

@@ -55,7 +55,8 @@ def main(argv):
 def documents(args, model, totals):
     """(index, document) of all that is to be scored."""
     if not args.source:
-        shown, words = picture_for(args.image, model, args.size and grid_of(args.size, model)), Text(args.text)
+        size = args.size and grid_of(args.size, model)
+        shown, words = picture_for(args.image, model, size), Text(args.text)
         asks, says = (shown, words) if args.caption else (words, shown)
         yield 0, Document([Turn("user", [asks]), Turn("assistant", [says])])
         return
