@@ -198,6 +198,12 @@ def test_what_was_drawn_is_shown_again_as_it_was_drawn(space, sampler, keys, tmp
     image = sampler.shown(pixels, data, signer=signer)
     np.testing.assert_array_equal(image.codes, codes)
     assert image.pixels.shape == (16, 16, 3) and sampler.shown(pixels, data, (4, 4), signer) == image
+    # A sheet of one picture is that picture.
+    again = "--prompt", "a red circle", "--size", "16x16", "--scale", 4
+    for name, more, same in (("one.png", (), True), ("one.webp", (), False), ("two.png", ("--n", 2), False)):
+        assert draw(name, *again, *more) == 0
+        found = signer.codes_in((tmp_path / name).read_bytes(), sampler.tokenizer.hash)
+        assert (codes == found).all() if same else found is None
     asks = "--image", path, "--prompt", "what is this?", "--output", "text", "--max-tokens", 4
     assert draw("second", *asks) == 0
     note = json.loads((tmp_path / "second" / "00000-0.json").read_text())

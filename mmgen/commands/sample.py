@@ -406,7 +406,9 @@ def write_sheet(out, turns, asked, notes, scale, signer=None):
     for i, picture in pictures.items():
         y, x = asked[i].place * height, asked[i].column * width
         canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
-    files.write(str(out), file_of(canvas, out.suffix, scale, notes[min(turns)], signer))
+    exact = len(asked) == 1 and out.suffix.lower() == ".png"  # the picture itself
+    codes = turns[0].parts[0].codes if exact else None
+    files.write(str(out), file_of(canvas, out.suffix, scale, notes[min(turns)], signer, codes))
     written = [notes[i] | {"answer": [{"codes": turns[i].parts[0].codes.tolist()}]} for i in sorted(turns)]
     write_json(out.with_suffix(".json"), written)
 
