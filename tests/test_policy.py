@@ -91,7 +91,7 @@ def test_the_policy_with_the_mode_kept_is_what_the_sampler_chooses_by(temperatur
     logits = np.array([[3, 0, 0.5, -1, 0], *[[1, 0.7, 0.9, 0, -2]] * 3], np.float32)
     previous, n = np.array([-1, 0, 1, -1], np.int32), 4096
     row = lambda value, dtype: np.full(n, value, dtype)
-    told, entropy = reinforce._chosen(
+    told, entropy = policy._chosen(
         np.repeat(logits[None], 5, 0), np.repeat(np.arange(5)[:, None], 4, 1), previous[None], temperature, True
     )
     p = np.exp(np.asarray(told)).T  # [rows, tokens]
@@ -103,7 +103,7 @@ def test_the_policy_with_the_mode_kept_is_what_the_sampler_chooses_by(temperatur
         )  # fmt: skip
         np.testing.assert_allclose(np.bincount(found, minlength=5) / n, expected, atol=2 / n)
     np.testing.assert_allclose(np.asarray(entropy)[0], -(p * np.log(p)).sum(1), rtol=1e-5)
-    gradient = jax.grad(lambda x: reinforce._chosen(x, np.array([[1]]), np.array([[-1]]), temperature, True)[0].sum())
+    gradient = jax.grad(lambda x: policy._chosen(x, np.array([[1]]), np.array([[-1]]), temperature, True)[0].sum())
     assert np.isfinite(gradient(50 * logits[None, :1])).all()  # sure of another one
 
 
@@ -310,7 +310,7 @@ def test_answers_in_one_row_are_as_in_rows_of_their_own(space, sampler, told):
     row, at = trees[prompt.tobytes(), answer.tobytes()]
     legal = np.append(np.arange(grammar.pieces), grammar.end)
     said, before = np.minimum(answer, grammar.pieces)[None], np.append(-1, answer[:-1])[None]
-    expected = reinforce._chosen(np.float32(logits[None, : len(answer), legal]), said, before, 0.3, True)
+    expected = policy._chosen(np.float32(logits[None, : len(answer), legal]), said, before, 0.3, True)
     kept = policy.text_log_probs(model, batch, grammar=grammar, temperature=0.3, keep_mode=True)
     np.testing.assert_allclose(np.stack(kept)[:, row, at], np.stack(expected)[:, 0], atol=1e-4)
     graphdef, params = nnx.split(model)
