@@ -40,6 +40,23 @@ def test_weights_come_back_within_what_their_kind_can_tell(kind, error, tmp_path
         assert (tmp_path / packed.NAME).stat().st_size < 0.3 * sum(a.nbytes for a in arrays.values())
 
 
+def test_small_changes_of_rounded_weights_are_kept_on_average(tmp_path):
+    """Weights that are packed lie on their grid: rounded to the nearest, a fifth of a step is lost in every one of them."""
+    rng, file = np.random.default_rng(0), tmp_path / packed.NAME
+    write = lambda array, *how: packed.write(file, {"w": array}, "int8", 0, None, *how)["w"]
+    base = write(rng.normal(size=(256, 64)).astype(np.float32))
+    step = np.abs(base).max(1, keepdims=True) / 127
+    change = 0.2 * step * (np.abs(base) < 0.9 * step * 127)  # whose largest, which make the grid, stay
+    np.testing.assert_array_equal(write(base + change), base)
+    found = write(base + change, np.random.default_rng(1))
+    moved = (found - base) / step
+    assert set(moved.round(3).ravel()) == {0.0, 1.0} and not moved[change == 0].round(3).any()
+    assert moved[change > 0].mean() == pytest.approx(0.2, abs=0.02)
+    np.testing.assert_array_equal(write(base + change, np.random.default_rng(1)), found)
+    np.testing.assert_array_equal(write(base, np.random.default_rng(1)), base)
+    np.testing.assert_array_equal(write(0 * base, np.random.default_rng(1)), 0)
+
+
 def test_an_unknown_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match="int8, bfloat16, float32; found 'int4'"):
         packed.write(tmp_path / packed.NAME, {}, "int4", 0)
@@ -96,6 +113,13 @@ def test_what_runs_have_learned_since_is_added(space, folder, tmp_path, capsys):
         assert pack("--add", wrong, "--out", tmp_path / "wrong") != 0
         assert message in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
+    small = [packed.pack(base, tmp_path / name, "int8", more=more) for name, base, more in (
+        ("nearest", tmp_path / "both", ()), ("random", space.transformer, ((one, 1.0), (two, 0.5))), ("again", space.transformer, ((one, 1.0), (two, 0.5)))
+    )]  # fmt: skip
+    assert any((small[0][name] != small[1][name]).any() for name in base)
+    for name in base:
+        np.testing.assert_array_equal(small[1][name], small[2][name])
+        np.testing.assert_allclose(small[0][name], small[1][name], atol=np.abs(both[name]).max() / 120)
     with pytest.raises(ValueError, match="did not begin with"):
         packed.pack(space.transformer, tmp_path / "wrong", "float32", more=[(space.tokenizer, 1.0)])
 

@@ -27,8 +27,9 @@ def path_of(workdir):
     return path if path.is_file() else None
 
 
-def write(path, arrays, kind, step, exact=None):
-    """Writes {name: float array} -> {name: the array that a reader will get}. exact: a pattern of names that are kept as they are."""
+def write(path, arrays, kind, step, exact=None, rng=None):
+    """Writes {name: float array} -> {name: the array that a reader will get}. exact: a pattern of names that are kept as they are.
+    rng: rounds to 8 bits up or down at random, so that on average nothing is lost of what is less than half a step."""
     if kind not in KINDS:
         raise ValueError(f"weights are kept in {', '.join(KINDS)}; found {kind!r}")
     kept = {}
@@ -40,7 +41,7 @@ def write(path, arrays, kind, step, exact=None):
         elif kind == "bfloat16":
             kept[name] = array.astype(ml_dtypes.bfloat16)
         else:
-            kept[name], kept[name + _SCALE] = _rounded(array)
+            kept[name], kept[name + _SCALE] = _rounded(array, rng)
     path = Path(path)
     temporary = path.with_name(path.name + ".saving")
     save_file(kept, temporary, {"format": "mmgen-packed", "step": str(step), "kind": kind})
@@ -77,12 +78,18 @@ def _grouped(array):
     return np.pad(flat, (0, -flat.size % GROUP)).reshape(-1, GROUP)
 
 
-def _rounded(array):
+def _rounded(array, rng=None):
     """float32 -> int8 of the same shape, and float16 scales [groups]."""
     groups = _grouped(array)
     scale = (np.abs(groups).max(1) / 127).astype(np.float16)
     # Scales too small for float16 are of numbers too small to matter: these become zeros.
-    whole = np.rint(groups / np.where(scale > 0, scale, 1).astype(np.float32)[:, None]) * (scale > 0)[:, None]
+    numbers = groups / np.where(scale > 0, scale, 1).astype(np.float32)[:, None] * (scale > 0)[:, None]
+    whole = np.rint(numbers)
+    if rng is not None:
+        less = np.floor(numbers)
+        chance = numbers - less
+        # What lies on the grid stays there, whatever float32 makes of the quotient.
+        whole = np.where(abs(numbers - whole) < 1e-3, whole, less + (rng.random(numbers.shape, np.float32) < chance))
     return np.clip(whole, -127, 127).astype(np.int8).reshape(-1)[: array.size].reshape(array.shape), scale
 
 
@@ -98,7 +105,8 @@ def pack(workdir, out, kind, exact=None, more=()):
     pattern `exact` names as they are; returns the arrays {name: float32} that they will have. Where things lay on the machine that trained is left out.
 
     more: (workdir, weight) of runs that began with these weights; what each changed, times its weight, is added (task arithmetic,
-    arXiv:2212.04089), so that runs on unlike tasks, side by side on machines that share nothing, make one model.
+    arXiv:2212.04089), so that runs on unlike tasks, side by side on machines that share nothing, make one model. They are rounded at random
+    then, from one seed: what began with packed weights lies on their grid, and small changes would all be rounded away.
     """
     from mmgen.runtime import checkpoint
 
@@ -127,4 +135,4 @@ def pack(workdir, out, kind, exact=None, more=()):
     if "attention" in config.get("model", {}):  # whose kernel it was
         config["model"]["attention"] = "auto"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return write(out / NAME, total, kind, step, exact)
+    return write(out / NAME, total, kind, step, exact, np.random.default_rng(0) if more else None)
