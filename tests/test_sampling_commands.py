@@ -285,15 +285,14 @@ def test_a_chat_with_a_terminal_compiles_while_its_user_types(space, monkeypatch
     np.testing.assert_array_equal(first, second)
 
 
-def test_a_chat_says_when_it_is_full(space, monkeypatch, tmp_path, capsys):
+def test_a_chat_goes_on_where_its_rows_end(space, monkeypatch, tmp_path, capsys):
     assert talk(space, monkeypatch, tmp_path, *["a star"] * 8, "/undo", "a star") == 0
     lines = capsys.readouterr().out.splitlines()
-    full = [n for n, line in enumerate(lines) if line.startswith("(no room for another picture")]
+    full = [n for n, line in enumerate(lines) if "the oldest of this dialogue is not seen" in line]
     drawn = [n for n, line in enumerate(lines) if line.endswith(".png")]
-    refused = [n for n, line in enumerate(lines) if line.startswith("! the prompt is too long")]
-    # Said once, after the last that fitted; then none fits, until one is taken back.
-    assert len(full) == 2 and 2 <= len(drawn) < 8 and refused
-    assert drawn[-2] < full[0] < refused[0] and refused[-1] < drawn[-1] < full[1]
+    # Said once, after the last that fitted with all before it.
+    assert len(drawn) == 9 and len(full) == 1 and drawn[0] < full[0] < drawn[-2]
+    assert not any(line.startswith("!") for line in lines)
 
 
 def test_a_chat_that_is_no_chat(space, sampler, monkeypatch, tmp_path, capsys):

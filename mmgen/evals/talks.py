@@ -12,6 +12,7 @@ import numpy as np
 from mmgen.document import Document, Image, Refusal, Text, Turn
 from mmgen.evals.suites import Case
 from mmgen.sampling.best import best_of as choose
+from mmgen.sampling.dialogue import recent
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.world import captions, pages, tasks, tasks_judge
 from mmgen.world import language as words
@@ -113,8 +114,8 @@ def converse(sampler, talks, *, size, seed, batch_size=32, watermark=None, best_
     """A model's answers to talks -> for each talk a list, of each turn uint8 [H, W, 3] or a text.
 
     Turn n of all talks is one batch. Whether to draw or to speak is told, and the size of pictures. Words are
-    answered without guidance, and may take twice as many tokens as the longest right answer. Where a talk is longer
-    than the model's rows, or has grown so, its further answers are None. ValueError where all are from the first turn on.
+    answered without guidance, and may take twice as many tokens as the longest right answer. Where a talk has grown longer
+    than the model's rows its oldest turns are not seen (`dialogue.recent`); where one turn is, its answer and further ones are None. ValueError where all are from the first turn on.
     best_of: so many descriptions of a picture, of which that is kept from which the model itself would likeliest draw it.
     watermark: a function of pixels uint8 [H, W, 3], through which the user's pictures go before they are shown.
     """
@@ -143,6 +144,7 @@ def converse(sampler, talks, *, size, seed, batch_size=32, watermark=None, best_
                 seed=draw_seed(draw_seed(seed, i), n),
                 **how,
             )
+            request = recent(sampler, request)
             if _fits(sampler, request):
                 documents[i], requests[i] = document, request
         if not (n or requests):  # a suite that this model cannot do

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 
-from mmgen.document import Document, Text, Turn
+from mmgen.document import Document, Image, Text, Turn
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.slots import Slots
 
@@ -16,7 +16,7 @@ class Dialogue:
     bit what a fresh dialogue of the same turns and seeds answers. Rewinding costs nothing: the turns are dropped,
     what the slot holds of those before stays. `options` are those of `Request`, for all turns that do not say
     otherwise; turn n, counted from 0, is drawn with a seed made of `seed` and n, so that another seed changes all
-    that comes after.
+    that comes after. Where the model's rows have no room for another picture it sees what is `recent`.
     """
 
     def __init__(self, sampler, document=Document(), seed=0, **options):
@@ -60,7 +60,7 @@ class Dialogue:
         if self._ahead:
             self._ahead.join()
         request = self.request(*parts, **options)
-        for _, turn, done, _ in self._answers(request, every):
+        for _, turn, done, _ in self._answers(recent(self.sampler, request), every):
             if done:
                 turn = Turn(turn.role, [_clean(part) for part in turn.parts]).normalised()
                 self.document = Document((*request.document.turns, turn))
@@ -85,14 +85,9 @@ class Dialogue:
 
     @property
     def full(self):
-        """Whether no other picture (of the size in `options`, or any) finds room in the model's rows: what is asked
-        for then is answered in words, if at all."""
-        request = dataclasses.replace(self.request(), output="image")
-        try:
-            self.sampler.room(request, self.sampler.prompts(request)[0])
-        except ValueError:
-            return True
-        return False
+        """Whether there is no room for another picture (of the size in `options`, or of the last one's) with all that was said: of what
+        is asked for then the oldest turns are not seen."""
+        return not _has_room(self.sampler, self.request())
 
     def rewind(self, turns):
         """Back to where there were so many answers. ValueError where there were never."""
@@ -102,6 +97,38 @@ class Dialogue:
         begins = [n for n, turn in enumerate(self.document.turns) if turn.role != "system"]
         keep = ends[turns - 1] if turns else (begins + [len(self.document.turns)])[0]
         self.document = Document(self.document.turns[:keep])
+
+
+def recent(sampler, request):
+    """The request, or where the model's rows have no room for a picture in answer to it one without the oldest turns of its document,
+    as few as it takes; a `system` turn at its beginning stays. The last picture that is forgotten comes back as one that the user
+    shows, as for an edit. The request itself where no turns are left to forget."""
+    turns = request.document.turns
+    begin = int(bool(turns) and turns[0].role == "system")
+    for cut in range(begin, len(turns)):
+        if turns[cut].role != "user":
+            continue
+        forgotten, kept = turns[begin:cut], turns[cut:]
+        shown = Document(forgotten).images()[-1:] if not Document(kept[:1]).images() else []
+        document = Document((*turns[:begin], Turn("user", (*shown, *kept[0].parts)), *kept[1:]))
+        found = dataclasses.replace(request, document=document) if forgotten else request
+        if _has_room(sampler, found):
+            return found
+    return request
+
+
+def _has_room(sampler, request):
+    """Whether an answer fits the model's rows, with a picture if it may have one: of its size, or that of the last one before."""
+    if request.output == "any":
+        request = dataclasses.replace(request, output="image")
+    seen = request.document.images()
+    if request.output == "image" and request.size is None and seen:
+        request = dataclasses.replace(request, size=seen[-1].codes.shape[:2])
+    try:
+        sampler.room(request, sampler.prompts(request)[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _clean(part):
