@@ -192,6 +192,21 @@ def test_a_dialogue_goes_on_from_any_answer(running, model):
         ask("more", previous_response_id="resp_nobody")
 
 
+def test_a_dialogue_outgrows_the_models_rows(running, model):
+    ask = lambda text, **more: running.client.responses.create(
+        model="tiny", input=text, tools=[{"type": "image_generation"}], tool_choice="required", **more
+    )
+    said, most = ask("a red circle"), model.longest // 20  # answers, which no row has room for
+    for n in range(most):
+        said = ask(f"make it blue {n}", previous_response_id=said.id, truncation="auto")
+        assert said.status == "completed" and said.truncation == "auto"
+        assert "image_generation_call" in [each.type for each in said.output]
+    assert said.usage.input_tokens < model.longest
+    with pytest.raises(openai.BadRequestError, match="too long"):
+        for n in range(most):
+            said = ask("and now?", previous_response_id=said.id)
+
+
 def test_a_streamed_response_has_pictures_and_words(running):
     data = base64.b64encode(png(picture(16))).decode()
     content = [

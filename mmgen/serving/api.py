@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 
 from mmgen.data import images
 from mmgen.document import Document, Image, Refusal, Text, Turn
+from mmgen.sampling.dialogue import recent
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.strategies import Strategy
 from mmgen.serving import dialogues, requests, responses, wire
@@ -392,7 +393,8 @@ def app(engine, settings):
 
         def prepare(sampler):
             grid = size if draws else None
-            return Request(sampler.encoded(document), output, grid, **options_of(options, gate, seed))
+            request = Request(sampler.encoded(document), output, grid, **options_of(options, gate, seed))
+            return recent(sampler, request) if talk.truncation == "auto" else request
 
         (job,) = await submitted([prepare], who, options.partial_images)
         said = responses.Response(talk, settings.name, seed)

@@ -146,6 +146,7 @@ class Talk(_Strict):
     tool_choice: Literal["auto", "none", "required"] | Choice = "auto"
     stream: bool = False
     store: bool = True
+    truncation: Literal["auto", "disabled"] = "disabled"
     metadata: Annotated[dict[Key, Value], pydantic.Field(max_length=16)] | None = None
     safety_identifier: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None
     user: Annotated[str, pydantic.StringConstraints(max_length=512)] | None = None

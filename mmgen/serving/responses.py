@@ -20,7 +20,7 @@ class Response:
             "output": [], "previous_response_id": talk.previous_response_id, "instructions": talk.instructions,
             "parallel_tool_calls": False, "tool_choice": talk.model_dump()["tool_choice"],
             "tools": [tool.model_dump(exclude_none=True) for tool in talk.tools], "metadata": talk.metadata or {},
-            "error": None, "incomplete_details": None, "store": talk.store, "usage": None,
+            "error": None, "incomplete_details": None, "store": talk.store, "truncation": talk.truncation, "usage": None,
         }  # fmt: skip
         if talk.safety_identifier or talk.user:
             self.whole["safety_identifier"] = talk.safety_identifier or talk.user

@@ -62,6 +62,7 @@ async function ask(exchange, tries = 0) {
   const request = {
     model: server.model.id, input: pictures.length ? [{ role: "user", content: text ? content : content.slice(1) }] : text,
     tools: [{ type: "image_generation", partial_images: 3 }], stream: true,
+    truncation: "auto", // a long talk goes on without its oldest turns
   };
   if (before) request.previous_response_id = before;
 
