@@ -32,7 +32,17 @@ def images(sampler):
 def test_the_oldest_turns_are_not_seen_and_the_last_picture_of_them_is_shown(sampler, images):
     a, b, c, d, _ = images
     begin = Turn("system", (Text("be brief"),))
-    turns = (begin, user("a star"), drawn(a), user("red"), drawn(b), user("blue"), drawn(c), user("green"), drawn(d))
+    turns = (
+        begin,
+        user("a star"),
+        drawn(a),
+        user("red"),
+        drawn(b),
+        user("blue"),
+        drawn(c),
+        user("green"),
+        drawn(d),
+    )
     asked = lambda *turns, **more: Request(Document(turns), **(DRAW | more))
     short = asked(*turns[:3], user("x"))
     assert recent(sampler, short) is short
@@ -45,7 +55,10 @@ def test_the_oldest_turns_are_not_seen_and_the_last_picture_of_them_is_shown(sam
         kept = found.document.turns
         assert kept[0] == begin and kept[-1] == user("larger") and drawn(last) in kept[1:-1]
         first = turns.index(kept[2])  # the first answer that is seen
-        assert kept[1] == user(turns[first - 2].parts[0], *turns[first - 1].parts) and kept[2:-1] == turns[first:n]
+        assert (
+            kept[1] == user(turns[first - 2].parts[0], *turns[first - 1].parts)
+            and kept[2:-1] == turns[first:n]
+        )
         assert dataclasses.replace(found, document=request.document) == request
         sampler.room(found, sampler.prompts(found)[0])
         more = user(turns[first - 4].parts[0], *turns[first - 3].parts) if first > 4 else turns[1]

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 
-from mmgen.document import Document, Image, Text, Turn
+from mmgen.document import Document, Text, Turn
 from mmgen.sampling.sampler import Request, draw_seed
 from mmgen.sampling.slots import Slots
 
