@@ -168,7 +168,7 @@ def obey(command, rest, dialogue, shown, out, signer):
 
 def answer(dialogue, parts, out, way, gate, signer):
     """Asks, shows the answer as it comes, and saves its images, signed if there is a signer. What the gate does not let through is not asked."""
-    turns, full = dialogue.turns, dialogue.full
+    turns, cut = dialogue.turns, dialogue.cut
     check(gate.prompt(Document((*dialogue.document.turns, Turn("user", parts)))))
     if images := [part.pixels for part in parts if isinstance(part, Image)]:
         check(gate.shown(images, edited=dialogue.options["output"] != "text"))
@@ -206,10 +206,9 @@ def answer(dialogue, parts, out, way, gate, signer):
             files.write(str(name), data)
             print(drawn(pixels, data, way), end="")
             print(name)
-    if dialogue.options["output"] != "text" and dialogue.full and not full:
+    if dialogue.cut and not cut:
         print(
-            f"(this model reads {dialogue.sampler.longest} tokens at once: from here on the oldest of this dialogue is not seen; "
-            "/undo goes back)"
+            f"(this model reads {dialogue.sampler.longest} tokens at once: from here on it does not see the oldest of this dialogue)"
         )
 
 

@@ -89,7 +89,8 @@ def _rounded(array, rng=None):
         less = np.floor(numbers)
         chance = numbers - less
         # What lies on the grid stays there, whatever float32 makes of the quotient.
-        whole = np.where(abs(numbers - whole) < 1e-3, whole, less + (rng.random(numbers.shape, np.float32) < chance))
+        kept = (abs(numbers - whole) < 1e-4) | (abs(numbers) > 126.5)  # the largest, which make the scale
+        whole = np.where(kept, whole, less + (rng.random(numbers.shape, np.float32) < chance))
     return np.clip(whole, -127, 127).astype(np.int8).reshape(-1)[: array.size].reshape(array.shape), scale
 
 
@@ -105,8 +106,8 @@ def pack(workdir, out, kind, exact=None, more=()):
     pattern `exact` names as they are; returns the arrays {name: float32} that they will have. Where things lay on the machine that trained is left out.
 
     more: (workdir, weight) of runs that began with these weights; what each changed, times its weight, is added (task arithmetic,
-    arXiv:2212.04089), so that runs on unlike tasks, side by side on machines that share nothing, make one model. They are rounded at random
-    then, from one seed: what began with packed weights lies on their grid, and small changes would all be rounded away.
+    arXiv:2212.04089), so that runs on unlike tasks, side by side on machines that share nothing, make one model. To 8 bits it is rounded at random
+    where those weights were packed, from one seed: they lie on their grid, and small changes would all be rounded away.
     """
     from mmgen.runtime import checkpoint
 
@@ -135,4 +136,6 @@ def pack(workdir, out, kind, exact=None, more=()):
     if "attention" in config.get("model", {}):  # whose kernel it was
         config["model"]["attention"] = "auto"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return write(out / NAME, total, kind, step, exact, np.random.default_rng(0) if more else None)
+    return write(
+        out / NAME, total, kind, step, exact, np.random.default_rng(0) if more and path_of(workdir) else None
+    )

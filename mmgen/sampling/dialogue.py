@@ -1,5 +1,6 @@
 """A conversation with a model, which keeps its keys and values from turn to turn."""
 
+import bisect
 import contextlib
 import dataclasses
 import threading
@@ -16,7 +17,7 @@ class Dialogue:
     bit what a fresh dialogue of the same turns and seeds answers. Rewinding costs nothing: the turns are dropped,
     what the slot holds of those before stays. `options` are those of `Request`, for all turns that do not say
     otherwise; turn n, counted from 0, is drawn with a seed made of `seed` and n, so that another seed changes all
-    that comes after. Where the model's rows have no room for another picture it sees what is `recent`.
+    that comes after. Where the model's rows have no room for all turns an answer sees what is `recent`, read anew, and `cut` says so.
     """
 
     def __init__(self, sampler, document=Document(), seed=0, **options):
@@ -26,7 +27,7 @@ class Dialogue:
             seed,
             options,
         )
-        self._slots, self._ahead = {}, None
+        self._slots, self._ahead, self.cut = {}, None, False
 
     def warm(self):
         """Compiles what the first answer takes, in a thread, so that it is there when somebody has found words; who is
@@ -34,7 +35,7 @@ class Dialogue:
         would share."""
         if self.sampler.mesh:
             return
-        request = dataclasses.replace(self.request(), output="text", max_tokens=2)
+        request = dataclasses.replace(recent(self.sampler, self.request()), output="text", max_tokens=2)
 
         def compiles():
             with contextlib.suppress(Exception):  # who asks is told
@@ -60,7 +61,9 @@ class Dialogue:
         if self._ahead:
             self._ahead.join()
         request = self.request(*parts, **options)
-        for _, turn, done, _ in self._answers(recent(self.sampler, request), every):
+        seen = recent(self.sampler, request)
+        self.cut = seen is not request
+        for _, turn, done, _ in self._answers(seen, every):
             if done:
                 turn = Turn(turn.role, [_clean(part) for part in turn.parts]).normalised()
                 self.document = Document((*request.document.turns, turn))
@@ -83,12 +86,6 @@ class Dialogue:
         """How many answers there are."""
         return sum(turn.role == "assistant" for turn in self.document.turns)
 
-    @property
-    def full(self):
-        """Whether there is no room for another picture (of the size in `options`, or of the last one's) with all that was said: of what
-        is asked for then the oldest turns are not seen."""
-        return not _has_room(self.sampler, self.request())
-
     def rewind(self, turns):
         """Back to where there were so many answers. ValueError where there were never."""
         ends = [n + 1 for n, turn in enumerate(self.document.turns) if turn.role == "assistant"]
@@ -96,39 +93,49 @@ class Dialogue:
             raise ValueError(f"expected 0 to {len(ends)} answers to go back to, found {turns}")
         begins = [n for n, turn in enumerate(self.document.turns) if turn.role != "system"]
         keep = ends[turns - 1] if turns else (begins + [len(self.document.turns)])[0]
-        self.document = Document(self.document.turns[:keep])
+        self.document, self.cut = Document(self.document.turns[:keep]), False
 
 
 def recent(sampler, request):
-    """The request, or where the model's rows have no room for a picture in answer to it one without the oldest turns of its document,
-    as few as it takes; a `system` turn at its beginning stays. The last picture that is forgotten comes back as one that the user
-    shows, as for an edit. The request itself where no turns are left to forget."""
-    turns = request.document.turns
-    begin = int(bool(turns) and turns[0].role == "system")
-    for cut in range(begin, len(turns)):
-        if turns[cut].role != "user":
-            continue
-        forgotten, kept = turns[begin:cut], turns[cut:]
-        shown = Document(forgotten).images()[-1:] if not Document(kept[:1]).images() else []
-        document = Document((*turns[:begin], Turn("user", (*shown, *kept[0].parts)), *kept[1:]))
-        found = dataclasses.replace(request, document=document) if forgotten else request
-        if _has_room(sampler, found):
-            return found
+    """The request, or where the model's rows have no room for its answer one without the oldest turns of its document, as few
+    as it takes. What the system said last stays. The last picture that is forgotten comes back as one that the user shows, as for
+    an edit (with image guidance it is then a branch more). Room is for a picture, if there may be one, of its size or that of the last one, or for an eighth of a row of words; where
+    no cut makes so much, for any answer at all; the request itself where not even that. Images have codes."""
+    users = [n for n, turn in enumerate(request.document.turns) if turn.role == "user"][1:]
+    room = _room(sampler, request)
+    least = 3 if request.output != "image" else room if request.size else 7
+    for need in (room, least):
+        # A document that begins later is never longer.
+        fits = lambda cut: len(sampler.prompts(_since(request, cut))[0]) + need <= sampler.longest
+        cuts = [0, *users]
+        at = bisect.bisect_left(cuts, True, key=fits)
+        if at < len(cuts):
+            return _since(request, cuts[at])
     return request
 
 
-def _has_room(sampler, request):
-    """Whether an answer fits the model's rows, with a picture if it may have one: of its size, or that of the last one before."""
-    if request.output == "any":
-        request = dataclasses.replace(request, output="image")
+def _since(request, cut):
+    """The request without the turns before one of the user's."""
+    turns = request.document.turns
+    forgotten, first = turns[:cut], turns[cut : cut + 1]
+    if not forgotten:
+        return request
+    told = [turn for turn in forgotten if turn.role == "system"][-1:]
+    shown = Document(forgotten).images()[-1:] if not Document(first).images() else []
+    document = Document((*told, Turn("user", (*shown, *first[0].parts)), *turns[cut + 1 :]))
+    return dataclasses.replace(request, document=document)
+
+
+def _room(sampler, request):
+    """The tokens of an answer that there should be room for."""
+    most = sampler.longest if request.max_tokens is None else request.max_tokens + 1
+    words = min(most, sampler.longest // 8)
+    if request.output == "text":
+        return words
     seen = request.document.images()
-    if request.output == "image" and request.size is None and seen:
-        request = dataclasses.replace(request, size=seen[-1].codes.shape[:2])
-    try:
-        sampler.room(request, sampler.prompts(request)[0])
-    except ValueError:
-        return False
-    return True
+    height, width = request.size or (seen[-1].codes.shape[:2] if seen else (1, 1))
+    picture = height * width * sampler.grammar.depth + 6
+    return words if request.output == "any" and most < picture else picture
 
 
 def _clean(part):

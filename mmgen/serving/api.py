@@ -391,21 +391,24 @@ def app(engine, settings):
         await checked(gate, document, draws)
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
 
+        whole = []  # the document with the codes of its images
+
         def prepare(sampler):
             grid = size if draws else None
             request = Request(sampler.encoded(document), output, grid, **options_of(options, gate, seed))
+            whole.append(request.document)
             return recent(sampler, request) if talk.truncation == "auto" else request
 
         (job,) = await submitted([prepare], who, options.partial_images)
         said = responses.Response(talk, settings.name, seed)
         if talk.stream:
-            return wire.Stream(spoken(job, said, options, gate, who, draws), job)
+            return wire.Stream(spoken(job, said, options, gate, who, draws, whole), job)
         step = await finished(job, asked)
-        await ended(said, job, step, options, gate, who, draws)
+        await ended(said, step, options, gate, who, draws, whole)
         return said.whole
 
-    async def ended(said, job, step, options, gate, who, draws):
-        """Notes the answer in `said`, and keeps the dialogue."""
+    async def ended(said, step, options, gate, who, draws, whole):
+        """Notes the answer in `said`, and keeps the dialogue, of which the gate judges all turns whatever the model has seen."""
         turn = step.turn
         if not (turn.parts and isinstance(turn.parts[0], Refusal)):
             turn = await passed(step, gate)
@@ -420,9 +423,9 @@ def app(engine, settings):
         said.whole["status"] = "completed"
         if said.store:
             # Pictures that were only asked about are judged again should something be drawn of them.
-            store.put(said.whole["id"], who, Document((*job.request.document.turns, turn)), pixels=not draws)
+            store.put(said.whole["id"], who, Document((*whole[-1].turns, turn)), pixels=not draws)
 
-    async def spoken(job, said, options, gate, who, draws):
+    async def spoken(job, said, options, gate, who, draws, whole):
         """The events of a response, as it comes."""
         yield said.event("created", response=said.whole)
         yield said.event("in_progress", response=said.whole)
@@ -438,7 +441,7 @@ def app(engine, settings):
                     yield event
                 index += 1
             if step.turn is not None:
-                await ended(said, job, step, options, gate, who, draws)
+                await ended(said, step, options, gate, who, draws, whole)
                 for event in said.ended():
                     yield event
 

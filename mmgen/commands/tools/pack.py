@@ -38,7 +38,7 @@ def main(argv):
         default=[],
         metavar="DIR[=WEIGHT]",
         help="another run that began with these weights (config.init): what it has learned since, times WEIGHT (1), is added "
-        "to them; as often as there are runs. Their sum is rounded at random, so that of weights that were packed already small changes are not lost",
+        "to them; as often as there are runs. To weights that were packed already it is rounded at random, so that small changes are not lost",
     )
     args = parser.parse_args(argv)
     source, out = Path(args.checkpoint), Path(args.out)
