@@ -288,10 +288,10 @@ def test_a_chat_with_a_terminal_compiles_while_its_user_types(space, monkeypatch
 def test_a_chat_goes_on_where_its_rows_end(space, monkeypatch, tmp_path, capsys):
     assert talk(space, monkeypatch, tmp_path, *["a star"] * 8, "/undo", "a star") == 0
     lines = capsys.readouterr().out.splitlines()
-    full = [n for n, line in enumerate(lines) if "the oldest of this dialogue is not seen" in line]
+    cut = [n for n, line in enumerate(lines) if "does not see the oldest of this dialogue" in line]
     drawn = [n for n, line in enumerate(lines) if line.endswith(".png")]
-    # Said once, after the last that fitted with all before it.
-    assert len(drawn) == 9 and len(full) == 1 and drawn[0] < full[0] < drawn[-2]
+    # Said with the first answer that saw less, and once more after /undo.
+    assert len(drawn) == 9 and len(cut) == 2 and drawn[1] < cut[0] < drawn[-2] and cut[1] > drawn[-1]
     assert not any(line.startswith("!") for line in lines)
 
 
