@@ -98,9 +98,13 @@ class Dialogue:
 
 def recent(sampler, request):
     """The request, or where the model's rows have no room for its answer one without the oldest turns of its document, as few
-    as it takes. What the system said last stays. The last picture that is forgotten comes back as one that the user shows, as for
-    an edit (with image guidance it is then a branch more). Room is for a picture, if there may be one, of its size or that of the last one, or for an eighth of a row of words; where
-    no cut makes so much, for any answer at all; the request itself where not even that. Images have codes."""
+    as it takes.
+
+    What the system said last stays. The last picture that is forgotten comes back as one that the user shows, as for an
+    edit (with image guidance it is then a branch more). Room is for a picture, if there may be one, of its size or that
+    of the last one, or for an eighth of a row of words; where no cut makes so much, for any answer at all; the request
+    itself where not even that. Images have codes.
+    """
     users = [n for n, turn in enumerate(request.document.turns) if turn.role == "user"][1:]
     room = _room(sampler, request)
     least = 3 if request.output != "image" else room if request.size else 7
