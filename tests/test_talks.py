@@ -322,7 +322,7 @@ def test_questions_are_answered_from_what_was_read():
 
 
 def test_a_model_is_asked_after_its_own_answers(sampler, monkeypatch):
-    """Turn n holds what was said in those before, words are asked for without guidance, and rows have an end."""
+    """Turn n holds what was said in those before, or the last of it that a row holds; words are asked for without guidance."""
     asked = []
 
     def generate(requests, batch_size):
@@ -338,23 +338,22 @@ def test_a_model_is_asked_after_its_own_answers(sampler, monkeypatch):
     some = some_talks("dialogue", 12)
     answers = talks.converse(sampler, some, size=(32, 32), seed=3, guidance=2.0)
     assert [len(a) for a in answers] == [len(talk.turns) for talk in some]
+    cut = 0
     for n, requests in enumerate(asked):
         for request in requests:
-            assert len(request.document.turns) == 2 * n + 1
+            turns = request.document.turns
+            assert len(turns) == 2 * n + 1 or (turns[0].parts[0].codes.shape == (8, 8) and len(turns) < 2 * n + 1)
+            cut += len(turns) < 2 * n + 1
             assert request.guidance == (2.0 if request.output == "image" else 1.0)
             if request.output == "text":
                 assert request.max_tokens and request.size is None
     first, second = asked[0][:5], [request.document.turns[1] for request in asked[1]][:5]
     assert [turn.parts[0].codes[0, 0] for turn in second] == list(range(len(second))) and len(first) == 5
     assert len({request.seed for requests in asked for request in requests}) == sum(map(len, asked))
-    ends = [[answer is None for answer in talk] for talk in answers]
-    assert all(end == sorted(end) for end in ends)  # once there is no room, there is none any more
-    assert any(map(any, ends)) and not any(
-        end[0] for end in ends
-    )  # 400 tokens are four pictures and their words
+    assert 0 < cut < sum(map(len, asked)) / 2  # 400 tokens are four pictures and their words
     for talk, found in zip(some, answers):
         for turn, answer in zip(talk.turns, found):
-            assert answer is None or isinstance(answer, str) != talks.draws(turn)
+            assert isinstance(answer, str) != talks.draws(turn) and answer is not None
     # One that is too long from the first turn on is wrong; where all are, the suite is of no use.
     first = some[0].turns[0]
     long = dataclasses.replace(
