@@ -107,6 +107,7 @@ def recent(sampler, request):
     """
     users = [n for n, turn in enumerate(request.document.turns) if turn.role == "user"][1:]
     room = _room(sampler, request)
+    # What `Sampler.room` asks for: of words an empty answer, of a picture whose size is open one of one code.
     least = 3 if request.output != "image" else room if request.size else 7
     for need in (room, least):
         # A document that begins later is never longer.
